@@ -1,0 +1,354 @@
+"""Gemma 4 text decoder, all five sizes.
+
+Takes packed tokens and their positions; returns hidden states and, of those, logits. Knows
+nothing of batches, requests or caches: attention asks the KVStore it is given.
+
+Shapes: T packed tokens, R rows whose output is asked for, D hidden_size, N query heads,
+        K key/value heads, H head_dim, L layers, P hidden_size_per_layer_input, V vocabulary,
+        E experts, A experts a token, F MLP width.
+
+Differs from a Llama decoder in: norms before and after each sublayer; q and k norms with weight,
+v norm without; softmax scale 1; two rotary settings; key/value heads and head size by layer type;
+last layers that read an earlier layer's K/V; V taken from the K projection (K = V layers);
+per-layer inputs (PLE); experts beside a dense MLP; one scalar a layer; capped logits.
+
+Numerics: norms, router softmax, attention softmax and logits in float32, the rest in the weights'
+dtype. float16 is refused: the MLP overflows its range.
+
+Module names are the checkpoint's own, below `model.language_model.`.
+Sources: transformers 5.23 modeling_gemma4.py; google-deepmind/gemma gemma/gm/nn/gemma4.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemsmith.config import LayerPlan, RopeParameters, TextConfig
+from gemsmith.errors import ConfigError
+from gemsmith.ops import moe
+
+
+class KVStore(Protocol):
+    """Where attention finds the keys and values of this and earlier steps."""
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k_TKH: Tensor | None,
+        v_TKH: Tensor | None,
+        rows_R: Tensor | None,
+    ) -> Tensor:
+        """Store this step's K/V of `layer` and return attention's output, shaped as q.
+
+        k and v are None in a layer that owns none: it reads those of `kv_source`, stored earlier
+        in the same step. q is [T, N, H], or [R, N, H] where `rows_R` names the tokens of the step
+        that ask. Causality and windows are the store's business.
+        """
+        ...
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMS norm over the last dimension, in float32, back in x's dtype."""
+    wide = None if weight is None else weight.float()
+    return F.rms_norm(x.float(), (x.shape[-1],), wide, eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm with a plain weight (not 1 + weight)."""
+
+    def __init__(self, dim: int, eps: float, **where: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, **where))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rope_table(positions_T: Tensor, rope: RopeParameters, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [T, 1, pairs] float32, of the pairs that turn at all.
+
+    `proportional` turns the first partial_rotary_factor of the head_dim / 2 pairs with the
+    frequencies they would have if all turned.
+    """
+    fraction = rope.partial_rotary_factor if rope.rope_type == "proportional" else 1.0
+    pairs = int(fraction * head_dim // 2)
+    exponent = torch.arange(0, 2 * pairs, 2, device=positions_T.device, dtype=torch.float32)
+    inv_freq = 1.0 / (rope.rope_theta ** (exponent / head_dim)) / rope.factor
+    angle = positions_T[:, None, None].float() * inv_freq
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_TNH: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn pairs (i, i + H/2) for i below the table's width; the other dimensions pass."""
+    cos, sin = (t.to(x_TNH.dtype) for t in table)
+    half, pairs = x_TNH.shape[-1] // 2, cos.shape[-1]
+    a, b = x_TNH[..., :pairs], x_TNH[..., half : half + pairs]
+    turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
+    if pairs == half:
+        return torch.cat((turned_a, turned_b), -1)
+    return torch.cat((turned_a, x_TNH[..., pairs:half], turned_b, x_TNH[..., half + pairs :]), -1)
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer: projections, norms and rotation; the rest is the store's."""
+
+    def __init__(self, config: TextConfig, plan: LayerPlan, **where: Any) -> None:
+        super().__init__()
+        D, H, eps = config.hidden_size, plan.head_dim, config.rms_norm_eps
+        q_dim, kv_dim = config.num_attention_heads * H, plan.num_key_value_heads * H
+        self.plan, self.eps = plan, eps
+        self.q_proj = nn.Linear(D, q_dim, bias=False, **where)
+        self.q_norm = RMSNorm(H, eps, **where)
+        if plan.owns_kv:
+            self.k_proj = nn.Linear(D, kv_dim, bias=False, **where)
+            self.k_norm = RMSNorm(H, eps, **where)
+            if not plan.k_eq_v:
+                self.v_proj = nn.Linear(D, kv_dim, bias=False, **where)
+        self.o_proj = nn.Linear(q_dim, D, bias=False, **where)
+
+    def queries_keys_values(
+        self, x_TD: Tensor, table: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Normed and rotated q [T, N, H] and k [T, K, H], normed v; no k, v if not owned."""
+        heads = (x_TD.shape[0], -1, self.plan.head_dim)
+        q_TNH = rotate(self.q_norm(self.q_proj(x_TD).view(heads)), table)
+        if not self.plan.owns_kv:
+            return q_TNH, None, None
+        raw_TKH = self.k_proj(x_TD).view(heads)
+        v_TKH = raw_TKH if self.plan.k_eq_v else self.v_proj(x_TD).view(heads)
+        return q_TNH, rotate(self.k_norm(raw_TKH), table), rms_norm(v_TKH, None, self.eps)
+
+
+class MLP(nn.Module):
+    """Gated MLP with tanh-approximated GELU."""
+
+    def __init__(self, hidden_size: int, width: int, **where: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False, **where)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False, **where)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False, **where)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate_TF = F.gelu(self.gate_proj(x_TD), approximate="tanh")
+        return self.down_proj(gate_TF * self.up_proj(x_TD))
+
+
+class Router(nn.Module):
+    """Chooses A experts a token from the residual stream itself, not from its norm's output."""
+
+    def __init__(self, config: TextConfig, num_experts: int, **where: Any) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, num_experts, bias=False, **where)
+        self.scale = nn.Parameter(torch.empty(config.hidden_size, **where))
+        self.per_expert_scale = nn.Parameter(torch.empty(num_experts, **where))
+        self.top_k = config.top_k_experts or 1
+        self.eps, self.root = config.rms_norm_eps, config.hidden_size**-0.5
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert indices [T, A] and their weights [T, A], which sum to 1 before expert scales."""
+        scores_TE = self.proj(rms_norm(x_TD, None, self.eps) * self.scale * self.root)
+        weight_TA, index_TA = scores_TE.softmax(-1, dtype=torch.float32).topk(self.top_k)
+        weight_TA = weight_TA / weight_TA.sum(-1, keepdim=True)
+        return index_TA, weight_TA * self.per_expert_scale[index_TA]
+
+
+class Experts(nn.Module):
+    """The expert weights, stacked; gate rows before up rows."""
+
+    def __init__(self, num_experts: int, hidden_size: int, width: int, **where: Any) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size, **where))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width, **where))
+
+    def forward(self, x_TD: Tensor, index_TA: Tensor, weight_TA: Tensor) -> Tensor:
+        return moe.experts(x_TD, index_TA, weight_TA, self.gate_up_proj, self.down_proj)
+
+
+class DecoderLayer(nn.Module):
+    """One layer. Computes before and after attention; between the two the store attends."""
+
+    def __init__(self, config: TextConfig, plan: LayerPlan, **where: Any) -> None:
+        super().__init__()
+        D, P, eps = config.hidden_size, config.hidden_size_per_layer_input, config.rms_norm_eps
+        self.plan = plan
+        self.has_experts, self.has_ple = config.enable_moe_block, P > 0
+        self.self_attn = Attention(config, plan, **where)
+        self.mlp = MLP(D, plan.intermediate_size, **where)
+        self.input_layernorm = RMSNorm(D, eps, **where)
+        self.post_attention_layernorm = RMSNorm(D, eps, **where)
+        self.pre_feedforward_layernorm = RMSNorm(D, eps, **where)
+        self.post_feedforward_layernorm = RMSNorm(D, eps, **where)
+        if config.enable_moe_block:
+            num_experts, width = config.num_experts or 1, config.moe_intermediate_size or 1
+            self.router = Router(config, num_experts, **where)
+            self.experts = Experts(num_experts, D, width, **where)
+            self.post_feedforward_layernorm_1 = RMSNorm(D, eps, **where)
+            self.post_feedforward_layernorm_2 = RMSNorm(D, eps, **where)
+            self.pre_feedforward_layernorm_2 = RMSNorm(D, eps, **where)
+        if self.has_ple:
+            self.per_layer_input_gate = nn.Linear(D, P, bias=False, **where)
+            self.per_layer_projection = nn.Linear(P, D, bias=False, **where)
+            self.post_per_layer_input_norm = RMSNorm(D, eps, **where)
+        self.layer_scalar: Tensor
+        self.register_buffer("layer_scalar", torch.ones(1, **where))
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        ple_TP: Tensor | None,
+        table: tuple[Tensor, Tensor],
+        kv: KVStore,
+        rows_R: Tensor | None,
+    ) -> Tensor:
+        q, k, v = self.before_attention(x_TD, table)
+        return self.after_attention(x_TD, kv.attend(self.plan.index, q, k, v, rows_R), ple_TP)
+
+    def before_attention(
+        self, x_TD: Tensor, table: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.self_attn.queries_keys_values(self.input_layernorm(x_TD), table)
+
+    def after_attention(self, x_TD: Tensor, o_TNH: Tensor, ple_TP: Tensor | None) -> Tensor:
+        attended = self.self_attn.o_proj(o_TNH.reshape(x_TD.shape[0], -1))
+        x_TD = x_TD + self.post_attention_layernorm(attended)
+        x_TD = x_TD + self.post_feedforward_layernorm(self.feed_forward(x_TD))
+        if ple_TP is not None:
+            gated_TP = F.gelu(self.per_layer_input_gate(x_TD), approximate="tanh") * ple_TP
+            x_TD = x_TD + self.post_per_layer_input_norm(self.per_layer_projection(gated_TP))
+        # The scalar multiplies the whole residual stream, not the branch.
+        return x_TD * self.layer_scalar
+
+    def feed_forward(self, x_TD: Tensor) -> Tensor:
+        dense_TD = self.mlp(self.pre_feedforward_layernorm(x_TD))
+        if not self.has_experts:
+            return dense_TD
+        index_TA, weight_TA = self.router(x_TD)
+        sparse_TD = self.experts(self.pre_feedforward_layernorm_2(x_TD), index_TA, weight_TA)
+        return self.post_feedforward_layernorm_1(dense_TD) + self.post_feedforward_layernorm_2(
+            sparse_TD
+        )
+
+
+class TextModel(nn.Module):
+    """The decoder. Weights are allocated, not initialised: load a checkpoint or `init_weights`."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if dtype == torch.float16:
+            raise ConfigError(
+                "dtype float16: Gemma 4's MLP outputs exceed its largest value, 65504; "
+                "use bfloat16 or float32"
+            )
+        super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        L, D, P = config.num_hidden_layers, config.hidden_size, config.hidden_size_per_layer_input
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, D, **where)
+        self.layers = nn.ModuleList(DecoderLayer(config, p, **where) for p in config.layers)
+        self.norm = RMSNorm(D, config.rms_norm_eps, **where)
+        if P:
+            # Any module from ids [T] to rows [T, L*P] may stand here; see weights/ple.py.
+            self.embed_tokens_per_layer = nn.Embedding(
+                config.vocab_size_per_layer_input, L * P, **where
+            )
+            self.per_layer_model_projection = nn.Linear(D, L * P, bias=False, **where)
+            self.per_layer_projection_norm = RMSNorm(P, config.rms_norm_eps, **where)
+        self._rope = {(p.rope, p.head_dim) for p in config.layers}
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        positions_T: Tensor,
+        kv: KVStore,
+        *,
+        rows_R: Tensor | None = None,
+        soft: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm: [T, D], or [R, D] of the tokens that rows_R names.
+
+        Layers that own no K/V leave nothing behind for other tokens, so they run on the rows
+        asked for only: most of the work of a long prompt in E2B and E4B is skipped.
+
+        soft: (indices_M of tokens, rows [M, D]) of image and audio tokens. The rows replace the
+        scaled embeddings as they are; their per-layer identity is that of the padding token.
+        """
+        h_TD, ids_T = self.embed(input_ids_T), input_ids_T
+        if soft is not None:
+            at, values = soft
+            h_TD = h_TD.index_copy(0, at, values.to(h_TD.dtype))
+            ids_T = ids_T.index_fill(0, at, self.config.pad_token_id or 0)
+        first_shared = self.config.first_kv_shared_layer
+        ple_TLP = self.per_layer_inputs(h_TD, ids_T, 0, first_shared)
+        tables = {key: rope_table(positions_T, *key) for key in self._rope}
+
+        x, at_rows = h_TD, None
+        for layer in self.layers:
+            plan: LayerPlan = layer.plan  # pyright: ignore[reportAssignmentType]
+            if plan.index == first_shared:
+                if rows_R is not None:
+                    at_rows = rows_R
+                    x, h_TD, ids_T = x[rows_R], h_TD[rows_R], ids_T[rows_R]
+                    tables = {key: (c[rows_R], s[rows_R]) for key, (c, s) in tables.items()}
+                ple_TLP = self.per_layer_inputs(h_TD, ids_T, first_shared, len(self.layers))
+            offset = first_shared if plan.index >= first_shared else 0
+            ple_TP = None if ple_TLP is None else ple_TLP[:, plan.index - offset]
+            x = layer(x, ple_TP, tables[plan.rope, plan.head_dim], kv, at_rows)
+        if rows_R is not None and at_rows is None:
+            x = x[rows_R]
+        return self.norm(x)
+
+    def embed(self, input_ids_T: Tensor) -> Tensor:
+        """Token embeddings times sqrt(D), the root rounded to the weights' dtype first."""
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype)
+        return self.embed_tokens(input_ids_T) * scale.to(input_ids_T.device)
+
+    def per_layer_inputs(self, h_TD: Tensor, ids_T: Tensor, first: int, stop: int) -> Tensor | None:
+        """The small vector that each of layers first..stop-1 adds for each token, [T, l, P].
+
+        The token's own row of the table, plus a projection of its embedding; both come from the
+        input, not from the running hidden states.
+        """
+        P = self.config.hidden_size_per_layer_input
+        if not P or first == stop:
+            return None
+        shape = (h_TD.shape[0], stop - first, P)
+        rows = self.embed_tokens_per_layer(ids_T)[:, first * P : stop * P].view(shape)
+        weight = self.per_layer_model_projection.weight[first * P : stop * P]
+        context = (F.linear(h_TD, weight) * self.config.hidden_size**-0.5).view(shape)
+        identity = rows * torch.tensor(P**0.5, dtype=rows.dtype).to(rows.device)
+        return (self.per_layer_projection_norm(context) + identity) * 2**-0.5
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """float32 [R, V], capped: c * tanh(logits / c). The head is the token embedding."""
+        logits_RV = F.linear(hidden_RD, self.embed_tokens.weight).float()
+        cap = self.config.final_logit_softcapping
+        return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
+
+    def k_from_v(self, layer: int, v_SKH: Tensor, positions_S: Tensor) -> Tensor:
+        """The keys that belong to the values of a K = V layer, [S, K, H].
+
+        There v = n(x) and k = rotate(w_k * n(x)) with the same un-weighted norm n, so one copy is
+        enough: k = rotate(w_k * v), exact up to the rounding of v.
+        """
+        block: Any = self.layers[layer]
+        weight = block.self_attn.k_norm.weight
+        k_SKH = (v_SKH.float() * weight.float()).to(v_SKH.dtype)
+        return rotate(k_SKH, rope_table(positions_S, block.plan.rope, block.plan.head_dim))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fill with random weights for training: normal(0, 0.02) matrices, unit norms."""
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if "norm" in name or name.endswith(("scale", "layer_scalar")):
+                tensor.fill_(1.0)
+            else:
+                tensor.normal_(0.0, 0.02, generator=generator)

@@ -1,0 +1,1 @@
+"""Tensor operations; `reference` holds the slow definition of each, the oracle in tests."""

@@ -1,0 +1,189 @@
+"""The decoder against Transformers on random weights, against golden values, and itself."""
+
+import json
+import math
+import zlib
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemsmith.cache.none import NoCache
+from gemsmith.config import PRESETS, Gemma4Config
+from gemsmith.errors import ConfigError
+from gemsmith.model.text import TextModel, rope_table
+from gemsmith.ops import reference
+from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "data/tiny_golden.json").read_text())
+LIMIT = tolerance(torch.float32, 64, steps=8)
+
+
+def run(model: TextModel, sequences: list[list[int]], rows: list[int] | None = None):
+    ids = torch.tensor([i for s in sequences for i in s])
+    positions = torch.cat([torch.arange(len(s)) for s in sequences])
+    kv = NoCache(model.config, [len(s) for s in sequences])
+    at = None if rows is None else torch.tensor(rows)
+    return model.logits(model(ids, positions, kv, rows_R=at))
+
+
+def tokens(count: int, seed: int = 0, vocab: int = 96) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab, (count,), generator=generator).tolist()
+
+
+def hf_model(config: Gemma4Config, model: TextModel):
+    transformers = pytest.importorskip("transformers")
+    unified = config.model_type == "gemma4_unified"
+    prefix = "Gemma4Unified" if unified else "Gemma4"
+    hf_config = getattr(transformers, prefix + "TextConfig")(**config.text_config.to_dict())
+    hf_config._attn_implementation = "eager"
+    hf = getattr(transformers, prefix + "ForCausalLM")(hf_config).eval()
+    missing, unexpected = hf.model.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected
+    assert not missing
+    hf.tie_weights()
+    return hf
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_match_transformers_beyond_the_window_and_packed(size):
+    config = tiny_config(size)
+    model = random_model(config)
+    hf = hf_model(config, model)
+    sequences = [tokens(37, 1), tokens(5, 2), tokens(24, 3)]
+    ours = run(model, sequences)
+    with torch.no_grad():
+        theirs = torch.cat([hf(torch.tensor([s])).logits[0] for s in sequences])
+    assert ours.abs().max() > 1
+    assert_close(ours, theirs, LIMIT)
+
+
+@pytest.mark.parametrize("size", ["E2B", "31B"])
+def test_bfloat16_logits_stay_near_float32(size):
+    config = tiny_config(size)
+    wide = random_model(config)
+    narrow = random_model(config, dtype=torch.bfloat16)
+    sequence = [tokens(20, 4)]
+    assert_close(run(narrow, sequence), run(wide, sequence), tolerance(torch.bfloat16, 64) / 4)
+
+
+def golden_weight(name: str, shape: torch.Size) -> torch.Tensor:
+    offset = zlib.crc32(name.encode()) % 1000
+    index = torch.arange(math.prod(shape), dtype=torch.float64)
+    w = torch.sin(0.37 * index + offset).reshape(shape)
+    last = name.rsplit(".", 1)[-1]
+    if last == "layer_scalar":
+        return torch.full(shape, 0.9)
+    if "norm" in name or last in ("scale", "per_expert_scale", "std_scale"):
+        return (1 + 0.1 * w).float()
+    return (0.2 * w).float()
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"])
+def test_golden_text_logits_are_reproduced(case):
+    golden = GOLDEN["cases"][case]
+    config = Gemma4Config.from_dict(golden["config"] | {"model_type": "gemma4"})
+    model = TextModel(config.text_config).eval().requires_grad_(False)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor.copy_(golden_weight(f"model.language_model.{name}", tensor.shape))
+    text = golden["text"]
+    logits = run(model, [text["input_ids"]])
+    assert_close(logits[-1], torch.tensor(text["logits_last"]), 1e-5)
+    assert_close(logits[0], torch.tensor(text["logits_pos0"]), 1e-5)
+    assert logits.argmax(-1).tolist() == text["argmax_all"]
+
+
+def test_rope_tables_are_golden():
+    for kind, dim, rope in (
+        ("local_head_dim256", 256, PRESETS["E2B"].text_config.sliding_rope),
+        ("global_head_dim512", 512, PRESETS["E2B"].text_config.full_rope),
+    ):
+        golden = GOLDEN["rope"][kind]
+        cos, sin = rope_table(torch.tensor([1]), rope, dim)
+        freqs = torch.atan2(sin, cos).flatten()
+        assert len(freqs) == golden.get("nonzero", golden["len"])
+        torch.testing.assert_close(freqs[:4], torch.tensor(golden["first4"]))
+        torch.testing.assert_close(freqs[-1].item(), golden.get("idx63", golden.get("last")))
+        oracle = reference.inverse_frequencies(dim, rope.rope_theta, rope.partial_rotary_factor)
+        torch.testing.assert_close(freqs, oracle[: len(freqs)])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rows", [[-1], [0, 3, 40, 41, 65], [65, 2, 37]])
+def test_prefill_skip_gives_the_logits_of_the_full_run(size, rows):
+    config = tiny_config(size)
+    model = random_model(config)
+    sequences = [tokens(37, 1), tokens(5, 2), tokens(24, 3)]
+    rows = [r % 66 for r in rows]
+    assert_close(run(model, sequences, rows), run(model, sequences)[rows], LIMIT)
+
+
+def test_prefill_skip_leaves_the_skipped_layers_work_undone():
+    model = random_model(tiny_config("E2B"))
+    seen: list[int] = []
+    for layer in model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    run(model, [tokens(30)], [29])
+    assert seen == [30, 30, 30, 30, 1, 1, 1, 1]
+
+
+def test_packed_sequences_do_not_see_each_other():
+    model = random_model(tiny_config("E4B"))
+    lengths = [9, 14, 3]
+    sequences = [tokens(n, n) for n in lengths]
+    together = run(model, sequences)
+    for start, sequence in zip(accumulate(lengths, initial=0), sequences, strict=False):
+        assert_close(together[start : start + len(sequence)], run(model, [sequence]), LIMIT)
+
+
+def test_soft_tokens_replace_embeddings_and_take_the_padding_identity():
+    model = random_model(tiny_config("E2B"))
+    ids, at = tokens(10), torch.tensor([3, 4])
+    rows = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    soft = model(
+        torch.tensor(ids), torch.arange(10), NoCache(model.config, [10]), soft=(at, rows)
+    )
+    # Whatever ids stand at those places, they must not matter.
+    ids[3:5] = [7, 8]
+    again = model(
+        torch.tensor(ids), torch.arange(10), NoCache(model.config, [10]), soft=(at, rows)
+    )
+    assert torch.equal(soft, again)
+    # And the padding id there, with the same rows, is the same computation written out.
+    ids[3:5] = [0, 0]
+    table = model.embed_tokens.weight.clone()
+    model.embed_tokens.weight[0] = rows[0] / 8
+    first = model(torch.tensor(ids[:4]), torch.arange(4), NoCache(model.config, [4]))
+    model.embed_tokens.weight.copy_(table)
+    assert_close(soft[:4], first, LIMIT)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts_are_the_published_integers(size):
+    published = {
+        "E2B": 4_628_569_344,
+        "E4B": 7_463_013_376,
+        "12B": 11_907_350_272,
+        "26B-A4B": 25_233_141_760,
+        "31B": 30_697_345_280,
+    }
+    model = TextModel(PRESETS[size].text_config, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == published[size]
+
+
+def test_float16_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match=r"float16.*65504.*bfloat16"):
+        TextModel(tiny_config("31B").text_config, dtype=torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+def test_cuda_logits_match_cpu(size):
+    model = random_model(tiny_config(size))
+    ids, positions = torch.tensor(tokens(40)), torch.arange(40)
+    expected = model.logits(model(ids, positions, NoCache(model.config, [40])))
+    model.cuda()
+    actual = model.logits(model(ids.cuda(), positions.cuda(), NoCache(model.config, [40])))
+    assert_close(actual.cpu(), expected, 4 * LIMIT)
