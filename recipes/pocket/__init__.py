@@ -1,0 +1,1 @@
+"""Recipe of the pocket model: training data, tokenizer, held-out set and trainer."""

@@ -1,0 +1,84 @@
+"""Procedural conversations that pocket is trained and measured on.
+
+`generate(split, seed, index)` is a pure function of its arguments, so any worker can make any
+conversation. The held-out split draws other names, numbers, texts and tool names (see words.py).
+It makes messages; rendering to text is `gemsmith.text.chat.render(..., variant="edge")`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.pocket import talk, tasks
+from recipes.pocket.tasks import Check
+from recipes.pocket.words import Draw, Split
+
+# Share of conversations. Tool talks are longest, so they have about two thirds of the tokens.
+KINDS = {
+    "tools": 0.54,
+    "needle": 0.05,
+    "lookup": 0.05,
+    "copying": 0.06,
+    "json": 0.08,
+    "thinking_arithmetic": 0.10,
+    "direct_arithmetic": 0.05,
+    "chat": 0.07,
+}
+PLAIN = {
+    "needle": talk.needle,
+    "lookup": talk.lookup,
+    "copying": talk.copying,
+    "json": talk.json_answer,
+    "thinking_arithmetic": talk.thinking_arithmetic,
+    "direct_arithmetic": talk.direct_arithmetic,
+    "chat": talk.chat,
+}
+STYLES = {"seen": 0.35, "replaced": 0.30, "mixed": 0.10, "invented": 0.25}
+STEPS = {"single": 0.54, "parallel": 0.14, "chained": 0.10, "no_tool": 0.18, "chat": 0.04}
+DECLARED = {1: 0.3, 2: 0.33, 3: 0.22, 4: 0.1, 5: 0.05}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    kind: str
+    messages: list[dict[str, Any]]
+    """OpenAI-style messages as gemsmith.text.chat.render takes them."""
+    tools: list[dict[str, Any]] | None
+    enable_thinking: bool
+    checks: tuple[Check, ...] = ()
+    """Points where what the model must produce is known."""
+
+
+def generate(split: Split, seed: int, index: int, *, kind: str | None = None) -> Conversation:
+    """One conversation; kind (a key of KINDS) overrides the mixture."""
+    d = Draw(split, f"{split}/{seed}/{index}/{kind or ''}")
+    kind = kind or d.weighted(KINDS)
+    if kind == "tools":
+        return tool_conversation(d)
+    messages, checks = PLAIN[kind](d)
+    return Conversation(kind, messages, None, kind == "thinking_arithmetic", tuple(checks))
+
+
+def tool_conversation(
+    d: Draw, steps: list[str] | None = None, style: str | None = None
+) -> Conversation:
+    """A conversation with tools; steps and style are drawn unless given."""
+    thinking = d.chance(0.25)
+    if steps is None:
+        count = 1 if thinking else d.weighted({1: 0.35, 2: 0.4, 3: 0.25})
+        steps = [d.weighted(STEPS) for _ in range(count)]
+        # A chain needs its own two tools: at most one per conversation.
+        steps = [s for i, s in enumerate(steps) if s != "chained" or "chained" not in steps[:i]]
+    if style is None:
+        style = d.weighted(STYLES)
+    if style == "invented" and "chained" in steps:
+        style = "replaced"
+    made = tasks.conversation(d, steps, style, thinking=thinking, count=d.weighted(DECLARED))
+    tools = [t.schema(d) for t in made.tools]
+    return Conversation(f"tools/{steps[0]}", made.messages, tools, thinking, tuple(made.checks))
+
+
+def conversations(split: Split, seed: int, start: int, stop: int) -> Iterator[Conversation]:
+    """The conversations start..stop-1 of a split."""
+    for index in range(start, stop):
+        yield generate(split, seed, index)
