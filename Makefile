@@ -1,0 +1,57 @@
+# Every target works from a fresh clone: it makes .venv first, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet
+
+# Without an NVIDIA driver, Linux gets torch's CPU build or a message: never gigabytes of CUDA.
+GPU := $(or $(wildcard /proc/driver/nvidia/version),$(shell command -v nvidia-smi))
+VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH ?= torch==$(VERSION)$(if $(filter Linux,$(shell uname -s)),$(if $(GPU),,+cpu))
+PIP_TORCH_ARGS ?=
+
+define NO_TORCH
+pip finds no $(TORCH) for $(shell $(PYTHON) --version). Two ways on:
+  make PIP_TORCH_ARGS='--index-url ADDRESS'   the CPU index; its address is on PyTorch's install page
+  make TORCH=torch==$(VERSION)                the default build, several GB with CUDA
+endef
+export NO_TORCH
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.run
+	@$(BIN)/gemsmith demo
+
+test: $(VENV)/.dev
+	@$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	@set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  f"gemsmith needs Python 3.11 or newer, this is {sys.version}; try make PYTHON=python3.11")'
+	@echo "making $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(PIP_TORCH_ARGS) '$(TORCH)' || { echo "$$NO_TORCH" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml constraints.txt
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.run
