@@ -95,7 +95,7 @@ _tool(
     "Add {title} to my calendar on {date} at {time}.|Schedule {title} for {date} at {time}.|"
     "Put {title} in the calendar for {date} at {time}.|"
     "Create an event called {title} on {date} at {time}.|"
-    "On {date} at {time} I have {title}, put it in my calendar.",
+    "I have {title} on {date} at {time}, put it in my calendar.",
     _done("added"),
     "Added {title} on {date} at {time}.",
     group="calendar_add",

@@ -15,14 +15,14 @@ from recipes.pocket.words import Draw, Split
 
 # Share of conversations. Tool talks are longest, so they have about two thirds of the tokens.
 KINDS = {
-    "tools": 0.54,
+    "tools": 0.53,
     "needle": 0.05,
     "lookup": 0.05,
     "copying": 0.06,
     "json": 0.08,
-    "thinking_arithmetic": 0.10,
+    "thinking_arithmetic": 0.12,
     "direct_arithmetic": 0.05,
-    "chat": 0.07,
+    "chat": 0.06,
 }
 PLAIN = {
     "needle": talk.needle,
@@ -33,9 +33,12 @@ PLAIN = {
     "direct_arithmetic": talk.direct_arithmetic,
     "chat": talk.chat,
 }
+EASY = ("chat", "copying", "json", "lookup")
+"""Kinds that need no thought but are sometimes met with thinking on."""
 STYLES = {"seen": 0.35, "replaced": 0.30, "mixed": 0.10, "invented": 0.25}
 STEPS = {"single": 0.54, "parallel": 0.14, "chained": 0.10, "no_tool": 0.18, "chat": 0.04}
-DECLARED = {1: 0.3, 2: 0.33, 3: 0.22, 4: 0.1, 5: 0.05}
+DECLARED = {1: 0.26, 2: 0.36, 3: 0.25, 4: 0.09, 5: 0.04}
+REQUESTS = {1: 0.2, 2: 0.3, 3: 0.3, 4: 0.2}
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,20 @@ def generate(split: Split, seed: int, index: int, *, kind: str | None = None) ->
     kind = kind or d.weighted(KINDS)
     if kind == "tools":
         return tool_conversation(d)
-    messages, checks = PLAIN[kind](d)
-    return Conversation(kind, messages, None, kind == "thinking_arithmetic", tuple(checks))
+    made = PLAIN[kind](d)
+    thinking = kind == "thinking_arithmetic"
+    if kind in EASY and d.chance(0.1):
+        made, thinking = talk.thoughtful(made), True
+    return Conversation(kind, made[0], None, thinking, tuple(made[1]))
 
 
 def tool_conversation(
     d: Draw, steps: list[str] | None = None, style: str | None = None
 ) -> Conversation:
     """A conversation with tools; steps and style are drawn unless given."""
-    thinking = d.chance(0.25)
+    thinking = d.chance(0.2)
     if steps is None:
-        count = 1 if thinking else d.weighted({1: 0.35, 2: 0.4, 3: 0.25})
+        count = 1 if thinking else d.weighted(REQUESTS)
         steps = [d.weighted(STEPS) for _ in range(count)]
         # A chain needs its own two tools: at most one per conversation.
         steps = [s for i, s in enumerate(steps) if s != "chained" or "chained" not in steps[:i]]

@@ -232,7 +232,7 @@ def needle(d: Draw, tokens: int | None = None) -> Made:
     """
     tokens = tokens or d.pick((60, 120, 200, 300, 400, 500, 600, 700, 750))
     facts: list[tuple[str, str, str]] = []
-    wanted = max(1, min(5, tokens // 100))
+    wanted = max(1, min(8, tokens // 70))
     while len(facts) < wanted:
         fact = _fact(d)
         if all(fact[1] != f[1] for f in facts):
@@ -256,11 +256,11 @@ def needle(d: Draw, tokens: int | None = None) -> Made:
 def lookup(d: Draw) -> Made:
     """A short table and several questions about it."""
     table: dict[str, str] = {}
-    for _ in range(d.between(3, 7)):
+    for _ in range(d.between(3, 10)):
         key = d.pick((d.word, d.name, d.invented, d.thing))()
         table[key] = str(d.pick((d.city, d.number, d.word, d.invented, d.code, d.time))())
     rows = "\n".join(f"{k}: {v}" for k, v in table.items())
-    keys = d.some(list(table), d.between(2, len(table)))
+    keys = d.some(list(table), min(len(table), d.between(3, 8)))
     form = d.pick(("What is {}?", "Look up {}.", "{}?"))
     turns = [(form.format(k), table[k]) for k in keys]
     turns[0] = (f"{rows}\n{turns[0][0]}", turns[0][1])
@@ -408,3 +408,12 @@ def chat(d: Draw) -> Made:
         reply = f"{reply} {close}" if close else reply
         messages += [_user(question), _model(reply.upper() if loud else reply)]
     return messages, []
+
+
+def thoughtful(made: Made) -> Made:
+    """Only the first answer, with a thought that there is nothing to work out."""
+    messages, checks = made
+    stop = next(i for i, m in enumerate(messages) if m["role"] == "assistant") + 1
+    first = messages[:stop]
+    first[-1] = {**first[-1], "reasoning": "No steps are needed."}
+    return first, [c for c in checks if c.upto < stop]

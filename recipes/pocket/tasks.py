@@ -160,7 +160,12 @@ def asked(d: Draw, tool: Tool, said: dict[str, str]) -> str:
         for p in tool.params
         if p.opt is not None and p.name in said
     ]
-    return d.pick(tool.requests).format(**said, opts="".join(opts))
+    return spoken(d.pick(tool.requests).format(**said, opts="".join(opts)))
+
+
+def spoken(text: str) -> str:
+    """'on tomorrow' -> 'tomorrow'."""
+    return text.replace(" on tomorrow", " tomorrow").replace(" on today", " today")
 
 
 def polite(d: Draw, text: str) -> str:
@@ -181,7 +186,7 @@ def answer(tool: Tool, said: dict[str, str], result: dict[str, Any]) -> str:
     shown = {
         k: listed([str(i) for i in v]) if isinstance(v, list) else v for k, v in result.items()
     }
-    return tool.answer.format(**{**said, **shown})
+    return spoken(tool.answer.format(**{**said, **shown}))
 
 
 def conversation(d: Draw, steps: list[str], style: str, *, thinking: bool, count: int) -> Talk:
@@ -265,7 +270,7 @@ def _parallel(talk: Talk) -> None:
             wanted[text] = value
         made = [(tool, {tool.params[0].name: v}) for v in wanted.values()]
         saids = [{tool.params[0].name: t} for t in wanted]
-        request = polite(d, tool.many.format(listed(list(wanted))))
+        request = polite(d, spoken(tool.many.format(listed(list(wanted)))))
     else:
         pair = d.some([t.tool for t in talk.tools], 2) if len(talk.tools) > 1 else []
         tool = d.pick(talk.tools).tool
@@ -309,7 +314,7 @@ def _chained(talk: Talk, first: tuple[str, str, str, str], second: tuple[str, st
             later, later_said = _required(d, then, without=second[1])
     link = d.pick((" ", " ", " Then: ", " After that: "))
     ask = first[1].format(**said) + link + second[2].format(**later_said, that=first[3])
-    talk.say("user", ask)
+    talk.say("user", spoken(ask))
     name, then_name = talk.declared(tool).name, talk.declared(then).name
     [result] = talk.call(
         "chained", [(tool, values)], f"First I should call {name}, then {then_name}."
