@@ -230,7 +230,7 @@ def needle(d: Draw, tokens: int | None = None) -> Made:
 
     tokens is about how long the text is (a filler sentence is about 16 tokens).
     """
-    tokens = tokens or d.pick((60, 120, 200, 300, 400, 500, 600, 700, 750))
+    tokens = tokens or d.pick((60, 120, 200, 300, 400, 500, 560, 620, 680))
     facts: list[tuple[str, str, str]] = []
     wanted = max(1, min(8, tokens // 70))
     while len(facts) < wanted:

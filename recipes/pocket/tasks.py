@@ -278,6 +278,8 @@ def _parallel(talk: Talk) -> None:
             pair = [tool, tool]
         pair = pair or [tool]
         filled = [fill(d, t.params) for t in pair]
+        while len(pair) == 2 and pair[0] is pair[1] and filled[0] == filled[1]:
+            filled[1] = fill(d, tool.params)
         made = [(t, v) for t, (v, _) in zip(pair, filled, strict=True)]
         saids = [s for _, s in filled]
         texts = [asked(d, t, s) for t, s in zip(pair, saids, strict=True)]
