@@ -17,7 +17,8 @@ from gemsmith.ops import reference
 from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/tiny_golden.json").read_text())
-LIMIT = tolerance(torch.float32, 64, steps=8)
+# Eight reductions a layer in eight layers.
+LIMIT = tolerance(torch.float32, 64, steps=64)
 
 
 def run(model: TextModel, sequences: list[list[int]], rows: list[int] | None = None):
@@ -142,14 +143,10 @@ def test_soft_tokens_replace_embeddings_and_take_the_padding_identity():
     model = random_model(tiny_config("E2B"))
     ids, at = tokens(10), torch.tensor([3, 4])
     rows = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
-    soft = model(
-        torch.tensor(ids), torch.arange(10), NoCache(model.config, [10]), soft=(at, rows)
-    )
+    soft = model(torch.tensor(ids), torch.arange(10), NoCache(model.config, [10]), soft=(at, rows))
     # Whatever ids stand at those places, they must not matter.
     ids[3:5] = [7, 8]
-    again = model(
-        torch.tensor(ids), torch.arange(10), NoCache(model.config, [10]), soft=(at, rows)
-    )
+    again = model(torch.tensor(ids), torch.arange(10), NoCache(model.config, [10]), soft=(at, rows))
     assert torch.equal(soft, again)
     # And the padding id there, with the same rows, is the same computation written out.
     ids[3:5] = [0, 0]

@@ -1,0 +1,231 @@
+"""The cache against no cache, its bytes against sizing, and its past after every interruption."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemsmith import sizing
+from gemsmith.cache.none import NoCache
+from gemsmith.cache.ring import RingCache
+from gemsmith.config import PRESETS
+from gemsmith.errors import CapacityError, RequestError, WeightsError
+from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
+
+# Eight reductions a layer in eight layers.
+LIMIT = tolerance(torch.float32, 64, steps=64)
+WINDOW = 8
+CONFIGS = {size: tiny_config(size, sliding_window=WINDOW) for size in SIZES}
+MODELS = {size: random_model(config) for size, config in CONFIGS.items()}
+IDS = torch.randint(3, 96, (400,), generator=torch.Generator().manual_seed(7))
+
+
+def new_cache(size: str) -> RingCache:
+    model = MODELS[size]
+    return RingCache(model.config, dtype=torch.float32, k_from_v=model.k_from_v)
+
+
+def feed(size: str, cache: RingCache, count: int) -> torch.Tensor:
+    model = MODELS[size]
+    with cache.step(count) as positions:
+        ids = IDS[cache.length : cache.length + count]
+        hidden = model(ids, positions, cache)
+    return model.logits(hidden)
+
+
+def whole(size: str, count: int) -> torch.Tensor:
+    model = MODELS[size]
+    store = NoCache(model.config, [count])
+    return model.logits(model(IDS[:count], torch.arange(count), store))
+
+
+CHUNKINGS = [[1] * 30, [37], [5, 1, 1, 20, 1, 1, 1], [8, 8, 8, 8], [7, 9, 1, 17, 1], [3, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("chunks", CHUNKINGS, ids=str)
+def test_cached_logits_equal_the_uncached_run_in_any_chunking(size, chunks):
+    cache = new_cache(size)
+    ours = torch.cat([feed(size, cache, n) for n in chunks])
+    assert_close(ours, whole(size, sum(chunks)), LIMIT)
+
+
+def test_long_sequences_stay_equal_across_many_ring_turns_and_slab_steps():
+    for size in ("E2B", "31B"):
+        cache = new_cache(size)
+        ours = torch.cat([feed(size, cache, n) for n in (200, 1, 1, 100, 1, 60, 1)])
+        assert_close(ours, whole(size, 364), LIMIT)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_prefill_skip_with_a_cache_gives_the_logits_of_the_full_run(size):
+    model, cache = MODELS[size], new_cache(size)
+    feed(size, cache, 11)
+    rows = torch.tensor([0, 4, 20])
+    with cache.step(21) as positions:
+        hidden = model(IDS[11:32], positions, cache, rows_R=rows)
+    assert_close(model.logits(hidden), whole(size, 32)[11:][rows], LIMIT)
+    assert_close(feed(size, cache, 1), whole(size, 33)[32:], LIMIT)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 255, 256, 257, 300])
+def test_bytes_are_what_sizing_says(size, tokens):
+    cache = new_cache(size)
+    cache.reserve(tokens)
+    assert cache.nbytes == sizing.kv_bytes(MODELS[size].config, tokens, 4) > 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bytes_of_real_sizes_are_what_sizing_says_without_touching_memory(size):
+    config = PRESETS[size].text_config
+    cache = RingCache(config, dtype=torch.bfloat16, device="meta", k_from_v=lambda *_: None)
+    cache.reserve(config.max_position_embeddings)
+    assert cache.nbytes == sizing.kv_bytes(config, config.max_position_embeddings, 2)
+
+
+def test_k_eq_v_layers_store_one_copy_and_rebuild_the_keys():
+    model, cache = MODELS["31B"], new_cache("31B")
+    stored: dict[int, torch.Tensor] = {}
+    attend = cache.attend
+
+    def spy(layer, q, k, v, rows):
+        stored[layer] = k
+        return attend(layer, q, k, v, rows)
+
+    cache.attend = spy
+    feed("31B", cache, 20)
+    for plan in model.config.layers:
+        names = [n for n in cache._layers[plan.index].tensors if n.endswith(".k")]
+        assert bool(names) == (not plan.k_eq_v)
+        if plan.k_eq_v:
+            values = cache._layers[plan.index].v[:20]
+            rebuilt = model.k_from_v(plan.index, values, torch.arange(20))
+            assert_close(rebuilt, stored[plan.index], LIMIT)
+
+
+def test_layers_that_share_kv_store_nothing():
+    cache = new_cache("E2B")
+    cache.reserve(100)
+    assert sorted(cache._layers) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("size", ["E2B", "26B-A4B"])
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_a_step_that_fails_leaves_no_trace(size, tokens):
+    cache = new_cache(size)
+    feed(size, cache, 19)
+    model = MODELS[size]
+
+    def interrupt() -> None:
+        with cache.step(tokens) as positions:
+            model(IDS[50 : 50 + tokens], positions, cache)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert cache.length == 19
+    ours = torch.cat([feed(size, cache, 9), feed(size, cache, 1)])
+    assert_close(ours, whole(size, 29)[19:], LIMIT)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_fork_goes_its_own_way(size):
+    cache = new_cache(size)
+    feed(size, cache, 13)
+    other = cache.fork()
+    with other.step(5) as positions:
+        MODELS[size](IDS[100:105], positions, other)
+    assert (cache.length, other.length) == (13, 18)
+    assert_close(feed(size, cache, 5), whole(size, 18)[13:], LIMIT)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("length", [5, 23])
+def test_saved_and_restored_past_goes_on_alike(size, length, tmp_path):
+    cache, model = new_cache(size), MODELS[size]
+    feed(size, cache, length)
+    cache.save(tmp_path / "kv.safetensors")
+    restored = RingCache.restore(
+        tmp_path / "kv.safetensors", model.config, dtype=torch.float32, k_from_v=model.k_from_v
+    )
+    assert torch.equal(feed(size, restored, 6), feed(size, cache, 6))
+
+
+def test_restore_refuses_damage_and_strangers(tmp_path):
+    cache = new_cache("E2B")
+    feed("E2B", cache, 5)
+    path = tmp_path / "kv.safetensors"
+    cache.save(path)
+    with pytest.raises(WeightsError, match="K/V of another model or dtype"):
+        RingCache.restore(path, MODELS["E4B"].config, dtype=torch.bfloat16)
+    data = path.read_bytes()
+    for bad in (data[:100], data[:-3], b"", b"\xff" * 64):
+        path.write_bytes(bad)
+        with pytest.raises(WeightsError, match="not a saved cache"):
+            RingCache.restore(path, MODELS["E2B"].config, dtype=torch.float32)
+    with pytest.raises(WeightsError, match="not a saved cache"):
+        RingCache.restore(tmp_path / "none", MODELS["E2B"].config, dtype=torch.float32)
+
+
+def test_trim_before_the_ring_wraps_goes_anywhere():
+    cache = new_cache("E2B")
+    feed("E2B", cache, 8)
+    cache.trim(3)
+    assert_close(feed("E2B", cache, 7), whole("E2B", 10)[3:], LIMIT)
+    cache.trim(0)
+    assert_close(feed("E2B", cache, 20), whole("E2B", 20), LIMIT)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_trim_by_one_token_is_always_exact(size):
+    cache = new_cache(size)
+    feed(size, cache, 20)
+    cache.trim(19)
+    assert_close(feed(size, cache, 1), whole(size, 20)[19:], LIMIT)
+    cache.trim(19)
+    assert_close(feed(size, cache, 4), whole(size, 23)[19:], LIMIT)
+
+
+def test_trim_that_would_lose_a_window_is_refused():
+    cache = new_cache("E2B")
+    feed("E2B", cache, 20)
+    with pytest.raises(CapacityError, match=r"from 20 to 18 tokens.*last 8 only.*Fork or save"):
+        cache.trim(18)
+    with pytest.raises(CapacityError, match="cannot trim to 21: the cache holds 20"):
+        cache.trim(21)
+    assert cache.length == 20
+
+
+def test_context_limit_is_refused_before_anything_is_computed():
+    cache = new_cache("E2B")
+    with pytest.raises(CapacityError, match=r"5000 tokens do not fit.*context of 4096.*shorten"):
+        cache.reserve(5000)
+    assert cache.nbytes == 0
+
+
+def test_packed_lengths_must_hold_tokens():
+    with pytest.raises(RequestError, match="every packed sequence needs a token"):
+        NoCache(MODELS["E2B"].config, [3, 0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 14), min_size=1, max_size=6), st.sampled_from(SIZES))
+def test_any_chunking_equals_the_whole(chunks, size):
+    cache = new_cache(size)
+    ours = torch.cat([feed(size, cache, n) for n in chunks])
+    assert_close(ours, whole(size, sum(chunks)), LIMIT)
+    assert cache.nbytes == sizing.kv_bytes(MODELS[size].config, sum(chunks), 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+def test_cuda_cache_equals_cpu(size):
+    model = random_model(CONFIGS[size]).cuda()
+    cache = RingCache(model.config, dtype=torch.float32, device="cuda", k_from_v=model.k_from_v)
+    logits = []
+    for n in (17, 1, 1, 12):
+        with cache.step(n) as positions:
+            ids = IDS[cache.length : cache.length + n].cuda()
+            logits.append(model.logits(model(ids, positions, cache)))
+    assert_close(torch.cat(logits).cpu(), whole(size, 31), 4 * LIMIT)

@@ -1,0 +1,66 @@
+"""Fast operations against the slow reference."""
+
+import pytest
+import torch
+
+from gemsmith.config import RopeParameters
+from gemsmith.model.text import rms_norm, rope_table, rotate
+from gemsmith.ops import moe, reference
+from gemsmith.ops.attention import causal_attention, masked_attention, visible
+from gemsmith.testing import assert_close, tolerance
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 200])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 40), (9, 9), (9, 30), (300, 310)])
+def test_causal_attention_equals_reference(heads, window, queries, keys):
+    n, kv = heads
+    q, k, v = random(queries, n, 16), random(keys, kv, 16, seed=1), random(keys, kv, 16, seed=2)
+    at = torch.arange(keys)
+    mask = reference.allowed(at[keys - queries :], at, window)
+    expected = reference.attention(q, k, v, mask)
+    assert_close(causal_attention(q, k, v, window), expected, tolerance(torch.float32, keys))
+
+
+def test_masked_attention_equals_reference_at_scattered_rows():
+    q, k, v = random(3, 4, 8), random(20, 2, 8, seed=1), random(20, 2, 8, seed=2)
+    rows, at = torch.tensor([19, 4, 11]), torch.arange(20)
+    assert torch.equal(visible(rows, at, 6), reference.allowed(rows, at, 6))
+    expected = reference.attention(q, k, v, reference.allowed(rows, at, 6))
+    actual = masked_attention(q, k, v, visible(rows, at, 6))
+    assert_close(actual, expected, tolerance(torch.float32, 20))
+
+
+def test_window_counts_the_query_itself():
+    mask = visible(torch.tensor([10]), torch.arange(12), 4)
+    assert mask.nonzero()[:, 1].tolist() == [7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_rotation_equals_reference(fraction):
+    rope = RopeParameters(rope_type="proportional", rope_theta=1e4, partial_rotary_factor=fraction)
+    x, positions = random(7, 3, 32), torch.tensor([0, 1, 2, 50, 511, 512, 4000])
+    inv_freq = reference.inverse_frequencies(32, 1e4, fraction)
+    expected = reference.rope(x, positions, inv_freq)
+    assert_close(rotate(x, rope_table(positions, rope, 32)), expected, 1e-5)
+
+
+def test_rms_norm_equals_reference_and_keeps_dtype():
+    x, weight = random(5, 24), random(24, seed=1)
+    assert_close(rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), 1e-6)
+    assert_close(rms_norm(x, None, 1e-6), reference.rms_norm(x, None, 1e-6), 1e-6)
+    assert rms_norm(x.bfloat16(), weight, 1e-6).dtype == torch.bfloat16
+
+
+def test_experts_equal_reference_with_idle_and_crowded_experts():
+    x = random(11, 12)
+    index = torch.randint(0, 5, (11, 1), generator=torch.Generator().manual_seed(3))
+    index = torch.cat((index, torch.full((11, 1), 6)), 1)
+    weight = random(11, 2, seed=4)
+    gate_up, down = random(8, 20, 12, seed=5), random(8, 12, 10, seed=6)
+    expected = reference.experts(x, index, weight, gate_up, down)
+    assert_close(moe.experts(x, index, weight, gate_up, down), expected, 1e-5)
