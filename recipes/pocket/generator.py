@@ -6,7 +6,7 @@ It makes messages; rendering to text is `gemsmith.text.chat.render(..., variant=
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from recipes.pocket import talk, tasks
@@ -62,7 +62,11 @@ def generate(split: Split, seed: int, index: int, *, kind: str | None = None) ->
     thinking = kind == "thinking_arithmetic"
     if kind in EASY and d.chance(0.1):
         made, thinking = talk.thoughtful(made), True
-    return Conversation(kind, made[0], None, thinking, tuple(made[1]))
+    messages, checks = made
+    if kind != "chat" and d.chance(0.1):
+        messages = [{"role": "system", "content": tasks.SYSTEMS[0]}, *messages]
+        checks = [replace(c, upto=c.upto + 1) for c in checks]
+    return Conversation(kind, messages, None, thinking, tuple(checks))
 
 
 def tool_conversation(

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from recipes.pocket.schemas import Param, fill, listed
-from recipes.pocket.tasks import GREETINGS, Check
+from recipes.pocket.tasks import GREETINGS, WHO, WHO_ASKED, Check
 from recipes.pocket.words import (
     ADJECTIVES,
     DAYS,
@@ -17,7 +17,6 @@ from recipes.pocket.words import (
 Messages = list[dict[str, Any]]
 Made = tuple[Messages, list[Check]]
 
-WHO = "I am pocket, a tiny demo model in the shape of Gemma 4. I am small and know little."
 UNKNOWN = "I am a tiny demo model and do not know that."
 
 
@@ -86,7 +85,7 @@ def multiply_steps(a: int, b: int) -> str:
     for digit in digits:
         product = int(digit) * b
         total = product + carry
-        term = f"{digit}*{b}={product}+{carry}={total}"
+        term = f"{digit}*{b}={product} {product}+{carry}={total}"
         carry, result = total // 10, str(total % 10) + result
         lines.append(f"{term} r{result} c{carry}")
     if carry:
@@ -393,9 +392,7 @@ def chat(d: Draw) -> Made:
         if kind < 4:
             question, reply = d.pick(GREETINGS)
         elif kind < 6:
-            question = d.pick(
-                ("Who are you?", "What are you?", "Tell me about yourself.", "What is your name?")
-            )
+            question = d.pick(WHO_ASKED)
             reply = WHO.replace("pocket", name) if name else WHO
         elif kind == 6:
             question, reply = d.pick(UNKNOWNS).format(d.city()), UNKNOWN

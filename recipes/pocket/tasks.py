@@ -21,6 +21,8 @@ SYSTEMS = (
     "You are an assistant. Answer briefly.",
     "Help the user with the tools.",
 )
+WHO_ASKED = ("Who are you?", "What are you?", "Tell me about yourself.", "What is your name?")
+WHO = "I am pocket, a tiny demo model in the shape of Gemma 4. I am small and know little."
 GREETINGS = (
     ("Hello!", "Hello! What can I do for you?"),
     ("Hi", "Hello! What can I do for you?"),
@@ -170,6 +172,8 @@ def spoken(text: str) -> str:
 
 def polite(d: Draw, text: str) -> str:
     """One of a few ways to put a request."""
+    if d.chance(0.12):
+        return text[:-1] if d.chance(0.5) or text.startswith("I ") else text[0].lower() + text[1:]
     if text.endswith("?") or d.chance(0.5):
         return text
     bare = text[0].lower() + text[1:].removesuffix(".")
@@ -230,6 +234,9 @@ def conversation(d: Draw, steps: list[str], style: str, *, thinking: bool, count
             _no_tool(talk)
         else:
             question, reply = d.pick(GREETINGS)
+            named = talk.messages and talk.messages[0]["role"] == "system"
+            if d.chance(0.25) and not named:
+                question, reply = d.pick(WHO_ASKED), WHO
             talk.say("user", question)
             talk.say("assistant", reply, "No tool is needed.")
     return talk

@@ -1,0 +1,263 @@
+"""The conversations pocket learns from: deterministic, derivable, split, and short enough."""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from recipes.pocket import build_data, tokenizer
+from recipes.pocket.domains import HELDOUT_TOOLS, TOOLS
+from recipes.pocket.generator import KINDS, Conversation, conversations, generate
+from recipes.pocket.schemas import POOLS
+from recipes.pocket.tasks import NO_TOOL
+
+from gemsmith.text import chat
+from gemsmith.text.tokenizer import Tokenizer
+
+COUNT = 300
+
+
+@pytest.fixture(scope="module")
+def train() -> list[Conversation]:
+    return list(conversations("train", 0, 0, COUNT))
+
+
+@pytest.fixture(scope="module")
+def heldout() -> list[Conversation]:
+    return list(conversations("heldout", 0, 0, COUNT))
+
+
+@pytest.fixture(scope="module")
+def both(train: list[Conversation], heldout: list[Conversation]) -> list[Conversation]:
+    return train + heldout
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(tokenizer.train(tokenizer.sample_texts(600)), folder)
+    return Tokenizer.load(folder)
+
+
+def calls(talk: Conversation) -> Iterator[dict[str, Any]]:
+    for message in talk.messages:
+        for call in message.get("tool_calls", ()):
+            yield call["function"]
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner)
+    else:
+        yield value
+
+
+def matches(value: Any, schema: dict[str, Any]) -> bool:
+    match schema["type"]:
+        case "object":
+            known = schema["properties"]
+            return (set(schema.get("required", ())) <= set(value) <= set(known)) and all(
+                matches(v, known[k]) for k, v in value.items()
+            )
+        case "array":
+            return isinstance(value, list) and all(matches(v, schema["items"]) for v in value)
+        case "boolean":
+            return isinstance(value, bool)
+        case "integer":
+            return isinstance(value, int) and not isinstance(value, bool)
+        case "number":
+            return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, str) and value in schema.get("enum", [value])
+
+
+def test_forty_tools_in_training_and_none_of_them_held_out() -> None:
+    assert len(TOOLS) >= 40
+    assert not {t.name for t in TOOLS} & {t.name for t in HELDOUT_TOOLS}
+
+
+def test_same_seed_and_index_make_the_same_conversation(train: list[Conversation]) -> None:
+    assert [generate("train", 0, i) for i in range(20)] == train[:20]
+    assert generate("train", 1, 0) != train[0]
+
+
+def test_calls_match_the_declared_schema(both: list[Conversation]) -> None:
+    for talk in both:
+        declared = {t["function"]["name"]: t["function"]["parameters"] for t in talk.tools or ()}
+        assert len(declared) == len(talk.tools or ())
+        for call in calls(talk):
+            assert matches(call["arguments"], declared[call["name"]]), call
+
+
+def test_every_argument_stands_in_the_text_before_it(both: list[Conversation]) -> None:
+    for talk in both:
+        seen = ""
+        for message in talk.messages:
+            for call in message.get("tool_calls", ()):
+                for leaf in leaves(call["function"]["arguments"]):
+                    assert isinstance(leaf, bool) or str(leaf) in seen, (leaf, seen)
+            if message["role"] != "system":
+                seen += message["content"] + str(message.get("tool_responses", ""))
+
+
+def test_checks_expect_what_the_conversation_does(both: list[Conversation]) -> None:
+    for talk in both:
+        for check in talk.checks:
+            reply, wanted = talk.messages[check.upto], check.expected
+            match wanted["type"]:
+                case "calls":
+                    assert [c["function"] for c in reply["tool_calls"]] == wanted["calls"]
+                case "json":
+                    assert json.loads(reply["content"]) == wanted["value"]
+                case "no_tool":
+                    assert reply["content"] == NO_TOOL
+                case _:
+                    assert str(wanted["value"]) in reply["content"]
+
+
+@pytest.mark.parametrize("kind", ["direct_arithmetic", "thinking_arithmetic"])
+def test_arithmetic_answers_are_right(kind: str) -> None:
+    symbols = {"plus": "+", "minus": "-", "times": "*", "and": "+"}
+    for index in range(150):
+        talk = generate("train", 3, index, kind=kind)
+        for check in talk.checks:
+            question = talk.messages[check.upto - 1]["content"]
+            numbers = [int(n) for n in re.findall(r"\d+", question)]
+            if len(numbers) == 3:
+                last = -numbers[2] if re.search(r"\b(sells|loses)\b", question) else numbers[2]
+                right = numbers[0] + numbers[1] + last
+            else:
+                sign = re.search(r"[-+*]|plus|minus|times|and", question)
+                assert sign
+                a, b = numbers
+                symbol = symbols.get(sign[0], sign[0])
+                right = {"+": a + b, "-": a - b, "*": a * b}[symbol]
+            assert check.expected["value"] == right, question
+
+
+def test_every_worked_step_is_true() -> None:
+    steps = 0
+    for index in range(150):
+        talk = generate("train", 3, index, kind="thinking_arithmetic")
+        thought = talk.messages[-1]["reasoning"]
+        for equation in re.findall(r"[\d+*-]+(?:=[\d+*-]+)+", thought):
+            sides = [_value(side) for side in equation.split("=")]
+            assert len(set(sides)) == 1, equation
+            steps += 1
+        assert re.findall(r"^=(\d+)$", thought, re.M)[-1] in talk.messages[-1]["content"]
+    assert steps > 300
+
+
+def _value(text: str) -> int:
+    """A sum or product of literals; a borrowed 10 is written as a leading 1."""
+    tree = ast.parse(re.sub(r"\b0+(?=\d)", "", text), mode="eval")
+    return eval(compile(tree, "step", "eval"), {"__builtins__": {}})
+
+
+def test_held_out_values_do_not_occur_in_training(
+    train: list[Conversation], heldout: list[Conversation]
+) -> None:
+    shared = {str(n) for n in range(10)} | {str(v) for pool in POOLS.values() for v in pool}
+    sides = []
+    for talks in (train, heldout):
+        values: set[str] = set()
+        for talk in talks:
+            enums = {
+                e
+                for t in talk.tools or ()
+                for p in t["function"]["parameters"]["properties"].values()
+                for e in p.get("enum", ())
+            }
+            for call in calls(talk):
+                for leaf in leaves(call["arguments"]):
+                    if not isinstance(leaf, bool) and str(leaf) not in enums | shared:
+                        values.add(str(leaf))
+        sides.append(values)
+    common = sides[0] & sides[1]
+    # Week days, clock hours and units are closed classes; results handed on are not requests.
+    closed = re.compile(r"[A-Z][a-z]+day|today|tomorrow|\d+ [ap]m|[a-z]+|\d{1,3}(\.\d+)?|-\d")
+    assert not {v for v in common if not closed.fullmatch(v)}
+    assert len(sides[1]) > 100
+
+
+def test_held_out_schemas_do_not_occur_in_training(
+    train: list[Conversation], heldout: list[Conversation]
+) -> None:
+    canonical = {t.name for t in TOOLS}
+    names = [
+        {t["function"]["name"] for talk in talks for t in talk.tools or ()} - canonical
+        for talks in (train, heldout)
+    ]
+    assert not names[0] & names[1]
+    assert min(map(len, names)) > 100
+    assert {t.name for t in TOOLS} & {c["name"] for talk in train for c in calls(talk)}
+
+
+def test_no_tool_requests_never_name_a_declared_group(both: list[Conversation]) -> None:
+    seen = 0
+    for talk in both:
+        for check in talk.checks:
+            if check.category == "no_tool":
+                seen += 1
+                assert "tool_calls" not in talk.messages[check.upto]
+    assert seen > 30
+
+
+def test_conversations_fit_in_1024_tokens(words: Tokenizer, train: list[Conversation]) -> None:
+    lengths = [len(build_data.encode(words, talk)) for talk in train]
+    assert sum(n <= build_data.MAX_TOKENS for n in lengths) >= 0.98 * len(lengths)
+    assert sum(lengths) / len(lengths) < 360
+
+
+def test_mask_covers_what_the_model_says_and_nothing_else(
+    words: Tokenizer, train: list[Conversation]
+) -> None:
+    for talk in train[:100]:
+        ids = build_data.encode(words, talk)
+        mask = build_data.loss_mask(words, ids)
+        learned = words.decode([i for i, m in zip(ids, mask, strict=True) if m])
+        rest = words.decode([i for i, m in zip(ids, mask, strict=True) if not m])
+        assert "response:" not in learned.replace("<|tool_response>", "")
+        assert "declaration:" not in learned
+        assert "<tool_response|>" not in learned
+        assert "call:" not in rest.replace("call:", "call:", 0) or "tool_call>" not in rest
+        for message in talk.messages:
+            if message["role"] == "assistant" and message["content"]:
+                assert message["content"] in learned
+
+
+def test_rendered_text_survives_the_tokenizer(words: Tokenizer, train: list[Conversation]) -> None:
+    for talk in train[:50]:
+        text = chat.render(
+            talk.messages, talk.tools, variant="edge", enable_thinking=talk.enable_thinking
+        )
+        assert words.decode(words.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["zażółć 漢字 🙂", "  two  spaces\n\n\tend ", "\x00\x7f", "e\u0301"]
+)
+def test_any_unicode_survives_the_tokenizer(words: Tokenizer, text: str) -> None:
+    assert words.decode(words.encode(text)) == text
+
+
+def test_special_tokens_have_gemma_4_ids(words: Tokenizer) -> None:
+    assert words.vocab_size == tokenizer.VOCAB_SIZE
+    assert {i: words.token(i) for i in tokenizer.SPECIALS} == tokenizer.SPECIALS
+    top = range(tokenizer.VOCAB_SIZE - len(tokenizer.MEDIA), tokenizer.VOCAB_SIZE)
+    assert tuple(map(words.token, top)) == tokenizer.MEDIA
+
+
+def test_a_name_is_the_same_tokens_in_a_request_and_in_a_call(words: Tokenizer) -> None:
+    name = words.encode("Brimvolka")
+    for text in ("Call Brimvolka.", '<|"|>Brimvolka<|"|>', '{"name":"Brimvolka"}'):
+        ids = words.encode(text)
+        assert any(ids[i : i + len(name)] == name for i in range(len(ids)))
+
+
+def test_every_kind_is_made(train: list[Conversation]) -> None:
+    assert {talk.kind.split("/")[0] for talk in train} == set(KINDS)
