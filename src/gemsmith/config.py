@@ -59,7 +59,7 @@ def _bad(where: str, key: str, value: object, allowed: str) -> ConfigError:
 
 def _check(where: str, spec: Field[Any], value: Any) -> Any:
     """Return `value` as the type that `spec` declares, or raise ConfigError naming the key."""
-    kind = str(spec.type)
+    kind = spec.type.__name__ if isinstance(spec.type, type) else str(spec.type)
     if value is None:
         if "None" in kind:
             return None
@@ -550,7 +550,9 @@ class Gemma4Config:
                 f"config.json: eoa_token_id {eoa} contradicts eoa_token_index "
                 f"{data['eoa_token_index']}; keep one"
             )
-        data.setdefault("eos_token_id", data.get("text_config", {}).get("eos_token_id", 1))
+        text = data.get("text_config")
+        if isinstance(text, dict) and data.get("eos_token_id") is None:
+            data["eos_token_id"] = text.get("eos_token_id", 1)
         unified = kind == "gemma4_unified"
         vision = UnifiedVisionConfig if unified else VisionConfig
         audio = UnifiedAudioConfig if unified else AudioConfig
@@ -633,7 +635,7 @@ def _type(index: int, period: int, layers: int) -> LayerType:
 
 
 def _edge(layers: int, period: int, **sizes: Any) -> Gemma4Config:
-    types = tuple(_type(i, period, layers) for i in range(layers))
+    types: tuple[LayerType, ...] = tuple(_type(i, period, layers) for i in range(layers))
     text = TextConfig(
         num_hidden_layers=layers,
         layer_types=types,
