@@ -100,9 +100,17 @@ def _candidate(category: str, d: Draw) -> tuple[Conversation, Check] | None:
 
 
 def items(tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    """All items, no prompt twice."""
     for category, count in COUNTS.items():
-        for number in range(count):
-            yield item(category, number, tokenizer)
+        seen: set[str] = set()
+        number = 0
+        while len(seen) < count:
+            made = item(category, number, tokenizer)
+            number += 1
+            prompt = json.dumps([made["messages"], made["tools"]])
+            if prompt not in seen:
+                seen.add(prompt)
+                yield made
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from recipes.pocket import build_data, tokenizer
+from recipes.pocket import build_data, build_heldout, tokenizer
 from recipes.pocket.domains import HELDOUT_TOOLS, TOOLS
-from recipes.pocket.generator import KINDS, Conversation, conversations, generate
+from recipes.pocket.generator import KINDS, Conversation, conversations, generate, tool_conversation
 from recipes.pocket.schemas import POOLS
 from recipes.pocket.tasks import NO_TOOL
+from recipes.pocket.words import Draw
 
 from gemsmith.text import chat
 from gemsmith.text.tokenizer import Tokenizer
@@ -197,14 +198,36 @@ def test_held_out_schemas_do_not_occur_in_training(
     assert {t.name for t in TOOLS} & {c["name"] for talk in train for c in calls(talk)}
 
 
-def test_no_tool_requests_never_name_a_declared_group(both: list[Conversation]) -> None:
-    seen = 0
-    for talk in both:
-        for check in talk.checks:
-            if check.category == "no_tool":
-                seen += 1
-                assert "tool_calls" not in talk.messages[check.upto]
-    assert seen > 30
+def best_tools(text: str) -> set[str]:
+    """Tools one of whose request forms explains most of the text."""
+    scores: dict[str, int] = {}
+    for tool in TOOLS:
+        for form in (*tool.requests, tool.many.replace("{}", "{x}")):
+            parts = re.split(r"\{\w+\}", form.replace("{opts}", "").rstrip(".?"))
+            pattern = ".+".join(map(re.escape, parts)).replace(r"\ on\ .+", r"(?:\ on)?\ .+")
+            if form and re.search(pattern, text, re.IGNORECASE):
+                scores[tool.name] = max(scores.get(tool.name, 0), sum(map(len, parts)))
+    return {name for name, score in scores.items() if score == max(scores.values())}
+
+
+@pytest.mark.parametrize(("step", "fits"), [("single", True), ("no_tool", False)])
+def test_a_request_fits_the_called_tool_and_no_declared_one_if_none_is_called(
+    step: str, fits: bool
+) -> None:
+    groups = {t.name: t.group for t in TOOLS}
+    texts = {text: t.name for t in TOOLS for text in t.texts}
+    assert len(texts) == sum(len(t.texts) for t in TOOLS)
+    for index in range(200):
+        talk = tool_conversation(Draw("train", f"fit/{index}"), [step], "replaced")
+        request = next(m["content"] for m in talk.messages if m["role"] == "user")
+        declared = {
+            t["function"]["name"]: texts[t["function"]["description"]] for t in talk.tools or ()
+        }
+        best = best_tools(request)
+        if fits:
+            assert {declared[c["name"]] for c in calls(talk)} <= best, request
+        else:
+            assert not {groups[n] for n in best} & {groups[n] for n in declared.values()}, request
 
 
 def test_conversations_fit_in_1024_tokens(words: Tokenizer, train: list[Conversation]) -> None:
@@ -224,7 +247,8 @@ def test_mask_covers_what_the_model_says_and_nothing_else(
         assert "response:" not in learned.replace("<|tool_response>", "")
         assert "declaration:" not in learned
         assert "<tool_response|>" not in learned
-        assert "call:" not in rest.replace("call:", "call:", 0) or "tool_call>" not in rest
+        assert "<|tool_call>" not in rest
+        assert "thought\n" not in rest
         for message in talk.messages:
             if message["role"] == "assistant" and message["content"]:
                 assert message["content"] in learned
@@ -261,3 +285,22 @@ def test_a_name_is_the_same_tokens_in_a_request_and_in_a_call(words: Tokenizer) 
 
 def test_every_kind_is_made(train: list[Conversation]) -> None:
     assert {talk.kind.split("/")[0] for talk in train} == set(KINDS)
+
+
+def test_held_out_items_are_complete_prompts(words: Tokenizer) -> None:
+    for category in build_heldout.COUNTS:
+        made = build_heldout.item(category, 0, words)
+        assert made == build_heldout.item(category, 0, words)
+        last = made["messages"][-1]
+        assert last["role"] in ("user", "tool") or last["tool_responses"]
+        assert made["category"] == category
+        for call in made["expected"].get("calls", ()):
+            assert call["name"] in {t["function"]["name"] for t in made["tools"]}
+
+
+def test_a_needle_lies_four_windows_before_the_question(words: Tokenizer) -> None:
+    for number in range(3):
+        made = build_heldout.item("needle_4x", number, words)
+        text = made["messages"][-1]["content"] + "<turn|>\n<|turn>model\n"
+        _, after = text.split(f"{made['expected']['value']}.", 1)
+        assert len(words.encode(after)) >= 4 * build_heldout.WINDOW
