@@ -1,0 +1,168 @@
+"""A model's name -> the folder that holds it: local, embedded, or fetched from the hub.
+
+  ./path, /path, a folder that exists   that folder
+  pocket                                the small checkpoint that comes with the package
+  owner/name                            a hub repository, through huggingface_hub: fetched once,
+                                        resumed where it was cut off, then read from its cache
+
+Only the files gemsmith reads are asked for: JSON, the chat template and safetensors. Pickle files
+are never fetched. With GEMSMITH_OFFLINE or HF_HUB_OFFLINE set nothing is asked of the network.
+"""
+
+import os
+import re
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+
+from gemsmith.config import PRESETS
+from gemsmith.errors import HubError
+
+POCKET = "pocket"
+KNOWN_IDS = tuple(f"google/gemma-4-{size}{kind}" for size in PRESETS for kind in ("", "-it"))
+FETCHED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+)
+
+
+def resolve(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    offline: bool | None = None,
+    progress: bool = True,
+) -> Path:
+    """The folder of a model: see the module's table. May fetch gigabytes.
+
+    `revision` is a branch, tag or commit of a hub repository. `offline` None asks the environment.
+
+    Raises:
+      HubError: no such folder, repository or revision, with near matches; a repository that needs
+        its terms accepted; no network; nothing gemsmith reads in it.
+    """
+    text = str(name)
+    if text == POCKET:
+        return _embedded()
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise HubError(f"{text} is a local folder; revision {revision!r} is for hub ids only")
+        return path
+    if path.exists():
+        raise HubError(
+            f"{text} is a file; give the folder that holds config.json and the safetensors files"
+        )
+    if isinstance(name, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
+        raise HubError(f"no folder {_shown(text)}. {_near(text)}")
+    if offline is None:
+        offline = any(_on(os.environ.get(v)) for v in ("GEMSMITH_OFFLINE", "HF_HUB_OFFLINE"))
+    folder = _fetch(text, revision, offline, progress)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        held = sorted(path.name for path in folder.iterdir())
+        raise HubError(
+            f"{text} holds no config.json with safetensors weights "
+            f"({', '.join(held[:8]) or 'no file that gemsmith reads'}); pickle and GGUF files are "
+            "not fetched. Name a repository in safetensors format."
+        )
+    return folder
+
+
+def _fetch(repo: str, revision: str | None, offline: bool, progress: bool) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors, utils
+
+    at = f"{repo} at revision {revision}" if revision else repo
+    quiet = not progress and not utils.are_progress_bars_disabled()
+    if quiet:
+        utils.disable_progress_bars()
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=list(FETCHED),
+            local_files_only=offline,
+            library_name="gemsmith",
+        )
+    # The order matters: a gated repository is a kind of unknown one, and both of HTTP error.
+    except errors.GatedRepoError:
+        raise HubError(
+            f"{repo} asks for its terms to be accepted: open its page on the hub, accept them, "
+            "then run `hf auth login` here"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(
+            f"the hub has no repository {repo}, or it is private. {_near(repo)}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise HubError(
+            f"{repo} has no revision {revision!r}; leave it out for the newest, or name a branch, "
+            "tag or commit of that repository"
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        reason = "offline mode is on (GEMSMITH_OFFLINE or HF_HUB_OFFLINE)" if offline else ""
+        raise HubError(
+            f"{at} is not in the local cache and {reason or 'the hub cannot be reached'}; connect "
+            f"once to fetch it, give a local folder, or try {POCKET!r}, which needs no network"
+        ) from None
+    except errors.HFValidationError as error:
+        raise HubError(f"{repo} is not a hub id: {_shown(error)}") from None
+    except errors.HfHubHTTPError as error:
+        raise HubError(
+            f"the hub refused {at}: {_shown(error)}; run the command again to resume"
+        ) from None
+    except OSError as error:
+        raise HubError(
+            f"fetching {at} failed: {_shown(error)}; run the command again to resume"
+        ) from None
+    finally:
+        if quiet:
+            utils.enable_progress_bars()
+    return Path(folder)
+
+
+def _embedded() -> Path:
+    folder = resources.files("gemsmith") / POCKET / "checkpoint"
+    if not isinstance(folder, Path) or not (folder / "config.json").is_file():
+        raise HubError(
+            "this installation carries no embedded checkpoint; install gemsmith from a wheel or a "
+            f"full checkout, or name another model such as {KNOWN_IDS[1]}"
+        )
+    return folder
+
+
+def _near(text: str) -> str:
+    """What the user may have meant: a sibling of a missing folder, or a known id."""
+    path = Path(text).expanduser()
+    try:
+        siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.name else []
+    except OSError:
+        siblings = []
+    near = get_close_matches(str(path), siblings, n=2, cutoff=0.8)
+    lower = {known.lower(): known for known in KNOWN_IDS}
+    short = {known.removeprefix("google/").lower(): known for known in KNOWN_IDS}
+    for table, cutoff in ((lower, 0.8), (short, 0.7)):
+        near += [table[key] for key in get_close_matches(text.lower(), table, n=2, cutoff=cutoff)]
+    near = [known for known in dict.fromkeys(near) if known != text]
+    if near:
+        return f"Did you mean {' or '.join(near[:3])}?"
+    return f"Give a folder, {POCKET!r}, or a hub id such as {KNOWN_IDS[1]}."
+
+
+def _on(value: str | None) -> bool:
+    return (value or "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def _shown(error: object) -> str:
+    """The first line of a library's message, of bounded length."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line if len(line) <= 300 else line[:297] + "..."

@@ -1,0 +1,344 @@
+"""A checkpoint folder of safetensors files -> a decoder ready to run.
+
+Nothing is read until every tensor of every file is accounted for, from the headers alone. Then
+each weight goes straight to its place, one at a time; there are never two copies of the weights:
+
+  same dtype, on the CPU   the weight IS the file's pages, mapped copy-on-write: nothing is
+                           copied, loading takes milliseconds, processes share the memory, and
+                           what was never used was never read
+  another dtype or device  converted or uploaded tensor by tensor; the file is mapped afresh every
+                           256 MiB, so that pages already converted do not stay in memory
+
+The per-layer table (PLE) stays on disk by default, see ple.py. A mapped file may be renamed,
+replaced by renaming, or deleted; it must not be rewritten in place.
+
+What it is not: a reader of pickle (`.bin`, `.pt`), which runs code as it is read; of GGUF; of
+quantized checkpoints; of image and audio towers, which are knowingly skipped.
+
+Sources: the safetensors format description; safetensors 0.8, whose CPU tensors are views of a
+private mapping.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from gemsmith.config import Gemma4Config
+from gemsmith.errors import CapacityError, ConfigError, WeightsError
+from gemsmith.model.text import TextModel
+from gemsmith.weights.names import EMBEDDING, HEAD, PLE_TABLE, match, module_name
+from gemsmith.weights.ple import PLEStore
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+COMPUTE = (torch.bfloat16, torch.float32)
+MAX_INDEX_BYTES = 64 << 20
+REMAP_BYTES = 256 << 20
+HEAD_ROWS_COMPARED = 256
+FETCH_ANEW = "the file is cut short or damaged; delete it and fetch it anew"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: str
+    """The format's name, such as BF16."""
+    shape: tuple[int, ...]
+    offset: int
+    """Its first byte in the file."""
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    ple: Literal["mmap", "memory"] = "mmap",
+) -> tuple[Gemma4Config, TextModel]:
+    """Read a checkpoint folder: its config and its decoder, in evaluation mode, gradients off.
+
+    dtype None keeps the dtype of the stored embedding (float16 is refused, see below). Weights on
+    the CPU in the stored dtype are private mappings of the files: writing to them changes neither
+    the file nor another process. `ple` "memory" holds the per-layer table on `device` too.
+
+    Raises:
+      ConfigError: config.json or an option is wrong.
+      WeightsError: a file is missing, damaged or refused, or its tensors are not this model's.
+      CapacityError: the device has too little memory.
+    """
+    folder = Path(folder)
+    if ple not in ("mmap", "memory"):
+        raise ConfigError(f"ple {ple!r}: must be mmap (table on disk) or memory")
+    device = _checked_device(device)
+    config = Gemma4Config.load(folder)
+    stored = read_checkpoint(folder)
+    shapes = {key: tensor.shape for key, tensor in stored.items()}
+    files = {key: tensor.file.name for key, tensor in stored.items()}
+    chosen = match(shapes, config.text_config, files, str(folder))
+    _check_dtypes(stored, chosen, folder)
+    _check_head(stored, chosen)
+    dtype = _compute_dtype(dtype, stored[chosen[EMBEDDING]], folder)
+
+    model = TextModel(config.text_config, device="meta", dtype=dtype)
+    if PLE_TABLE in chosen and ple == "mmap":
+        table = stored[chosen.pop(PLE_TABLE)]
+        store = PLEStore(
+            table.file,
+            offset=table.offset,
+            shape=(table.shape[0], table.shape[1]),
+            stored=DTYPES[table.dtype],
+            dtype=dtype,
+            device=device,
+        )
+        model.set_submodule("embed_tokens_per_layer", store)
+    names = {key: name for name, key in chosen.items()}
+    done = 0
+    for key, tensor in _tensors(stored, names, device, dtype):
+        try:
+            ready = tensor.to(device, dtype)
+        except torch.OutOfMemoryError:
+            raise CapacityError(
+                f"{device}: out of memory at {key} after {done / 2**30:.1f} GiB of weights; "
+                "free memory there, or load on another device"
+            ) from None
+        if ready.data_ptr() % ready.element_size():
+            ready = ready.clone()  # only a file that mixes odd dtypes begins values at odd bytes
+        done += ready.nbytes
+        _place(model, names[key], ready)
+    return config, model.eval().requires_grad_(False)
+
+
+def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder's safetensors files by key; headers only.
+
+    Raises:
+      WeightsError: no such files, a damaged one, an index that leads elsewhere, a tensor twice.
+    """
+    stored: dict[str, StoredTensor] = {}
+    files, index = _files(folder)
+    for file in files:
+        for key, tensor in read_header(file).items():
+            if key in stored:
+                raise WeightsError(
+                    f"{folder}: {_short(key)} is in both {stored[key].file.name} and {file.name}; "
+                    "files of two exports were mixed, fetch the folder anew"
+                )
+            stored[key] = tensor
+    lies = [
+        key for key, name in index.items() if key not in stored or stored[key].file.name != name
+    ]
+    if lies:
+        more = f" and {len(lies) - 1} more" if len(lies) > 1 else ""
+        raise WeightsError(
+            f"{folder}: {INDEX} says that {index[lies[0]]} holds {_short(lies[0])}{more}, which it "
+            "does not; files of two exports were mixed, fetch the folder anew"
+        )
+    return stored
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, in the order they are stored.
+
+    Raises:
+      WeightsError: missing, cut short, or not such a file; every check is the safetensors
+        library's (sizes agree, ranges neither overlap nor leave holes, header below 100 MB).
+    """
+    with _opened(file) as handle:
+        keys = handle.offset_keys()
+    with open(file, "rb") as raw:
+        size = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(size))
+    return {
+        key: StoredTensor(
+            file,
+            header[key]["dtype"],
+            tuple(header[key]["shape"]),
+            8 + size + header[key]["data_offsets"][0],
+        )
+        for key in keys
+    }
+
+
+def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of a folder, in order, and its index: {key: file name}, empty if single."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise WeightsError(
+            f"{folder} has both {SINGLE} and {INDEX}; one is left over from an earlier save, "
+            "remove it"
+        )
+    if single.is_file():
+        return [single], {}
+    if index.is_file():
+        return _indexed_files(folder, index)
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is not a folder; give the folder that holds {SINGLE}")
+    present = sorted(path.name for path in folder.iterdir() if path.is_file())
+    for name in present:
+        if re.search(r"\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?$", name):
+            raise WeightsError(
+                f"{folder}: {name} is a pickle file, and reading one runs the code in it; "
+                "gemsmith reads safetensors only. Ask for, or convert to, the safetensors files."
+            )
+        if name.endswith(".gguf"):
+            raise WeightsError(
+                f"{folder}: {name} is a GGUF file; this version reads safetensors folders"
+            )
+        if name.startswith("adapter_"):
+            raise WeightsError(
+                f"{folder}: {name} belongs to an adapter; merge it into its base model first"
+            )
+    others = [name for name in present if name.endswith(".safetensors")]
+    hint = f" There is {', '.join(others[:3])}; is its index missing?" if others else ""
+    raise WeightsError(f"{folder} has neither {SINGLE} nor {INDEX}.{hint}")
+
+
+def _indexed_files(folder: Path, index: Path) -> tuple[list[Path], dict[str, str]]:
+    """The shards an index names, each in the folder itself, and the index."""
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise WeightsError(f"{index}: larger than {MAX_INDEX_BYTES >> 20} MiB; not an index")
+        data = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{index}: not valid JSON ({error}); fetch it anew") from None
+    except OSError as error:
+        raise WeightsError(f"{index}: cannot be read ({error.strerror})") from None
+    mapping = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(mapping, dict) or not mapping:
+        raise WeightsError(f"{index}: no weight_map of tensor names to files; fetch it anew")
+    for name in mapping.values():
+        plain = isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)
+        if not plain:
+            raise WeightsError(
+                f"{index}: names the file {_short(name)!r}; only .safetensors files in the same "
+                "folder are read"
+            )
+    names = sorted(set(mapping.values()))
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        more = f", ... and {len(absent) - 8} more" if len(absent) > 8 else ""
+        raise WeightsError(
+            f"{folder}: {len(absent)} of {len(names)} files are missing: "
+            f"{', '.join(absent[:8])}{more}; the download is incomplete, run it again"
+        )
+    return [folder / name for name in names], mapping
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise WeightsError(f"{file} does not exist") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{file}: {_short(str(error))}; {FETCH_ANEW}") from None
+
+
+def _tensors(
+    stored: dict[str, StoredTensor],
+    keys: Iterable[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `keys` as views of their files, file by file in stored order.
+
+    A view that will be the weight keeps its mapping alive; once a file's mapping has served
+    REMAP_BYTES of tensors that are copied, it is dropped with all the pages it brought in.
+    """
+    handle, file, copied = None, None, 0
+    for key in sorted(keys, key=lambda key: (stored[key].file, stored[key].offset)):
+        tensor = stored[key]
+        if handle is None or tensor.file != file or copied > REMAP_BYTES:
+            handle, file, copied = _opened(tensor.file), tensor.file, 0
+        try:
+            view = handle.get_tensor(key)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise WeightsError(f"{file}: {key}: {_short(str(error))}; {FETCH_ANEW}") from None
+        if device.type != "cpu" or view.dtype != dtype:
+            copied += view.nbytes
+        yield key, view
+        del view
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where the model has a meta parameter or buffer."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module.register_buffer(leaf, tensor)
+    else:
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _check_dtypes(stored: dict[str, StoredTensor], chosen: dict[str, str], folder: Path) -> None:
+    wrong = [key for key in chosen.values() if stored[key].dtype not in DTYPES]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise WeightsError(
+            f"{folder}: {wrong[0]} is stored as {stored[wrong[0]].dtype}{more}; this version "
+            f"reads {', '.join(DTYPES)}. Use the bfloat16 checkpoint of the same model."
+        )
+
+
+def _check_head(stored: dict[str, StoredTensor], chosen: dict[str, str]) -> None:
+    """A stored output head must be the embedding it is tied to; some rows are compared."""
+    for key, head in stored.items():
+        if module_name(key) != HEAD:
+            continue
+        table = stored[chosen[EMBEDDING]]
+        step = -(-table.shape[0] // HEAD_ROWS_COMPARED)
+        ours = _opened(head.file).get_tensor(key)[::step]
+        theirs = _opened(table.file).get_tensor(chosen[EMBEDDING])[::step]
+        if not torch.equal(ours, theirs):
+            raise WeightsError(
+                f"{head.file.name}: {key} differs from {chosen[EMBEDDING]}; Gemma 4 ties the two. "
+                "The head was trained apart and cannot be kept; export with tied embeddings."
+            )
+
+
+def _compute_dtype(asked: torch.dtype | None, embedding: StoredTensor, folder: Path) -> torch.dtype:
+    dtype = DTYPES[embedding.dtype] if asked is None else asked
+    if asked is None and dtype == torch.float16:
+        raise WeightsError(
+            f"{folder} is stored in float16, in which Gemma 4's MLP overflows (above 65504); "
+            "pass dtype=torch.bfloat16 or torch.float32 to convert while loading"
+        )
+    if dtype == torch.float16:
+        raise ConfigError(
+            "dtype float16: Gemma 4's MLP outputs exceed its largest value, 65504; "
+            "use bfloat16 or float32"
+        )
+    if dtype not in COMPUTE:
+        raise ConfigError(f"dtype {dtype}: must be torch.bfloat16 or torch.float32")
+    return dtype
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device {device!r}: must be cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device}: must be cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(
+            f"device {device}: this PyTorch ({torch.__version__}) sees {count} CUDA devices; "
+            "use device='cpu'"
+        )
+    return device
+
+
+def _short(text: object) -> str:
+    text = str(text)
+    return text if len(text) <= 200 else text[:197] + "..."

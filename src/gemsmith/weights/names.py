@@ -1,0 +1,228 @@
+"""Which tensor of a checkpoint is which weight of the decoder, and what each must look like.
+
+Names and shapes follow from the config alone: no module is built and no tensor is read here.
+
+A decoder's tensors carry the names of `TextModel`'s state dict under one of five prefixes:
+  model.language_model.    released files, files saved by transformers, and those written here
+  language_model.model.    the order of transformers before 4.52
+  language_model.          the same without its inner module
+  model.                   a decoder saved alone
+  (none)                   a bare state dict
+
+Known and left aside: the towers (this version runs the decoder alone), the K/V tensors that
+released E2B and E4B files hold for layers which never use them, and a stored copy of the tied head.
+
+Source: tensor lists of transformers 5.23 `Gemma4ForConditionalGeneration`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from gemsmith.config import PRESETS, TextConfig
+from gemsmith.errors import WeightsError
+
+Shape = tuple[int, ...]
+WRITTEN_PREFIX = "model.language_model."
+PREFIXES = (WRITTEN_PREFIX, "language_model.model.", "language_model.", "model.", "")
+TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+PLE_TABLE = "embed_tokens_per_layer.weight"
+MAX_NAMED = 8
+
+
+def module_name(key: str) -> str:
+    """The name below the decoder of a checkpoint's tensor: its prefix taken off."""
+    return next(key.removeprefix(p) for p in PREFIXES if key.startswith(p))
+
+
+def is_tower(key: str) -> bool:
+    """Whether the tensor belongs to image or audio input."""
+    return key.removeprefix("model.").startswith(TOWERS)
+
+
+def expected_shapes(config: TextConfig) -> dict[str, Shape]:
+    """Every tensor of the decoder, by module name, in the order of the module; [out, in].
+
+    The `layer_scalar`s are among them; a count of trainable weights leaves those out.
+    """
+    d, p = config.hidden_size, config.hidden_size_per_layer_input
+    shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, d)}
+    for plan in config.layers:
+        at = f"layers.{plan.index}."
+        q, f = config.num_attention_heads * plan.head_dim, plan.intermediate_size
+        shapes[at + "layer_scalar"] = (1,)
+        shapes[at + "self_attn.q_proj.weight"] = (q, d)
+        shapes[at + "self_attn.q_norm.weight"] = (plan.head_dim,)
+        if plan.owns_kv:
+            shapes |= _kv_shapes(config, plan.index)
+        shapes[at + "self_attn.o_proj.weight"] = (d, q)
+        shapes[at + "mlp.gate_proj.weight"] = shapes[at + "mlp.up_proj.weight"] = (f, d)
+        shapes[at + "mlp.down_proj.weight"] = (d, f)
+        norms = ["input", "post_attention", "pre_feedforward", "post_feedforward"]
+        if config.enable_moe_block:
+            e, w = config.num_experts or 0, config.moe_intermediate_size or 0
+            shapes[at + "router.proj.weight"] = (e, d)
+            shapes[at + "router.scale"] = (d,)
+            shapes[at + "router.per_expert_scale"] = (e,)
+            shapes[at + "experts.gate_up_proj"] = (e, 2 * w, d)
+            shapes[at + "experts.down_proj"] = (e, d, w)
+        shapes |= {f"{at}{norm}_layernorm.weight": (d,) for norm in norms}
+        if config.enable_moe_block:
+            for norm in ("post_feedforward", "pre_feedforward"):
+                shapes[f"{at}{norm}_layernorm_2.weight"] = (d,)
+            shapes[at + "post_feedforward_layernorm_1.weight"] = (d,)
+        if p:
+            shapes[at + "per_layer_input_gate.weight"] = (p, d)
+            shapes[at + "per_layer_projection.weight"] = (d, p)
+            shapes[at + "post_per_layer_input_norm.weight"] = (d,)
+    shapes["norm.weight"] = (d,)
+    if p:
+        width = config.num_hidden_layers * p
+        shapes[PLE_TABLE] = (config.vocab_size_per_layer_input, width)
+        shapes["per_layer_model_projection.weight"] = (width, d)
+        shapes["per_layer_projection_norm.weight"] = (p,)
+    return shapes
+
+
+def unused_shapes(config: TextConfig) -> dict[str, Shape]:
+    """Tensors a checkpoint may hold that the decoder never reads: shared layers' K/V, the head."""
+    shapes = {HEAD: (config.vocab_size, config.hidden_size)}
+    for plan in config.layers:
+        if not plan.owns_kv:
+            shapes |= _kv_shapes(config, plan.index)
+    return shapes
+
+
+def match(
+    found: Mapping[str, Shape], config: TextConfig, where: Mapping[str, str], source: str
+) -> dict[str, str]:
+    """Give every tensor of the decoder its key in the checkpoint: {module name: key}.
+
+    `found` are the shapes by key, `where` names the file of each key, `source` the checkpoint.
+    Every key is accounted for: a weight, a tower's, knowingly unused, or an error.
+
+    Raises:
+      WeightsError: tensors missing, in excess, doubled or of another shape; all of them named
+        (the first few of each kind), with the likely cause.
+    """
+    expected, unused = expected_shapes(config), unused_shapes(config)
+    chosen: dict[str, str] = {}
+    doubled, unexpected, misshapen = [], [], []
+    for key, shape in found.items():
+        name = module_name(key)
+        if is_tower(key):
+            continue
+        if name in chosen:
+            doubled.append(f"{key} and {chosen[name]}")
+            continue
+        want = expected.get(name) or unused.get(name)
+        if want is None:
+            unexpected.append(key)
+            continue
+        chosen[name] = key
+        if shape != want:
+            misshapen.append(f"{key} is {list(shape)}, expected {list(want)}")
+    missing = [WRITTEN_PREFIX + name for name in expected if name not in chosen]
+
+    parts = []
+    if missing:
+        whole = len(missing) == len(expected)
+        cause = (
+            "no tensor of a Gemma 4 decoder is there at all; is this the right folder?"
+            if whole
+            else _cause_of_missing(missing, unexpected)
+        )
+        parts.append(f"{_count(missing)} missing:\n  {_some(missing)}\n  {cause}")
+    if misshapen:
+        parts.append(
+            f"{_count(misshapen)} of another shape:\n  {_some(misshapen)}\n"
+            f"  {_cause_of_shape(found, chosen, config)}"
+        )
+    if unexpected:
+        files = sorted({where[key] for key in unexpected})
+        parts.append(
+            f"{_count(unexpected)} in {_some(files, limit=3)} with no place in this model:\n"
+            f"  {_some(unexpected)}\n  {_cause_of_unexpected(unexpected, config)}"
+        )
+    if doubled:
+        parts.append(
+            f"{_count(doubled)} stored twice:\n  {_some(doubled)}\n"
+            "  Two exports were mixed; keep one of them."
+        )
+    if parts:
+        raise WeightsError(f"{source}: " + "\n".join(parts))
+    return {name: key for name, key in chosen.items() if name in expected}
+
+
+def _kv_shapes(config: TextConfig, layer: int) -> dict[str, Shape]:
+    plan = config.layers[layer]
+    kv, at = plan.num_key_value_heads * plan.head_dim, f"layers.{layer}.self_attn."
+    shapes: dict[str, Shape] = {at + "k_proj.weight": (kv, config.hidden_size)}
+    shapes[at + "k_norm.weight"] = (plan.head_dim,)
+    if not plan.k_eq_v:
+        shapes[at + "v_proj.weight"] = (kv, config.hidden_size)
+    return shapes
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def _some(names: Iterable[str], limit: int = MAX_NAMED) -> str:
+    """The first of many names, cut short where a hostile file made them long."""
+    names = list(names)
+    text = ", ".join(n if len(n) <= 200 else n[:197] + "..." for n in names[:limit])
+    return text + (f", ... and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _cause_of_missing(missing: list[str], unexpected: list[str]) -> str:
+    if any("lora_" in key or ".base_layer." in key for key in unexpected):
+        return "This is a LoRA adapter; merge it into its base model first."
+    if all(".self_attn." in name for name in missing):
+        if all(name.endswith("v_proj.weight") for name in missing):
+            return "Perhaps attention_k_eq_v of config.json should be true."
+        if all("k_proj" in n or "k_norm" in n or "v_proj" in n for n in missing):
+            return "Perhaps num_kv_shared_layers of config.json is too small for these weights."
+    if all("per_layer" in name for name in missing):
+        return "Without per-layer inputs hidden_size_per_layer_input of config.json must be 0."
+    return "The download or export is incomplete, or config.json is another model's; fetch it anew."
+
+
+def _cause_of_unexpected(keys: list[str], config: TextConfig) -> str:
+    text = "\n".join(keys)
+    if "lora_" in text or ".base_layer." in text:
+        return "This is a LoRA adapter; merge it into its base model first."
+    quantized = ("weight_scale", "_packed", "qweight", "qzeros", ".scales", ".absmax")
+    if any(mark in text for mark in quantized):
+        return "These look quantized; use the bfloat16 checkpoint of the same model."
+    if any(mark in text for mark in ("pre_projection.", "post_projection.", "masked_embedding.")):
+        return "This is a drafter (`-assistant`), not a model that runs alone."
+    if _depth(keys) > config.num_hidden_layers:
+        return (
+            f"The weights have {_depth(keys)} layers, config.json "
+            f"{config.num_hidden_layers}; one of the two is another model's."
+        )
+    if any(".experts." in key for key in keys):
+        return "Perhaps enable_moe_block of config.json should be true."
+    if all(key.endswith("v_proj.weight") for key in keys):
+        return "Perhaps attention_k_eq_v of config.json should be false."
+    return "They are left over from another model or a training run; save the model alone."
+
+
+def _cause_of_shape(
+    found: Mapping[str, Shape], chosen: Mapping[str, str], config: TextConfig
+) -> str:
+    depth = _depth(found)
+    width = found.get(chosen.get("norm.weight", ""), (0,))[-1:]
+    for name, known in PRESETS.items():
+        text = known.text_config
+        if (text.num_hidden_layers, (text.hidden_size,)) == (depth, width) and text != config:
+            return f"The weights look like {name}'s and config.json is another model's."
+    return "config.json belongs to another model, or the file to another export; fetch both anew."
+
+
+def _depth(keys: Iterable[str]) -> int:
+    """Layers that the names speak of."""
+    parts = [module_name(key).split(".") for key in keys]
+    numbers = [p[1] for p in parts if p[0] == "layers" and re.fullmatch(r"[0-9]{1,8}", p[1])]
+    return max((int(number) + 1 for number in numbers), default=0)

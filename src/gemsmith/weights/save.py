@@ -1,0 +1,201 @@
+"""A decoder -> a checkpoint folder that transformers, and `load_model`, read back bit for bit.
+
+Writes config.json and model.safetensors, or numbered shards with their index. Each tensor goes
+from its device to the file in pieces; no second copy of the weights is made, and a PLEStore's
+table is copied from file to file by rows. Every file is written under a temporary name, and all
+are renamed once the last is whole on disk: a crash or a full disk leaves the old checkpoint, and
+a model may be saved into the folder it is mapped from. Weight files of an earlier save are then
+removed; other files of the folder (tokenizer, template) stay.
+
+Tensors whose size is a multiple of 64 bytes come first in a file: then those are aligned to 64
+bytes when mapped, which files written in name order are not.
+
+What it is not: a writer of towers, which this version does not load; config.json says so.
+
+Source: the safetensors format description.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from gemsmith.config import Gemma4Config, text_only
+from gemsmith.errors import ConfigError, WeightsError
+from gemsmith.model.text import TextModel
+from gemsmith.weights.load import COMPUTE, DTYPES, INDEX, SINGLE
+from gemsmith.weights.names import PLE_TABLE, WRITTEN_PREFIX, expected_shapes
+from gemsmith.weights.ple import PLEStore
+
+ALIGNMENT = 64
+PIECE_BYTES = 32 << 20
+SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A tensor to be written: whole, or a store that gives rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    data: Tensor | PLEStore
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The values in order, some rows at a time, contiguous on the CPU, as self.dtype."""
+        rows = max(1, PIECE_BYTES * self.shape[0] // max(1, self.nbytes))
+        for start in range(0, self.shape[0], rows):
+            stop = min(start + rows, self.shape[0])
+            part = self.data
+            part = part.rows(start, stop) if isinstance(part, PLEStore) else part[start:stop]
+            yield part.detach().to("cpu", self.dtype).contiguous()
+
+
+def save_model(
+    model: TextModel,
+    config: Gemma4Config,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    dtype: torch.dtype | None = None,
+) -> list[Path]:
+    """Write config.json and the weights into `folder`, made if absent; returns the weight files.
+
+    dtype None keeps each tensor's own. A tensor larger than `max_shard_bytes` gets a file alone.
+
+    Raises:
+      ConfigError: dtype is neither bfloat16 nor float32; max_shard_bytes is not positive.
+      WeightsError: the model is not the one that config describes, or a file cannot be written.
+    """
+    if dtype is not None and dtype not in COMPUTE:
+        raise ConfigError(f"dtype {dtype}: must be torch.bfloat16 or torch.float32")
+    if max_shard_bytes < 1:
+        raise ConfigError(f"max_shard_bytes {max_shard_bytes}: must be positive")
+    folder = Path(folder)
+    shards = _shards(_sources(model, config, dtype), max_shard_bytes)
+    count = len(shards)
+    names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    names = names if count > 1 else [SINGLE]
+    temporary: dict[str, Path] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, shard in zip(names, shards, strict=True):
+            with _new_file(folder, name, temporary) as file:
+                _write(file, shard)
+        if count > 1:
+            with _new_file(folder, INDEX, temporary) as file:
+                file.write(_json(_index(names, shards)))
+        with _new_file(folder, "config.json", temporary) as file:
+            file.write(_json(text_only(config).to_dict()))
+    except OSError as error:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        raise WeightsError(
+            f"{folder}: cannot be written ({error.strerror}); what was there is as it was"
+        ) from None
+    except BaseException:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        raise
+    for name, path in temporary.items():
+        os.replace(path, folder / name)
+    for path in folder.iterdir():
+        stale = path.name in (SINGLE, INDEX) or re.fullmatch(SHARD, path.name)
+        if stale and path.name not in temporary:
+            path.unlink()
+    return [folder / name for name in names]
+
+
+def _sources(model: TextModel, config: Gemma4Config, dtype: torch.dtype | None) -> list[_Source]:
+    """The model's tensors, those of aligned size first; checked against config."""
+    tensors: dict[str, Tensor | PLEStore] = dict(model.state_dict())
+    table = getattr(model, "embed_tokens_per_layer", None)
+    if isinstance(table, PLEStore):
+        tensors[PLE_TABLE] = table
+    sources, shapes = [], {}
+    for name, data in tensors.items():
+        if isinstance(data, PLEStore):
+            shape, own = (data.num_embeddings, data.embedding_dim), data.stored
+        else:
+            shape, own = tuple(data.shape), data.dtype
+            if data.is_meta:
+                raise WeightsError(f"{name} has no values (meta device); load or fill the model")
+        if own not in _DTYPE_NAMES:
+            raise WeightsError(f"{name} is {own}; only float weights are saved")
+        shapes[name] = shape
+        sources.append(_Source(WRITTEN_PREFIX + name, shape, dtype or own, data))
+    expected = expected_shapes(config.text_config)
+    if shapes != expected:
+        name = next(n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n))
+        raise WeightsError(
+            f"the model and the config to be saved disagree: {name} is {shapes.get(name)} in the "
+            f"model, {expected.get(name)} by the config; pass the config it was made from"
+        )
+    return sorted(sources, key=lambda source: source.nbytes % ALIGNMENT != 0)
+
+
+def _shards(sources: list[_Source], most: int) -> list[list[_Source]]:
+    """Runs of tensors of at most `most` bytes, or of one tensor."""
+    shards: list[list[_Source]] = []
+    size = 0
+    for source in sources:
+        if not shards or size + source.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(source)
+        size += source.nbytes
+    return shards
+
+
+def _index(names: list[str], shards: list[list[_Source]]) -> dict[str, Any]:
+    pairs = list(zip(names, shards, strict=True))
+    return {
+        "metadata": {"total_size": sum(s.nbytes for shard in shards for s in shard)},
+        "weight_map": {source.name: name for name, shard in pairs for source in shard},
+    }
+
+
+def _write(file: BinaryIO, sources: list[_Source]) -> None:
+    """One safetensors file: length of the header, the header padded with spaces, the values."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for source in sources:
+        header[source.name] = {
+            "dtype": _DTYPE_NAMES[source.dtype],
+            "shape": list(source.shape),
+            "data_offsets": [at, at + source.nbytes],
+        }
+        at += source.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for source in sources:
+        for piece in source.pieces():
+            file.write(piece.view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def _new_file(folder: Path, name: str, temporary: dict[str, Path]) -> Iterator[BinaryIO]:
+    """A file to be renamed to `name` later, on disk for certain when the block ends."""
+    temporary[name] = folder / f".{name}.{os.getpid()}.tmp"
+    with open(temporary[name], "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _json(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, indent=2, sort_keys=True).encode() + b"\n"
