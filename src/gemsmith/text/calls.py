@@ -157,25 +157,19 @@ class CallParser:
             if not calls:
                 raise _Bad("malformed", "nothing between the tool call markers", start)
         except _Bad as bad:
-            end = self.resume(max(bad.at, start + len(CALL_OPEN)))
+            marker = _MARKER.search(self.text, max(bad.at, start + len(CALL_OPEN)))
+            if marker is None:
+                self.need(len(self.text))
+                at = len(self.text)
+            else:
+                at = marker.end() if marker[0] == CALL_CLOSE else marker.start()
             # A marker further on shows that the text was not cut short here.
-            cut_short = bad.kind == "truncated" and end == len(self.text)
-            kind = "malformed" if bad.kind == "truncated" and not cut_short else bad.kind
-            self.report(kind, str(bad), end)
-            at = end
+            kind = "malformed" if bad.kind == "truncated" and marker else bad.kind
+            self.report(kind, str(bad), start, at)
         return CallBlock(calls, self.problems, at)
 
-    def report(self, kind: ProblemKind, message: str, end: int) -> None:
-        raw = self.text[self.block_start : end]
-        self.problems.append(Problem(kind, message, raw, self.block_start, end))
-
-    def resume(self, at: int) -> int:
-        """Where to go on after a block that could not be read."""
-        marker = _MARKER.search(self.text, at)
-        if marker is None:
-            self.need(len(self.text))
-            return len(self.text)
-        return marker.end() if marker[0] == CALL_CLOSE else marker.start()
+    def report(self, kind: ProblemKind, message: str, start: int, end: int) -> None:
+        self.problems.append(Problem(kind, message, self.text[start:end], start, end))
 
     # Looking ahead, so that a growing text is never judged too early.
 
@@ -212,9 +206,7 @@ class CallParser:
 
     def begins_call(self, at: int) -> bool:
         """Whether one more call follows in the same pair of markers."""
-        if not self.starts("call", at):
-            return self.char(at) == ":"
-        return self.char(self.skip(_SPACE, at + len("call"))) == ":"
+        return self.starts("call", at) and self.char(self.skip(_SPACE, at + len("call"))) == ":"
 
     def call(self, at: int) -> tuple[ToolCall, int]:
         if self.char(at) == "{":
@@ -224,7 +216,7 @@ class CallParser:
             self.need(at)
             if at >= len(self.text):
                 raise self.truncated(at)
-            raise _Bad("malformed", f"no tool name in {show(self.text[at : at + 40])}", at)
+            raise _Bad("malformed", "no tool name where a call should be", at)
         name, at = header[1], header.end()
         bracket = self.char(at)
         if bracket in ("{", "("):
@@ -260,10 +252,11 @@ class CallParser:
         closer, result = _CLOSERS[bracket], {}
         at = self.skip(_SPACE, at + 1)
         while self.char(at) != closer:
+            key_at = at
             key, at = self.key(at, bracket)
             value, at = self.value(at, bracket, depth)
             if key in result:
-                self.report("duplicate_key", f"the key {show(key)} is given twice", at)
+                self.report("duplicate_key", f"the key {show(key)} is given twice", key_at, at)
             result[key] = value
             at = self.skip(_SPACE, at)
             if self.char(at) == ",":
@@ -293,7 +286,7 @@ class CallParser:
     def expected(self, what: str, at: int) -> _Bad:
         if at >= len(self.text):
             return self.truncated(at)
-        return _Bad("malformed", f"{what} expected at {show(self.text[at : at + 40])}", at)
+        return _Bad("malformed", f"{what} expected, not {self.text[at]!r}", at)
 
     def key(self, at: int, bracket: str) -> tuple[str, int]:
         quote = self.quote_at(at)
@@ -367,7 +360,9 @@ class CallParser:
                 "a string runs over what looks like another tool call; its end may be missing",
                 end + len(quote),
             )
-        return raw if quote == QUOTE else _unescape(raw), end + len(quote)
+        # A marker inside the string is how a model writes a quote there.
+        value = raw.replace(QUOTE, '"') if quote == QUOTE else _unescape(raw)
+        return value, end + len(quote)
 
     def is_escaped(self, start: int, at: int) -> bool:
         backslashes = at

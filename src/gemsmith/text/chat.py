@@ -127,6 +127,8 @@ def parts(
     written = [*writer.head(tools or ()), *writer.history()]
     if add_generation_prompt:
         written += writer.prompt(cued=variant.startswith("large") and not enable_thinking)
+    if variant.endswith("_april"):
+        written = [("None", True) if part == ("null", True) else part for part in written]
     return written
 
 
@@ -231,7 +233,7 @@ class _Renderer:
             yield arguments, False
             yield "}" + protocol.CALL_CLOSE, True
         else:
-            yield from self.null(protocol.call_parts(function["name"], arguments))
+            yield from protocol.call_parts(function["name"], arguments)
 
     def responses(
         self, index: int, message: Message, calls: Sequence[Mapping[str, Any]]
@@ -241,7 +243,7 @@ class _Renderer:
             for response in given:
                 # A response left out is written as an empty list.
                 name, body = response.get("name") or "unknown", response.get("response", [])
-                yield from self.null(protocol.response_parts(name, body))
+                yield from protocol.response_parts(name, body)
             return
         if not calls:
             return
@@ -257,7 +259,7 @@ class _Renderer:
 
     def answer(self, name: str, content: Any) -> Iterator[Part]:
         if isinstance(content, str) or not isinstance(content, Sequence):
-            yield from self.null(protocol.response_parts(name, content))
+            yield from protocol.response_parts(name, content)
             return
         text = "".join(item["text"] for item in content if item["type"] == "text")
         yield from protocol.response_parts(name, text)
@@ -277,11 +279,6 @@ class _Renderer:
                 if self.april:
                     self.last = "media"
                 yield _MEDIA[kind], True
-
-    def null(self, parts: Iterator[Part]) -> Iterator[Part]:
-        """Calls and responses as the revision spells null."""
-        for part in parts:
-            yield ("None", True) if self.april and part == ("null", True) else part
 
     def prompt(self, *, cued: bool) -> list[Part]:
         """Where the model goes on: in a new turn, or after calls and responses in its own.

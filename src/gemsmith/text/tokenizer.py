@@ -112,8 +112,8 @@ class Tokenizer:
             if id is not None:
                 markers[marker] = id
         self._markers = markers
-        self._marker_pattern = _alternatives(markers)
         self._plain = _without_markers(core, added.values(), markers)
+        self._marker_pattern = _alternatives(markers)
         self._pieces: dict[int, bytes] = {}
         self.special = SpecialIds(
             **{field.name: markers.get(MARKERS[field.name]) for field in fields(SpecialIds)}
@@ -272,13 +272,20 @@ def _alternatives(markers: Iterable[str]) -> re.Pattern[str]:
 def _without_markers(
     core: tokenizers.Tokenizer, added: Iterable[AddedToken], markers: dict[str, int]
 ) -> tokenizers.Tokenizer:
-    """The same model (shared, not copied) that spells special markers out as ordinary text."""
+    """The same model (shared, not copied) that spells special markers out as text."""
     plain = tokenizers.Tokenizer(core.model)
     if core.normalizer is not None:
         plain.normalizer = core.normalizer
     if core.pre_tokenizer is not None:
         plain.pre_tokenizer = core.pre_tokenizer
     plain.add_tokens([token for token in added if token.content not in markers])
+    for token in added:
+        id = core.token_to_id(token.content)
+        if token.content not in markers and plain.token_to_id(token.content) != id:
+            raise TokenizerError(
+                f"the added token {token.content!r} has the id {id}, outside the vocabulary of the "
+                "model; list it as special or put it into the vocabulary"
+            )
     return plain
 
 
@@ -305,16 +312,22 @@ def _read_json(path: Path) -> tokenizers.Tokenizer:
     return _guarded(lambda: tokenizers.Tokenizer.from_str(text), path)
 
 
+_DECODER = (
+    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+)
+
+
 def _check_steps(document: dict[str, Any], path: Path) -> None:
     """Refuse decoders that are not Gemma's and patterns that could run for ever."""
     decoder = document.get("decoder")
     steps = decoder.get("decoders") if isinstance(decoder, dict) else None
     for step in steps if isinstance(steps, list) else [decoder]:
-        kind = step.get("type") if isinstance(step, dict) else step
-        if kind not in ("Replace", "ByteFallback", "Fuse"):
+        if step not in _DECODER:
             raise TokenizerError(
-                f"{path} decodes with {kind!r}; a Gemma 4 vocabulary decodes with Replace, "
-                "ByteFallback and Fuse"
+                f"{path} decodes with {str(step)[:80]}; a Gemma 4 vocabulary decodes with "
+                "Replace (U+2581 by a space), ByteFallback and Fuse"
             )
     pending: list[Any] = [document.get("normalizer"), document.get("pre_tokenizer")]
     while pending:
@@ -427,10 +440,10 @@ def _build_bpe(values: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
             f"{path} holds a vocabulary of kind {kind!r}; only 'gemma4' is read from GGUF. "
             "Use the checkpoint's tokenizer.json instead"
         )
-    tokens, merges = values.get("tokens"), values.get("merges")
+    tokens, merges = _strings(values, "tokens", path), _strings(values, "merges", path)
     types = values.get("token_type")
-    if not _strings(tokens) or not _strings(merges) or not isinstance(types, list):
-        raise TokenizerError(f"{path} lacks tokenizer.ggml.tokens, token_type or merges")
+    if not isinstance(types, list):
+        raise TokenizerError(f"{path} lacks tokenizer.ggml.token_type")
     if len(types) != len(tokens) or not 0 < len(tokens) <= MAX_TOKENS:
         raise TokenizerError(f"{path} has {len(tokens)} tokens but {len(types)} token types")
     vocab = {token: id for id, token in enumerate(tokens)}
@@ -469,8 +482,11 @@ def _build_bpe(values: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
     return core
 
 
-def _strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _strings(values: dict[str, Any], key: str, path: Path) -> list[str]:
+    value = values.get(key)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TokenizerError(f"{path} lacks tokenizer.ggml.{key}, a list of strings")
+    return value
 
 
 def _guarded(build: Any, path: Path) -> tokenizers.Tokenizer:
