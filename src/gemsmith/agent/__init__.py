@@ -1,0 +1,1 @@
+"""Tools that run, and the loop between a model and them. Needs no torch."""

@@ -1,0 +1,183 @@
+"""`gemsmith chat`: a conversation at the terminal.
+
+A line that begins with / is for the session, everything else for the model. Ctrl-C stops a reply
+and keeps the session, Ctrl-D leaves it.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import gemsmith
+from gemsmith.agent import loop
+from gemsmith.agent.tools import Toolbox
+from gemsmith.cli.desk import Desk, make_folder
+from gemsmith.cli.talk import Talker, short, write
+from gemsmith.errors import GemsmithError, RequestError
+
+HELP = """\
+/think on|off   let the model think before it answers
+/tools on|off   a calendar, a unit converter, files of a small folder, a clock
+/system [TEXT]  show or set the system message; TEXT of - removes it
+/reset          forget the conversation, keep the settings
+/save FILE      write the conversation as JSON
+/help           this list
+/quit           leave (Ctrl-D too); Ctrl-C stops a reply"""
+COMMANDS = [line.split()[0] for line in HELP.splitlines()]
+
+
+class Session:
+    """One conversation and its settings."""
+
+    def __init__(self, talker: Talker, toolbox: Toolbox, *, system: str | None = None) -> None:
+        self.talker, self.console = talker, talker.answers
+        self.toolbox, self.no_tools = toolbox, Toolbox(())
+        self.tools_on = False
+        self.system = system
+        self.messages: list[dict[str, Any]] = []
+
+    def answer(self, text: str) -> None:
+        """Ask the model; a reply stopped by Ctrl-C stays as far as it got."""
+        kept = len(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        conversation = [*head, *self.messages]
+        try:
+            for step in loop.run(self.talker, conversation, self.tools):
+                for result in step.results:
+                    write(self.console, f"<- {short(result)}\n", style="green")
+        except KeyboardInterrupt:
+            self.console.print("\n(stopped)", style="dim")
+            if self.talker.written.strip():
+                conversation.append({"role": "assistant", "content": self.talker.written})
+        except GemsmithError as error:
+            write(self.console, f"error: {error}\n", style="red")
+        self.messages = conversation[len(head) :]
+        if len(self.messages) == kept + 1:
+            self.messages.pop()  # a question without any reply would stand beside the next one
+
+    @property
+    def tools(self) -> Toolbox:
+        return self.toolbox if self.tools_on else self.no_tools
+
+    def command(self, line: str) -> bool:
+        """Run a /command; False to leave.
+
+        Raises:
+          RequestError: no such command, or a value it does not take.
+        """
+        name, _, value = line.partition(" ")
+        value = value.strip()
+        match name:
+            case "/quit":
+                return False
+            case "/help":
+                write(self.console, HELP + "\n")
+            case "/think":
+                self.talker.options["enable_thinking"] = _switch(name, value)
+            case "/tools":
+                self.tools_on = _switch(name, value)
+            case "/system" if value:
+                self.system = None if value == "-" else value
+            case "/system":
+                write(self.console, f"{self.system or '(no system message)'}\n")
+            case "/reset":
+                self.messages = []
+                write(self.console, "(forgotten)\n", style="dim")
+            case "/save":
+                self.save(value)
+            case _:
+                near = get_close_matches(name, COMMANDS, n=1)
+                hint = f"did you mean {near[0]}?" if near else "/help lists them"
+                raise RequestError(f"no command {name}; {hint}")
+        return True
+
+    def save(self, path: str) -> None:
+        """Write the conversation to a new file.
+
+        Raises:
+          RequestError: no name, or a file that cannot be made.
+        """
+        if not path:
+            raise RequestError("/save needs a file name, such as /save talk.json")
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        try:
+            with Path(path).open("x", encoding="utf-8") as file:
+                json.dump([*head, *self.messages], file, ensure_ascii=False, indent=2)
+        except FileExistsError:
+            raise RequestError(f"{path} exists already; choose another name") from None
+        except (OSError, ValueError) as error:
+            raise RequestError(f"cannot write {path}: {error}") from None
+        write(self.console, f"({len(self.messages)} messages in {path})\n", style="dim")
+
+    def loop(self) -> None:
+        """Read and answer until the end of input or /quit."""
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+                if line.startswith("/"):
+                    if not self.command(line):
+                        return
+                elif line:
+                    self.answer(line)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self.console.print("\n(Ctrl-D or /quit leaves)", style="dim")
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                text = f"error: the input is not UTF-8: byte 0x{byte:02x} at offset {error.start}\n"
+                write(self.console, text, style="red")
+                return
+            except RequestError as error:
+                write(self.console, f"error: {error}\n", style="red")
+
+
+def _switch(name: str, value: str) -> bool:
+    if value not in ("on", "off"):
+        raise RequestError(f"{name} takes on or off, not {value!r}")
+    return value == "on"
+
+
+def run(
+    model: str, *, device: str, dtype: str, system: str | None, think: bool, tools: bool
+) -> None:
+    """Load a model and talk to it."""
+    console = Console()
+    lm = gemsmith.load(model, device=device, dtype=dtype)
+    with _history(), tempfile.TemporaryDirectory(prefix="gemsmith-") as folder:
+        make_folder(Path(folder))
+        talker = Talker(lm, console, enable_thinking=think)
+        session = Session(talker, Desk(Path(folder)).toolbox(), system=system)
+        session.tools_on = tools
+        if sys.stdin.isatty():
+            write(console, f"{model}; /help lists what else there is\n", style="dim")
+        session.loop()
+
+
+@contextlib.contextmanager
+def _history():
+    """Line editing with a history that outlives the session, where the platform has readline."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    path = Path(state) / "gemsmith" / "history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)

@@ -1,0 +1,169 @@
+"""`gemsmith info`: what a model is and costs, from its config alone; needs no torch."""
+
+from itertools import groupby
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from gemsmith import sizing
+from gemsmith.config import PRESETS, Gemma4Config, LayerPlan, TextConfig, preset
+
+CONTEXTS = (4096, 32_768, 131_072, 262_144)
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+GIB = 1 << 30
+
+
+def config_of(name: str) -> Gemma4Config:
+    """The config of a preset by name, or of whatever checkpoint `gemsmith.load` would take.
+
+    Raises:
+      GemsmithError: neither a preset nor a checkpoint that can be found and read.
+    """
+    if name.upper().removeprefix("GEMMA-4-").removesuffix("-IT") in PRESETS:
+        return preset(name)
+    from gemsmith.weights import hub
+
+    return Gemma4Config.load(hub.resolve(name))
+
+
+def describe(name: str, config: Gemma4Config) -> dict[str, Any]:
+    """Everything `info` shows, as JSON-ready data; sizes in bytes."""
+    text = config.text_config
+    parts = sizing.parameters(config)
+    contexts = [*(n for n in CONTEXTS if n < text.max_position_embeddings)]
+    contexts.append(text.max_position_embeddings)
+    return {
+        "name": name,
+        "model_type": config.model_type,
+        "layers": _runs(text),
+        "config": config.to_dict(),
+        "parameters": parts,
+        "total_parameters": sum(parts.values()),
+        "text_parameters": sizing.text_parameters(text),
+        "active_parameters": sizing.active_parameters(text),
+        "ple_table_parameters": parts.get("ple_table", 0),
+        "kv_bytes": {
+            dtype: {str(n): sizing.kv_bytes(text, n, size) for n in contexts}
+            for dtype, size in DTYPE_BYTES.items()
+        },
+        "weights_bytes": {
+            dtype: {
+                "text": sizing.text_parameters(text) * size,
+                "text_without_ple_table": (
+                    (sizing.text_parameters(text) - parts.get("ple_table", 0)) * size
+                ),
+            }
+            for dtype, size in DTYPE_BYTES.items()
+        },
+    }
+
+
+def _runs(text: TextConfig) -> list[dict[str, Any]]:
+    """The per-layer plan, one entry a kind of layer, with the layers that are of it."""
+
+    def kind(plan: LayerPlan) -> tuple[Any, ...]:
+        source = -1 if plan.owns_kv else plan.kv_source
+        head = (plan.num_key_value_heads, plan.head_dim)
+        return source, plan.layer_type, plan.window or 0, head, plan.intermediate_size
+
+    plans = sorted(text.layers, key=kind)
+    return [
+        {
+            "count": len(layers),
+            "layers": [plan.index for plan in layers],
+            "layer_type": layers[0].layer_type,
+            "window": layers[0].window,
+            "num_key_value_heads": layers[0].num_key_value_heads,
+            "head_dim": layers[0].head_dim,
+            "intermediate_size": layers[0].intermediate_size,
+            "k_eq_v": layers[0].k_eq_v,
+            "reads_kv_of_layer": None if layers[0].owns_kv else layers[0].kv_source,
+        }
+        for layers in (list(group) for _, group in groupby(plans, kind))
+    ]
+
+
+def show(facts: dict[str, Any], console: Console) -> None:
+    """Print what `describe` found."""
+    text = facts["config"]["text_config"]
+    console.print(f"[bold]{facts['name']}[/bold] ({facts['model_type']})", highlight=False)
+    console.print(_features(text), highlight=False)
+    console.print(layer_table(facts))
+    console.print(parameter_table(facts))
+    console.print(memory_table(facts))
+
+
+def _features(text: dict[str, Any]) -> str:
+    words = [
+        f"{text['num_hidden_layers']} layers of {text['hidden_size']}",
+        f"{text['num_attention_heads']} query heads",
+        f"vocabulary {text['vocab_size']:,}",
+        f"context {text['max_position_embeddings']:,}",
+    ]
+    if text["hidden_size_per_layer_input"]:
+        words.append(f"per-layer embeddings of {text['hidden_size_per_layer_input']}")
+    if text["num_kv_shared_layers"]:
+        words.append(f"the last {text['num_kv_shared_layers']} layers share K/V")
+    if text["enable_moe_block"]:
+        words.append(f"{text['top_k_experts']} of {text['num_experts']} experts beside the MLP")
+    return ", ".join(words)
+
+
+def layer_table(facts: dict[str, Any]) -> Table:
+    table = _table("layers", "", "attention", "window", "K/V heads", "MLP width", "K/V")
+    for run in facts["layers"]:
+        source, held = run["reads_kv_of_layer"], "V only, K rebuilt" if run["k_eq_v"] else "its own"
+        table.add_row(
+            f"{run['count']} x",
+            run["layer_type"].removesuffix("_attention"),
+            f"{run['window']:,}" if run["window"] else "all",
+            f"{run['num_key_value_heads']} x {run['head_dim']}",
+            f"{run['intermediate_size']:,}",
+            held if source is None else f"of layer {source}",
+        )
+    return table
+
+
+def parameter_table(facts: dict[str, Any]) -> Table:
+    table = _table("parameters", "", "count", "share")
+    total = facts["total_parameters"]
+    for part, count in facts["parameters"].items():
+        table.add_row(part.replace("_", " "), f"{count:,}", f"{count / total:.1%}")
+    table.add_section()
+    table.add_row("all", f"{total:,}", "100.0%")
+    if facts["active_parameters"] != facts["text_parameters"]:
+        table.add_row("active for one token", f"{facts['active_parameters']:,}", "")
+    return table
+
+
+def memory_table(facts: dict[str, Any]) -> Table:
+    table = _table("memory", "", *DTYPE_BYTES)
+    weights = facts["weights_bytes"]
+
+    def row(label: str, figures: list[int]) -> None:
+        table.add_row(label, *map(size, figures))
+
+    row("text weights", [weights[dtype]["text"] for dtype in DTYPE_BYTES])
+    if facts["ple_table_parameters"]:
+        row(
+            "  with the PLE table on disk",
+            [weights[dtype]["text_without_ple_table"] for dtype in DTYPE_BYTES],
+        )
+    for context in facts["kv_bytes"]["bfloat16"]:
+        kv = [facts["kv_bytes"][dtype][context] for dtype in DTYPE_BYTES]
+        row(f"K/V of {int(context):,} tokens", kv)
+    return table
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that suits, GiB = 2^30."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / (1 << 20):.2f} MiB"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table

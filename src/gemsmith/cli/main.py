@@ -1,0 +1,214 @@
+"""The command `gemsmith`: options in, one worker called, its result printed.
+
+Nothing heavy is imported here: each command imports its worker when it runs. Exit codes: 0 done,
+1 a check failed or gemsmith itself did, 2 something the user can put right, 130 Ctrl-C.
+"""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from gemsmith.errors import GemsmithError
+
+POCKET = "pocket"
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="pocket (built in), a folder, or a hub id.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Think = Annotated[bool, typer.Option("--think", help="Let the model think first.")]
+System = Annotated[str | None, typer.Option(help="A system message to begin with.")]
+
+
+class Commands(TyperGroup):
+    """Every error ends here: as one line, or with --debug as a traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take --debug wherever it stands before a `--`."""
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args.remove("--debug")
+            args.insert(0, "--debug")
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except Exception as error:
+            # The command line's own exceptions know their exit code; a closed pipe is no error.
+            quiet = isinstance(error, BrokenPipeError) or hasattr(error, "exit_code")
+            if quiet or ctx.params["debug"]:
+                raise
+            if isinstance(error, GemsmithError | OSError):
+                typer.echo(f"error: {error}", err=True)
+                raise typer.Exit(2) from None
+            kind = type(error).__name__
+            typer.echo(f"internal error: {kind}: {error}\nSee where with --debug.", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Run, size and prove Google's Gemma 4 open models.",
+)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character shows a question mark instead of failing.
+        stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    app(prog_name="gemsmith")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"gemsmith {version('gemsmith')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run, size and prove Google's Gemma 4 open models."""
+
+
+@app.command()
+def demo() -> None:
+    """A guided tour on the built-in model, about a minute long."""
+    from gemsmith.cli import tour
+
+    if not tour.run():
+        raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    model: Model = POCKET,
+    system: System = None,
+    think: Think = False,
+    tools: Annotated[bool, typer.Option("--tools", help="Begin with the tools on.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk to a model; /help inside lists what else can be done."""
+    from gemsmith.cli import chat as worker
+
+    worker.run(model, device=device, dtype=dtype, system=system, think=think, tools=tools)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The message; else --file or stdin.")] = None,
+    model: Model = POCKET,
+    file: Annotated[str | None, typer.Option(help="Read the message from a file.")] = None,
+    system: System = None,
+    think: Think = False,
+    tools: Annotated[
+        str | None, typer.Option(help="JSON file: a list of tools the model may call.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the likeliest up to this sum.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Only this fraction of the best.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 repeats less.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same reply.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of the reply.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this; repeatable.")] = None,
+    thinking_budget: Annotated[int | None, typer.Option(help="Most tokens of a thought.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Answer one message."""
+    import gemsmith
+    from gemsmith.cli import generate as worker
+
+    messages = worker.read_messages(prompt, file, system)
+    declared = worker.read_tools(tools) if tools else None
+    chosen = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed, "max_tokens": max_tokens,
+        "stop": tuple(stop) if stop else None, "thinking_budget": thinking_budget,
+    }  # fmt: skip
+    sampling = {name: value for name, value in chosen.items() if value is not None}
+    asked = {"tools": declared, "enable_thinking": think, **sampling}
+    worker.run(gemsmith.load(model, device=device, dtype=dtype), messages, asked, as_json=json)
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or a checkpoint.")],
+    json: Json = False,
+) -> None:
+    """Layers, parameters and memory of a model, from its config alone."""
+    from gemsmith.cli import info as worker
+
+    facts = worker.describe(name, worker.config_of(name))
+    _report(facts, worker.show, json)
+
+
+@app.command()
+def doctor(
+    template: Annotated[
+        str | None,
+        typer.Option(help="Compare the chat template of this checkpoint with gemsmith's own."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """What this machine offers, and which of it is used."""
+    from gemsmith.cli import doctor as worker
+
+    if template is None:
+        _report(worker.examine(), worker.show, json)
+        return
+    differences = worker.compare(template)
+    _report(differences, worker.show_differences, json)
+    if differences["differing"]:
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    name: Annotated[str, typer.Argument(help="pocket: held-out items for the built-in model.")],
+    model: Model = POCKET,
+    limit: Annotated[int | None, typer.Option(help="Ask only this many items.")] = None,
+    failures: Annotated[int, typer.Option(help="Show this many wrong replies.")] = 0,
+    json: Json = False,
+) -> None:
+    """Measure a model; prints counts and 95 % intervals."""
+    from gemsmith.cli import evaluate as worker
+
+    worker.run(name, model, limit=limit, failures=failures, as_json=json)
+
+
+def _report(facts: dict[str, Any], show: Any, as_json: bool) -> None:
+    """Print facts for people or for programs."""
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        show(facts, Console())
+
+
+if __name__ == "__main__":
+    main()

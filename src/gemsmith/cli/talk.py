@@ -1,0 +1,85 @@
+"""Show replies while they are written, and hand them on: the model as `agent.loop` wants it."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from gemsmith.engine.engine import LM, Event, collect
+from gemsmith.engine.request import Finished, FinishReason, Generation
+from gemsmith.text.calls import ToolCall
+from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
+
+# A model may write anything; what could steer the terminal is not shown.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Talker:
+    """A model whose replies appear as they come.
+
+    answers: where text and calls go. asides: where thoughts and problems go.
+    """
+
+    def __init__(
+        self, lm: LM, answers: Console, asides: Console | None = None, **options: Any
+    ) -> None:
+        self.lm, self.answers, self.asides = lm, answers, asides or answers
+        self.options = options
+        """What every request asks for: enable_thinking and sampling parameters."""
+        self.written = ""
+        """The answer's text so far, also of a reply that was cut off."""
+
+    def chat(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+    ) -> Generation:
+        """One reply, shown while it is written; raises as `LM.stream`."""
+        return self.show(self.lm.stream(messages, tools=tools or None, **self.options))
+
+    def show(self, events: Iterable[Event]) -> Generation:
+        """A reply already asked for."""
+        return collect(self._shown(events))
+
+    def _shown(self, events: Iterable[Event]) -> Iterator[Event]:
+        self.written = ""
+        last: type[Event] | None = None
+        for event in events:
+            if last in (Content, Thinking) and not isinstance(event, last):
+                (self.answers if last is Content else self.asides).print()
+            match event:
+                case Content():
+                    self.written += event.text
+                    write(self.answers, event.text)
+                case Thinking():
+                    write(self.asides, event.text, style="dim italic")
+                case ToolCallEvent():
+                    write(self.answers, f"-> {spell(event.call)}\n", style="cyan")
+                case ToolProblem():
+                    text = f"unreadable tool call: {event.problem.message}: {event.problem.raw}\n"
+                    write(self.asides, text, style="red")
+                case Finished(finish_reason=FinishReason.LENGTH):
+                    write(self.asides, "(cut off: no more tokens allowed)\n", style="dim")
+                case Finished():
+                    pass
+            last = type(event)
+            yield event
+
+
+def write(console: Console, text: str, style: str | None = None) -> None:
+    """Text as it is: no markup, no wrapping, and on a terminal nothing that could steer it."""
+    if console.is_terminal:
+        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+    console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def spell(call: ToolCall) -> str:
+    """A call as one would write it in Python."""
+    given = ", ".join(f"{key}={short(value)}" for key, value in call.arguments.items())
+    return f"{call.name}({given})"
+
+
+def short(value: Any, limit: int = 300) -> str:
+    """A value as JSON, cut where it gets long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,191 @@
+"""`gemsmith demo`: what works, shown on the built-in model with checks that can fail.
+
+Nothing is scripted: every reply is computed here, greedily, and compared with what is right; a tick
+says that it was. The tour fails if the tools of its last stop did not really do the work.
+"""
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.rule import Rule
+
+import gemsmith
+from gemsmith.agent import loop
+from gemsmith.cli import info
+from gemsmith.cli.desk import Desk, Event, make_folder
+from gemsmith.cli.talk import Talker, short, write
+from gemsmith.engine.engine import LM
+from gemsmith.engine.request import Generation
+from gemsmith.errors import GemsmithError
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "sky_report_v2",
+        "description": "Get the current weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "townName": {"description": "Name of the city", "type": "string"},
+                "scale": {
+                    "description": "Temperature unit",
+                    "type": "string",
+                    "enum": ["celsius", "fahrenheit"],
+                },
+            },
+            "required": ["townName"],
+        },
+    },
+}
+ERRANDS = (
+    "Read plans/garden.txt. Put that text as an event in my calendar on June 12 at 09:30.",
+    "Which files are in recipes?",
+    "Convert 26.2 miles to km.",
+    "What is on my calendar on June 12?",
+)
+WANTED = [Event("plant the olive tree", "June 12", "09:30")]
+DESK_TOOLS = ("add_event", "list_events", "convert_units", "list_files", "read_file")
+
+
+class Tour:
+    """The stops, in order. Each returns whether the model got it right."""
+
+    def __init__(self, lm: LM, console: Console) -> None:
+        self.lm, self.console = lm, console
+        self.talker = Talker(lm, console, temperature=0, max_tokens=512)
+
+    def run(self) -> bool:
+        """All stops; False if the tool loop did not do its work."""
+        started = time.perf_counter()
+        self.introduce()
+        stops: list[Callable[[], bool]] = [
+            self.greeting, self.arithmetic, self.json_answer, self.needle, self.single_call,
+            self.tool_loop,
+        ]  # fmt: skip
+        right: list[bool] = []
+        for stop in stops:
+            title = (stop.__doc__ or "").splitlines()[0]
+            self.console.print(Rule(f"{len(right) + 1}. {title}", align="left"))
+            try:
+                right.append(stop())
+            except GemsmithError as error:
+                write(self.console, f"error: {error}\n", style="red")
+                right.append(False)
+            self.verdict(right[-1])
+        seconds = time.perf_counter() - started
+        self.console.print(
+            Rule(f"{sum(right)} of {len(right)} right, {seconds:.0f} s", align="left")
+        )
+        if not right[-1]:
+            self.console.print("The tool loop did not do its work: the tour failed.", style="red")
+        return right[-1]
+
+    def introduce(self) -> None:
+        facts = info.describe("pocket", self.lm.config)
+        memory = self.lm.memory()
+        self.console.print(Rule("gemsmith", align="left"))
+        self.console.print(
+            f"This is pocket, a Gemma 4 decoder of {facts['total_parameters'] / 1e6:.1f} million "
+            "parameters that comes with the package. It has every part of the real E-series "
+            "models and is hundreds of times smaller: it was trained on generated text to speak "
+            "the chat and tool format. It knows nothing of the world, and it errs."
+        )
+        self.console.print(info.parameter_table(facts))
+        self.console.print(info.memory_table(facts))
+        self.console.print(f"In memory now: {info.size(memory['weights'])} of weights.")
+
+    def ask(
+        self,
+        text: str,
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        show: str = "",
+        **options: Any,
+    ) -> Generation:
+        """One question and the streamed reply; `show` stands for a question too long to print."""
+        write(self.console, f"> {show or text}\n", style="bold")
+        talker = Talker(self.lm, self.console, **{**self.talker.options, **options})
+        return talker.chat([{"role": "user", "content": text}], tools)
+
+    def verdict(self, right: bool) -> None:
+        mark, style = ("✓ right", "green") if right else ("✗ wrong", "red")
+        self.console.print(mark, style=style)
+
+    def greeting(self) -> bool:
+        """A greeting"""
+        return bool(self.ask("Hello!").text.strip())
+
+    def arithmetic(self) -> bool:
+        """Arithmetic, thinking first"""
+        reply = self.ask("What is 3847 + 586?", enable_thinking=True)
+        return bool(reply.thinking) and str(3847 + 586) in reply.text
+
+    def json_answer(self) -> bool:
+        """An answer in JSON"""
+        reply = self.ask(
+            "The name is Nora. The age is 34. The city is Lisbon.\n"
+            "Answer in JSON with the keys city, name and age."
+        )
+        try:
+            return json.loads(reply.text) == {"city": "Lisbon", "name": "Nora", "age": 34}
+        except ValueError:
+            return False
+
+    def needle(self) -> bool:
+        """A fact far back in a long text"""
+        window = self.lm.config.text_config.sliding_window
+        text = long_text("The password for the harbor is velmora.", self.count, 4 * window)
+        question = "What is the password for the harbor?"
+        shown = f"({self.count(text)} tokens, {window} seen by a sliding layer) {question}"
+        return "velmora" in self.ask(f"{text}\n{question}", show=shown).text
+
+    def single_call(self) -> bool:
+        """A tool call, for a tool whose names it has never seen"""
+        reply = self.ask("What is the weather in Oslo in celsius?", [WEATHER])
+        wanted = {"townName": "Oslo", "scale": "celsius"}
+        calls = [(call.name, call.arguments) for call in reply.tool_calls]
+        return calls == [("sky_report_v2", wanted)]
+
+    def tool_loop(self) -> bool:
+        """Tools that really run: calendar, units, files, several steps in a row"""
+        with tempfile.TemporaryDirectory(prefix="gemsmith-demo-") as folder:
+            make_folder(Path(folder))
+            desk = Desk(Path(folder))
+            messages: list[dict[str, Any]] = []
+            for errand in ERRANDS:
+                write(self.console, f"> {errand}\n", style="bold")
+                messages.append({"role": "user", "content": errand})
+                for step in loop.run(self.talker, messages, desk.toolbox(DESK_TOOLS)):
+                    for result in step.results:
+                        write(self.console, f"<- {short(result)}\n", style="green")
+        events = ", ".join(f"{e.title!r} on {e.date} at {e.time}" for e in desk.events)
+        self.console.print(f"In the calendar now: {events or 'nothing'}", markup=False)
+        return desk.events == WANTED
+
+    def count(self, text: str) -> int:
+        return len(self.lm.tokenizer.encode(text))
+
+
+def long_text(fact: str, count: Callable[[str], int], tokens: int) -> str:
+    """At least `tokens` tokens of idle sentences with `fact` near the beginning."""
+    draw = random.Random(4)
+    colors, things = (
+        ["green", "old", "quiet", "tall", "warm", "round"],
+        ["lamp", "river", "gate", "fox", "hill", "boat"],
+    )
+    sentences = [fact]
+    while count(" ".join(sentences)) < tokens:
+        color, thing, other = draw.choice(colors), draw.choice(things), draw.choice(things)
+        sentences.append(f"The {color} {thing} stood near the {other}.")
+    return " ".join(sentences)
+
+
+def run() -> bool:
+    """The whole tour on the embedded model."""
+    return Tour(gemsmith.load("pocket"), Console(highlight=False)).run()

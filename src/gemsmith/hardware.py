@@ -1,0 +1,121 @@
+"""The machine: processor, instruction sets, memory, accelerators. Read only, never set.
+
+Reads the kernel's own files where they exist (Linux) and asks the standard library elsewhere; what
+cannot be known is None. torch is asked for accelerators alone, and imported only then.
+
+Legend: bytes everywhere; GiB in text is 2^30. A cgroup is the kernel's limit on a container.
+"""
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+NO_LIMIT = 1 << 60
+"""cgroup version 1 writes a number near 2^63 where there is none."""
+# Flags of /proc/cpuinfo that matrix products can use, in the order of age; x86 then Arm.
+ISA_FLAGS = (
+    "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8",
+    "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    name: str
+    memory_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What this process can use."""
+
+    system: str
+    cpu: str
+    cores: int
+    """Logical processors this process may run on."""
+    cpu_limit: float | None
+    """Processors' worth of time that the cgroup allows; None without a limit."""
+    isa: tuple[str, ...]
+    memory_bytes: int | None
+    available_bytes: int | None
+    """Memory that can be taken without swapping, the cgroup's limit respected."""
+    memory_limit: int | None
+    """The cgroup's limit in bytes; None without one."""
+
+
+def machine() -> Machine:
+    """The machine as this process sees it."""
+    fields = _fields(CPUINFO)
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    memory = {key: _kib(value) for key, value in _fields(MEMINFO).items()}
+    available = memory.get("MemAvailable")
+    limit = _number("memory.max", "memory/memory.limit_in_bytes")
+    used = _number("memory.current", "memory/memory.usage_in_bytes")
+    if limit is not None and used is not None:
+        available = min(available or limit, max(0, limit - used))
+    affinity = getattr(os, "sched_getaffinity", None)
+    return Machine(
+        system=platform.platform(terse=True),
+        cpu=fields.get("model name") or platform.processor() or platform.machine(),
+        cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        cpu_limit=_cpu_limit(),
+        isa=tuple(flag for flag in ISA_FLAGS if flag in flags),
+        memory_bytes=memory.get("MemTotal"),
+        available_bytes=available,
+        memory_limit=limit,
+    )
+
+
+def gpus() -> list[Gpu]:
+    """CUDA devices that torch can use."""
+    import torch
+
+    found: list[Gpu] = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        found.append(Gpu(name=name, memory_bytes=total, free_bytes=free))
+    return found
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """`key : value` lines of a kernel file, the first of each key; empty if there is no file."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    found: dict[str, str] = {}
+    for line in lines:
+        key, colon, value = line.partition(":")
+        if colon:
+            found.setdefault(key.strip(), value.strip())
+    return found
+
+
+def _kib(value: str) -> int:
+    return int(value.split()[0]) * 1024
+
+
+def _number(*names: str) -> int | None:
+    """The number in the first cgroup file there is (version 2, then 1); None if it is no limit."""
+    for name in names:
+        try:
+            text = (CGROUP / name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        return int(text) if text.isdecimal() and int(text) < NO_LIMIT else None
+    return None
+
+
+def _cpu_limit() -> float | None:
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text(encoding="ascii").split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    quota, period = _number("cpu/cpu.cfs_quota_us"), _number("cpu/cpu.cfs_period_us")
+    return quota / period if quota and period else None

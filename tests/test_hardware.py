@@ -1,0 +1,71 @@
+"""The machine is read from the kernel's files, limits of containers included."""
+
+from pathlib import Path
+
+import pytest
+
+from gemsmith import hardware
+
+CPUINFO = "processor: 0\nmodel name : Test CPU 9000\nflags : fpu avx2 amx_int8\n\nprocessor: 1\n"
+MEMINFO = "MemTotal: 8388608 kB\nMemAvailable: 4194304 kB\nHugePages_Total: 0\n"
+GIB = 1 << 30
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "cpuinfo").write_text(CPUINFO)
+    (tmp_path / "meminfo").write_text(MEMINFO)
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(hardware, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("kernel")
+def test_cpu_instructions_and_memory_are_read():
+    machine = hardware.machine()
+    assert machine.cpu == "Test CPU 9000"
+    assert machine.isa == ("avx2", "amx_int8")
+    assert (machine.memory_bytes, machine.available_bytes) == (8 * GIB, 4 * GIB)
+    assert machine.memory_limit is None
+    assert machine.cpu_limit is None
+
+
+def test_a_limit_of_the_container_bounds_the_available_memory(kernel: Path):
+    (kernel / "memory.max").write_text(f"{2 * GIB}\n")
+    (kernel / "memory.current").write_text(f"{GIB}\n")
+    (kernel / "cpu.max").write_text("150000 100000\n")
+    machine = hardware.machine()
+    assert (machine.memory_limit, machine.available_bytes) == (2 * GIB, GIB)
+    assert machine.cpu_limit == 1.5
+
+
+def test_limits_of_the_older_kind_are_read(kernel: Path):
+    for name, text in {
+        "memory/memory.limit_in_bytes": str(3 * GIB),
+        "memory/memory.usage_in_bytes": str(GIB),
+        "cpu/cpu.cfs_quota_us": "50000",
+        "cpu/cpu.cfs_period_us": "100000",
+    }.items():
+        (kernel / name).parent.mkdir(exist_ok=True)
+        (kernel / name).write_text(text)
+    machine = hardware.machine()
+    assert (machine.memory_limit, machine.available_bytes) == (3 * GIB, 2 * GIB)
+    assert machine.cpu_limit == 0.5
+
+
+@pytest.mark.parametrize("text", ["max", str(2**63 - 4096)])
+def test_no_limit_is_none(kernel: Path, text: str):
+    (kernel / "memory.max").write_text(text)
+    assert hardware.machine().memory_limit is None
+
+
+def test_a_machine_without_these_files_is_described_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("CPUINFO", "MEMINFO", "CGROUP"):
+        monkeypatch.setattr(hardware, name, tmp_path / "missing")
+    machine = hardware.machine()
+    assert machine.cores >= 1
+    assert machine.memory_bytes is None
+    assert machine.available_bytes is None
