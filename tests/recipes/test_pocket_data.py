@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,9 +37,14 @@ def both(train: list[Conversation], heldout: list[Conversation]) -> list[Convers
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(tokenizer.train(tokenizer.sample_texts(600)), folder)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(tokenizer.train(tokenizer.sample_texts(600)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def words(folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
@@ -267,6 +273,21 @@ def test_rendered_text_survives_the_tokenizer(words: Tokenizer, train: list[Conv
 )
 def test_any_unicode_survives_the_tokenizer(words: Tokenizer, text: str) -> None:
     assert words.decode(words.encode(text)) == text
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "gemma4"}, {"model_type": "gemma4_text"}])
+def test_transformers_reads_the_same_tokenizer(
+    folder: Path, words: Tokenizer, train: list[Conversation], config: dict[str, str] | None
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for talk in train[:20]:
+        ids = build_data.encode(words, talk)
+        text = words.decode(ids)
+        assert theirs(text).input_ids == ids
+        assert theirs.decode(ids) == text
 
 
 def test_special_tokens_have_gemma_4_ids(words: Tokenizer) -> None:
