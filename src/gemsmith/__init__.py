@@ -1,1 +1,88 @@
-"""gemsmith: run, size, serve, tune and prove Google's Gemma 4 open models."""
+"""gemsmith: run, size, serve, tune and prove Google's Gemma 4 open models.
+
+    import gemsmith
+
+    lm = gemsmith.load("pocket")        # embedded; or a folder, or a hub id
+    reply = lm.generate("What is 12 + 30?", temperature=0)
+    print(reply.text, reply.finish_reason, reply.usage)
+    for event in lm.stream("Count to three."):
+        print(event)
+
+Names are read from where they live when first asked for: `import gemsmith` loads no PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from gemsmith.config import Gemma4Config
+    from gemsmith.engine.engine import LM
+    from gemsmith.engine.request import Finished, FinishReason, Generation, SamplingParams, Usage
+    from gemsmith.errors import GemsmithError
+    from gemsmith.text.calls import Problem, ToolCall
+    from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LM",
+    "Content",
+    "FinishReason",
+    "Finished",
+    "Gemma4Config",
+    "GemsmithError",
+    "Generation",
+    "Problem",
+    "SamplingParams",
+    "Thinking",
+    "ToolCall",
+    "ToolCallEvent",
+    "ToolProblem",
+    "Usage",
+    "__version__",
+    "load",
+]
+
+_HOMES = {
+    "gemsmith.config": ("Gemma4Config",),
+    "gemsmith.engine.engine": ("LM",),
+    "gemsmith.engine.request": (
+        "FinishReason",
+        "Finished",
+        "Generation",
+        "SamplingParams",
+        "Usage",
+    ),
+    "gemsmith.errors": ("GemsmithError",),
+    "gemsmith.text.calls": ("Problem", "ToolCall"),
+    "gemsmith.text.stream": ("Content", "Thinking", "ToolCallEvent", "ToolProblem"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def load(
+    name: "str | Path",
+    *,
+    device: str = "auto",
+    dtype: "str | torch.dtype" = "auto",
+    revision: str | None = None,
+    offline: bool | None = None,
+) -> "LM":
+    """Load a model: a checkpoint folder, a hub id, or "pocket". See `LM.load`."""
+    from gemsmith.engine.engine import LM
+
+    return LM.load(name, device=device, dtype=dtype, revision=revision, offline=offline)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gemsmith' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

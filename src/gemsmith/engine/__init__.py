@@ -1,0 +1,1 @@
+"""Generation: a loaded model, how it is asked, how the next token is chosen."""

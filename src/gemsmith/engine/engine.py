@@ -1,0 +1,465 @@
+"""A loaded model that answers: messages or text in, typed events out, one sequence at a time.
+
+`LM.stream` is the one path: `generate` and `complete` collect its events, so that streaming and not
+streaming cannot differ. What this is not: no batching, no server, no tool is run here.
+
+Life of a request: messages -> token ids (`text.chat`, or the checkpoint's own template) -> prefill
+in chunks (`context`) -> one token at a time (`sampler`) -> text -> thinking, content, tool calls
+(`text.stream`) -> stop strings (`stop`) -> events.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gemsmith.config import Gemma4Config
+from gemsmith.engine.context import Context
+from gemsmith.engine.request import (
+    MIN_TEMPERATURE,
+    Finished,
+    FinishReason,
+    Generation,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+)
+from gemsmith.engine.sampler import Sampler, token_logprob
+from gemsmith.engine.stop import StopStrings
+from gemsmith.engine.thinking import Thought
+from gemsmith.errors import ConfigError, RequestError, TokenizerError
+from gemsmith.model.text import TextModel
+from gemsmith.text import chat
+from gemsmith.text.stream import (
+    Content,
+    Splitter,
+    Thinking,
+    ToolCallEvent,
+    ToolProblem,
+)
+from gemsmith.text.stream import Event as SplitEvent
+from gemsmith.text.template import ChatTemplate
+from gemsmith.text.tokenizer import Detokenizer, Tokenizer
+from gemsmith.weights.generation import load_generation_config
+from gemsmith.weights.hub import resolve
+from gemsmith.weights.load import load_model
+
+Event: TypeAlias = SplitEvent | Finished
+"""What a stream is made of: `Thinking`, `Content`, `ToolCallEvent`, `ToolProblem`, `Finished`."""
+
+RESERVED_TOKENS = 1024
+"""K/V space set aside for a reply of no given length; it grows beyond that."""
+
+
+class LM:
+    """A model, its vocabulary, and the habits its checkpoint asks for."""
+
+    def __init__(
+        self,
+        model: TextModel,
+        tokenizer: Tokenizer,
+        config: Gemma4Config,
+        *,
+        sampling: SamplingParams | None = None,
+        end_ids: Iterable[int] = (),
+        suppressed_ids: Iterable[int] = (),
+        template: ChatTemplate | None = None,
+        name: str = "model",
+    ) -> None:
+        """Put loaded parts together; see `load` for checkpoints.
+
+        sampling: what a request gets that asks for nothing else. end_ids: tokens that end a reply,
+        beside the config's. template: the checkpoint's own, used instead of `text.chat`.
+
+        Raises:
+          TokenizerError: the vocabulary has more tokens than the model.
+        """
+        vocab_size = config.text_config.vocab_size
+        if tokenizer.vocab_size > vocab_size:
+            raise TokenizerError(
+                f"the vocabulary has {tokenizer.vocab_size} tokens but the model {vocab_size}: "
+                "they belong to different checkpoints"
+            )
+        self.model, self.tokenizer, self.config, self.name = model, tokenizer, config, name
+        self.sampling = sampling or SamplingParams()
+        """What this checkpoint samples with unless a request says otherwise."""
+        special = tokenizer.special
+        self.end_ids = frozenset(end_ids) | frozenset(config.eos_token_id)
+        self.is_chat = template is not None or special.turn_close in self.end_ids
+        """Whether the model knows the chat format; a base model only goes on with a text."""
+        if self.is_chat:
+            # Some checkpoints name `<eos>` alone; what follows these two is never the model's.
+            marks = (special.turn_close, special.tool_response_open)
+            self.end_ids |= {id for id in marks if id is not None}
+        # Rows of the head without a token would come out as text that nobody can spell.
+        unused = range(tokenizer.vocab_size, vocab_size)
+        known = (id for id in suppressed_ids if id < vocab_size)
+        self._suppressed = tuple(sorted({*known, *unused}))
+        self._template = template
+        variant = "edge" if config.text_config.hidden_size_per_layer_input else "large"
+        self._encode = partial(chat.encode, variant=variant)
+        self._kept: Context | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        offline: bool | None = None,
+    ) -> Self:
+        """Read a checkpoint: a folder, a hub id, or "pocket" (embedded, no network).
+
+        device: "auto" is CUDA where there is a device, otherwise "cpu". dtype: "auto" is the
+        checkpoint's own; "float32" or "bfloat16" convert.
+
+        Raises:
+          HubError, ConfigError, WeightsError, TokenizerError: see there.
+        """
+        folder = resolve(name, revision=revision, offline=offline)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        tokenizer = Tokenizer.load(folder)
+        config, model = load_model(folder, device=device, dtype=_dtype(dtype))
+        habits = load_generation_config(folder, config)
+        greedy = not habits.do_sample or habits.temperature < MIN_TEMPERATURE
+        sampling = SamplingParams(
+            repetition_penalty=habits.repetition_penalty,
+            temperature=0.0 if greedy else habits.temperature,
+            top_k=habits.top_k,
+            top_p=habits.top_p,
+            min_p=habits.min_p,
+            max_tokens=habits.max_new_tokens,
+        )
+        return cls(
+            model,
+            tokenizer,
+            config,
+            sampling=sampling,
+            end_ids=habits.eos_token_id,
+            suppressed_ids=habits.suppress_tokens,
+            template=ChatTemplate.load(folder),
+            name=str(name),
+        )
+
+    # -- asking -------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[chat.Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool = False,
+        preserve_thinking: bool = False,
+        sampling: SamplingParams | None = None,
+        **options: object,
+    ) -> Generation:
+        """The whole reply to a conversation, or to one user message given as text.
+
+        sampling: all sampling parameters, in place of `self.sampling`. options: single ones, by
+        their `SamplingParams` names; `temperature=0` gives the likeliest reply. A base model goes
+        on with the text.
+
+        Raises:
+          RequestError: an empty prompt, one longer than the context, bad messages or parameters.
+          CapacityError: no memory for its K/V.
+        """
+        return _collect(
+            self.stream(
+                prompt,
+                tools=tools,
+                enable_thinking=enable_thinking,
+                preserve_thinking=preserve_thinking,
+                sampling=sampling,
+                **options,
+            )
+        )
+
+    def stream(
+        self,
+        prompt: str | Sequence[chat.Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool = False,
+        preserve_thinking: bool = False,
+        sampling: SamplingParams | None = None,
+        **options: object,
+    ) -> Iterator[Event]:
+        """The reply as events while it is made; the last is `Finished`. Otherwise as `generate`.
+
+        A request that cannot be served raises here, not at the first event. The iterator may be
+        dropped at any point, and Ctrl-C may strike in it: the next request starts clean.
+        """
+        params = (sampling or self.sampling).changed(**options)
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise RequestError(
+                    "the prompt is empty: write something, or call complete('') to let the model "
+                    "begin on its own"
+                )
+            if not (self.is_chat or tools or enable_thinking):
+                return self._start(self._raw_ids([(prompt, False)]), params, chat=False)
+            prompt = [{"role": "user", "content": prompt}]
+        if not self.is_chat:
+            raise RequestError(
+                f"{self.name} is a base model: it knows no messages, tools or thinking. Give plain "
+                "text, or load the instruction-tuned checkpoint (its name ends in -it)"
+            )
+        if not prompt:
+            raise RequestError(
+                "no messages: give at least one, such as {'role': 'user', 'content': 'Hello'}"
+            )
+        ids = self._chat_ids(prompt, tools, enable_thinking, preserve_thinking)
+        return self._start(ids, params, chat=True)
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        sampling: SamplingParams | None = None,
+        **options: object,
+    ) -> Generation:
+        """Go on with a text as it is, without any chat format: base models, experiments.
+
+        Markers written in the text become their tokens. `<bos>` is put in front unless it is
+        there, so "" is a valid start: the model begins on its own. Token ids are taken as given.
+        The text of the reply shows every marker.
+
+        Raises: as `generate`.
+        """
+        params = (sampling or self.sampling).changed(**options)
+        ids = self._raw_ids([(prompt, True)]) if isinstance(prompt, str) else list(prompt)
+        return _collect(self._start(ids, params, chat=False))
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits after each of the given tokens, float32 [T, V], on the model's device.
+
+        Raises:
+          RequestError: no tokens, more than the context, or ids outside the vocabulary.
+        """
+        ids = list(token_ids)
+        self._check_ids(ids)
+        return Context(self.model).run_all(ids)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held: `weights` in memory, `kv` of the last request, kept for the next."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return {
+            "weights": sum(t.nbytes for t in tensors),
+            "kv": self._kept.nbytes if self._kept else 0,
+        }
+
+    # -- the prompt ---------------------------------------------------------------------------
+
+    def _chat_ids(
+        self,
+        messages: Sequence[chat.Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        enable_thinking: bool,
+        preserve_thinking: bool,
+    ) -> list[int]:
+        encode = self._template.encode if self._template else self._encode
+        return encode(
+            messages,
+            tools,
+            self.tokenizer,
+            enable_thinking=enable_thinking,
+            preserve_thinking=preserve_thinking,
+            add_generation_prompt=True,
+        )
+
+    def _raw_ids(self, parts: list[tuple[str, bool]]) -> list[int]:
+        bos = self.tokenizer.special.bos
+        ids = self.tokenizer.encode_parts(parts)
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    def _check_ids(self, ids: list[int]) -> None:
+        text = self.config.text_config
+        if not ids:
+            raise RequestError("no token ids: give at least one, such as that of <bos>")
+        for id in ids:
+            if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < text.vocab_size:
+                raise RequestError(
+                    f"token id {id!r}: must be a whole number from 0 to {text.vocab_size - 1}"
+                )
+        if len(ids) > text.max_position_embeddings:
+            raise RequestError(
+                f"{len(ids)} token ids, but the model's context holds "
+                f"{text.max_position_embeddings}; give fewer, in pieces"
+            )
+
+    # -- the reply ----------------------------------------------------------------------------
+
+    def _start(self, ids: list[int], params: SamplingParams, *, chat: bool) -> Iterator[Event]:
+        limit = self.config.text_config.max_position_embeddings
+        if len(ids) >= limit:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, but the model's context holds {limit} and the "
+                "reply needs room in it; shorten the prompt or drop old messages"
+            )
+        self._check_ids(ids)
+        return self._events(ids, params, chat)
+
+    def _events(self, ids: list[int], params: SamplingParams, chat: bool) -> Iterator[Event]:
+        """Prefill, then a token at a time. Nothing is left behind if it is abandoned."""
+        started = time.perf_counter()
+        context, self._kept = self._kept or Context(self.model), None
+        try:
+            yield from self._reply(context, ids, params, chat, started)
+        finally:
+            if context.whole:
+                self._kept = context
+
+    def _reply(
+        self,
+        context: Context,
+        ids: list[int],
+        params: SamplingParams,
+        chat: bool,
+        started: float,
+    ) -> Iterator[Event]:
+        room = self.config.text_config.max_position_embeddings - len(ids)
+        max_tokens = min(params.max_tokens or room, room)
+        cached = context.rewind_for(ids)
+        context.reserve(len(ids) + min(max_tokens, params.max_tokens or RESERVED_TOKENS))
+        sampler = Sampler(
+            params,
+            vocab_size=self.config.text_config.vocab_size,
+            prompt_ids=ids,
+            suppressed=self._suppressed,
+            device=context.device,
+        )
+        thought = Thought(self.tokenizer, ids, params.thinking_budget)
+        output = _Output(self.tokenizer, params, chat=chat, in_thought=thought.inside)
+        reply: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        first_token_s = 0.0
+
+        logits_V = context.run(ids[cached:])
+        while True:
+            forced = thought.forced()
+            token = sampler.choose(logits_V) if forced is None else forced
+            first_token_s = first_token_s or time.perf_counter() - started
+            reply.append(token)
+            if params.logprobs is not None:
+                logprobs.append(token_logprob(logits_V, token, params.logprobs))
+            sampler.observe(token)
+            thought.observe(token)
+            if token not in self.end_ids:
+                yield from output.add(token)
+            ended = output.ended or (token in self.end_ids and not params.ignore_eos)
+            if ended or len(reply) == max_tokens:
+                break
+            logits_V = context.run([token])
+        yield from output.finish()
+        reason = FinishReason.STOP if ended or output.cut else FinishReason.LENGTH
+        if ended and output.num_calls:
+            reason = FinishReason.TOOL_CALLS
+        usage = Usage(
+            prompt_tokens=len(ids),
+            cached_tokens=cached,
+            completion_tokens=len(reply),
+            thinking_tokens=thought.tokens,
+            time_to_first_token_s=first_token_s,
+            total_s=time.perf_counter() - started,
+        )
+        yield Finished(
+            finish_reason=reason,
+            usage=usage,
+            token_ids=tuple(reply),
+            logprobs=None if params.logprobs is None else tuple(logprobs),
+        )
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype | None:
+    """None leaves the choice to the checkpoint."""
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in known:
+        raise ConfigError(f"dtype {name!r}: must be one of {', '.join(known)}")
+    return known[name]
+
+
+class _Output:
+    """Tokens of one reply to events: decoded, split (in a chat), cut at stop strings."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, *, chat: bool, in_thought: bool
+    ) -> None:
+        self._text = Detokenizer(tokenizer)
+        self._splitter = Splitter(started_in_thinking=in_thought) if chat else None
+        self._stops = StopStrings(params.stop)
+        self.num_calls = 0
+
+    @property
+    def cut(self) -> bool:
+        """A stop string is complete."""
+        return self._stops.stopped
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more can come: cut, or an end marker came spelled out as ordinary text."""
+        return self.cut or (self._splitter is not None and self._splitter.ended)
+
+    def add(self, token: int) -> Iterator[SplitEvent]:
+        text = self._text.add(token)
+        return self._passed(self._splitter.feed(text) if self._splitter else [Content(text)])
+
+    def finish(self) -> Iterator[SplitEvent]:
+        text = self._text.flush()
+        if self._splitter is None:
+            yield from self._passed([Content(text)])
+        else:
+            yield from self._passed(self._splitter.feed(text) + self._splitter.finish())
+        yield from self._content(self._stops.flush())
+
+    def _passed(self, events: Iterable[SplitEvent]) -> Iterator[SplitEvent]:
+        for event in events:
+            if self.cut:
+                return
+            if isinstance(event, Content):
+                yield from self._content(self._stops.add(event.text))
+            else:
+                # A stop string does not reach over a thought or a call.
+                yield from self._content(self._stops.flush())
+                self.num_calls += isinstance(event, ToolCallEvent)
+                yield event
+
+    def _content(self, text: str) -> Iterator[SplitEvent]:
+        if text:
+            yield Content(text)
+
+
+def _collect(events: Iterable[Event]) -> Generation:
+    """All events of a stream as one reply."""
+    text, thinking = [], []
+    calls, problems = [], []
+    for event in events:
+        match event:
+            case Content():
+                text.append(event.text)
+            case Thinking():
+                thinking.append(event.text)
+            case ToolCallEvent():
+                calls.append(event.call)
+            case ToolProblem():
+                problems.append(event.problem)
+            case Finished():
+                return Generation(
+                    text="".join(text),
+                    thinking="".join(thinking),
+                    tool_calls=tuple(calls),
+                    problems=tuple(problems),
+                    finish_reason=event.finish_reason,
+                    usage=event.usage,
+                    token_ids=event.token_ids,
+                    logprobs=event.logprobs,
+                )
+    raise AssertionError("a stream ends with Finished")

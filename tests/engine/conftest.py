@@ -1,0 +1,98 @@
+"""A vocabulary of bytes and markers, and a model that says what it is told to say."""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, models, normalizers
+
+from gemsmith.cache.ring import RingCache
+from gemsmith.config import Gemma4Config
+from gemsmith.engine.engine import LM
+from gemsmith.engine.request import SamplingParams
+from gemsmith.testing import tiny_config
+from gemsmith.text.tokenizer import MARKERS, SPACE, Tokenizer
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Gemma's markers first (pad 0, eos 1, bos 2), then a few letters, then every byte."""
+    names = [*MARKERS.values(), *"abcdefghij", SPACE]
+    names += [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = {name: id for id, name in enumerate(names)}
+    core = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    core.normalizer = normalizers.Replace(" ", SPACE)
+    core.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    core.add_tokens([AddedToken(m, normalized=False, special=True) for m in MARKERS.values()])
+    return Tokenizer(core)
+
+
+class ScriptedModel:
+    """Stands in for TextModel: after `start` tokens it says `script`, whatever it has read.
+
+    Its K/V are those of a one-layer model that attends to nothing. `interrupt_at` is the length
+    at which a pass raises KeyboardInterrupt half-way, once.
+    """
+
+    def __init__(self, config: Gemma4Config, script: Sequence[int] = ()) -> None:
+        self.config = config.text_config
+        self.embed_tokens = SimpleNamespace(weight=torch.zeros(1))
+        self.k_from_v = None
+        self.script, self.start = list(script), 0
+        self.interrupt_at: int | None = None
+        self.passes: list[int] = []
+
+    def __call__(self, ids_T, positions_T, kv: RingCache, *, rows_R=None):
+        if self.interrupt_at is not None and int(positions_T[-1]) >= self.interrupt_at:
+            self.interrupt_at = None
+            raise KeyboardInterrupt
+        self.passes.append(len(ids_T))
+        rows = positions_T if rows_R is None else positions_T[rows_R]
+        return rows[:, None]
+
+    def logits(self, hidden_RD):
+        logits = torch.zeros(len(hidden_RD), self.config.vocab_size)
+        for row, position in enumerate(hidden_RD[:, 0].tolist()):
+            at = position - self.start + 1
+            said = self.script[at] if 0 <= at < len(self.script) else 1
+            logits[row, said] = 20.0
+        return logits
+
+    def parameters(self):
+        return iter(())
+
+
+class ScriptedLM(LM):
+    """Tells the script where each prompt ends."""
+
+    def _start(self, ids, params, *, chat):
+        self.model.start = len(ids)
+        return super()._start(ids, params, chat=chat)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def scripted(tokenizer: Tokenizer) -> Callable[..., LM]:
+    """Makes an instruction-tuned LM that replies with a given text, end marker included.
+
+    The reply begins wherever the prompt of a request ends.
+    """
+
+    def make(reply: str, *, size: str = "E2B", **options: Any) -> LM:
+        config = tiny_config(size, vocab_size=tokenizer.vocab_size)
+        model = ScriptedModel(config, tokenizer.encode(reply))
+        ends = [tokenizer.special.turn_close, tokenizer.special.tool_response_open]
+        options = {"end_ids": ends, "sampling": SamplingParams(temperature=0)} | options
+        return ScriptedLM(model, tokenizer, config, **options)
+
+    return make

@@ -1,0 +1,33 @@
+"""What `import gemsmith` offers, and what it costs."""
+
+import subprocess
+import sys
+
+import pytest
+
+import gemsmith
+
+NAMES = """
+    LM Content FinishReason Finished Gemma4Config GemsmithError Generation Problem SamplingParams
+    Thinking ToolCall ToolCallEvent ToolProblem Usage __version__ load
+"""
+
+
+def test_the_public_names_are_these():
+    assert set(gemsmith.__all__) == set(NAMES.split())
+
+
+def test_every_public_name_is_there_and_listed():
+    for name in gemsmith.__all__:
+        assert getattr(gemsmith, name) is not None
+        assert name in dir(gemsmith)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'gemsmith' has no attribute 'nothing'"):
+        gemsmith.nothing  # noqa: B018
+
+
+def test_import_loads_no_torch():
+    code = "import sys, gemsmith; assert gemsmith.load; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
