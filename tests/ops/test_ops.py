@@ -5,6 +5,7 @@ import torch
 
 from gemsmith.config import RopeParameters
 from gemsmith.model.text import rms_norm, rope_table, rotate
+from gemsmith.ops import linear as linear_module
 from gemsmith.ops import moe, reference
 from gemsmith.ops.attention import causal_attention, masked_attention, visible
 from gemsmith.testing import assert_close, tolerance
@@ -64,3 +65,23 @@ def test_experts_equal_reference_with_idle_and_crowded_experts():
     gate_up, down = random(8, 20, 12, seed=5), random(8, 12, 10, seed=6)
     expected = reference.experts(x, index, weight, gate_up, down)
     assert_close(moe.experts(x, index, weight, gate_up, down), expected, 1e-5)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_bfloat16_products_equal_the_wide_ones_with_and_without_cpu_support(
+    monkeypatch, native, rows
+):
+    monkeypatch.setattr(linear_module, "cpu_multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(linear_module, "BLOCK_OUTPUTS", 16)
+    x, weight = random(rows, 64).bfloat16(), random(50, 64, seed=1).bfloat16()
+    actual = linear_module.linear(x, weight)
+    assert actual.dtype == torch.bfloat16
+    expected = x.double() @ weight.double().T
+    assert_close(actual, expected, torch.finfo(torch.bfloat16).eps)
+
+
+def test_linear_keeps_gradients():
+    weight = random(5, 64).bfloat16().requires_grad_()
+    linear_module.linear(random(40, 64, seed=1).bfloat16(), weight).sum().backward()
+    assert weight.grad is not None

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from gemsmith.config import LayerPlan, RopeParameters, TextConfig
 from gemsmith.errors import ConfigError
 from gemsmith.ops import moe
+from gemsmith.ops.linear import linear
 
 
 class KVStore(Protocol):
@@ -54,6 +55,16 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMS norm over the last dimension, in float32, back in x's dtype."""
     wide = None if weight is None else weight.float()
     return F.rms_norm(x.float(), (x.shape[-1],), wide, eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A matrix product without bias."""
+
+    def __init__(self, inputs: int, outputs: int, **where: Any) -> None:
+        super().__init__(inputs, outputs, bias=False, **where)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -101,14 +112,14 @@ class Attention(nn.Module):
         D, H, eps = config.hidden_size, plan.head_dim, config.rms_norm_eps
         q_dim, kv_dim = config.num_attention_heads * H, plan.num_key_value_heads * H
         self.plan, self.eps = plan, eps
-        self.q_proj = nn.Linear(D, q_dim, bias=False, **where)
+        self.q_proj = Linear(D, q_dim, **where)
         self.q_norm = RMSNorm(H, eps, **where)
         if plan.owns_kv:
-            self.k_proj = nn.Linear(D, kv_dim, bias=False, **where)
+            self.k_proj = Linear(D, kv_dim, **where)
             self.k_norm = RMSNorm(H, eps, **where)
             if not plan.k_eq_v:
-                self.v_proj = nn.Linear(D, kv_dim, bias=False, **where)
-        self.o_proj = nn.Linear(q_dim, D, bias=False, **where)
+                self.v_proj = Linear(D, kv_dim, **where)
+        self.o_proj = Linear(q_dim, D, **where)
 
     def queries_keys_values(
         self, x_TD: Tensor, table: tuple[Tensor, Tensor]
@@ -128,9 +139,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, **where: Any) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False, **where)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False, **where)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False, **where)
+        self.gate_proj = Linear(hidden_size, width, **where)
+        self.up_proj = Linear(hidden_size, width, **where)
+        self.down_proj = Linear(width, hidden_size, **where)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_TF = F.gelu(self.gate_proj(x_TD), approximate="tanh")
@@ -142,7 +153,7 @@ class Router(nn.Module):
 
     def __init__(self, config: TextConfig, num_experts: int, **where: Any) -> None:
         super().__init__()
-        self.proj = nn.Linear(config.hidden_size, num_experts, bias=False, **where)
+        self.proj = Linear(config.hidden_size, num_experts, **where)
         self.scale = nn.Parameter(torch.empty(config.hidden_size, **where))
         self.per_expert_scale = nn.Parameter(torch.empty(num_experts, **where))
         self.top_k = config.top_k_experts or 1
@@ -190,8 +201,8 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm_2 = RMSNorm(D, eps, **where)
             self.pre_feedforward_layernorm_2 = RMSNorm(D, eps, **where)
         if self.has_ple:
-            self.per_layer_input_gate = nn.Linear(D, P, bias=False, **where)
-            self.per_layer_projection = nn.Linear(P, D, bias=False, **where)
+            self.per_layer_input_gate = Linear(D, P, **where)
+            self.per_layer_projection = Linear(P, D, **where)
             self.post_per_layer_input_norm = RMSNorm(D, eps, **where)
         self.layer_scalar: Tensor
         self.register_buffer("layer_scalar", torch.ones(1, **where))
@@ -260,7 +271,7 @@ class TextModel(nn.Module):
             self.embed_tokens_per_layer = nn.Embedding(
                 config.vocab_size_per_layer_input, L * P, **where
             )
-            self.per_layer_model_projection = nn.Linear(D, L * P, bias=False, **where)
+            self.per_layer_model_projection = Linear(D, L * P, **where)
             self.per_layer_projection_norm = RMSNorm(P, config.rms_norm_eps, **where)
         self._rope = {(p.rope, p.head_dim) for p in config.layers}
 
@@ -323,13 +334,13 @@ class TextModel(nn.Module):
         shape = (h_TD.shape[0], stop - first, P)
         rows = self.embed_tokens_per_layer(ids_T)[:, first * P : stop * P].view(shape)
         weight = self.per_layer_model_projection.weight[first * P : stop * P]
-        context = (F.linear(h_TD, weight) * self.config.hidden_size**-0.5).view(shape)
+        context = (linear(h_TD, weight) * self.config.hidden_size**-0.5).view(shape)
         identity = rows * torch.tensor(P**0.5, dtype=rows.dtype).to(rows.device)
         return (self.per_layer_projection_norm(context) + identity) * 2**-0.5
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """float32 [R, V], capped: c * tanh(logits / c). The head is the token embedding."""
-        logits_RV = F.linear(hidden_RD, self.embed_tokens.weight).float()
+        logits_RV = linear(hidden_RD, self.embed_tokens.weight).float()
         cap = self.config.final_logit_softcapping
         return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
 

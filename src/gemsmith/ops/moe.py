@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemsmith.ops.linear import linear
+
 
 def experts(
     x_TD: Tensor, index_TA: Tensor, weight_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
@@ -26,8 +28,8 @@ def experts(
         if not count:
             continue
         rows = token[start : start + count]
-        gate, up = F.linear(x_TD[rows], gate_up_EFD[expert]).chunk(2, dim=-1)
-        hidden = F.linear(F.gelu(gate, approximate="tanh") * up, down_EDF[expert])
+        gate, up = linear(x_TD[rows], gate_up_EFD[expert]).chunk(2, dim=-1)
+        hidden = linear(F.gelu(gate, approximate="tanh") * up, down_EDF[expert])
         scaled = hidden * weight[start : start + count, None]
         out.index_add_(0, rows, scaled.to(out.dtype))
         start += count

@@ -1,0 +1,43 @@
+"""Matrix products with stored weights.
+
+Many CPUs have no bfloat16 multiplier, and there a bfloat16 product of many rows runs several times
+slower than the same in float32. So a tall product widens the weight on the way, a block of rows at
+a time. The result differs from the plain product only by rounding (it accumulates in float32).
+
+Shapes: T rows, D inputs, O outputs.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MIN_ROWS = 32
+"""Below this many rows reading the weight is what costs, and widening it only adds to that."""
+BLOCK_OUTPUTS = 2048
+"""Rows of the weight widened at once: at most 2048 * D * 4 bytes beside the model."""
+
+
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 products: AMX, AVX512-BF16, or an Arm CPU."""
+    x86 = torch.backends.cpu.get_cpu_capability().startswith(("AVX", "DEFAULT"))
+    return not x86 or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+    """x @ weight.T, [T, O] in x's dtype."""
+    slow = weight_OD.dtype == torch.bfloat16 and x_TD.device.type == "cpu"
+    if not slow or x_TD.shape[0] < MIN_ROWS or cpu_multiplies_bfloat16() or _needs_grad(weight_OD):
+        return F.linear(x_TD, weight_OD)
+    wide_TD = x_TD.float()
+    out_TO = x_TD.new_empty((x_TD.shape[0], weight_OD.shape[0]))
+    for start in range(0, weight_OD.shape[0], BLOCK_OUTPUTS):
+        block = weight_OD[start : start + BLOCK_OUTPUTS].float()
+        out_TO[:, start : start + BLOCK_OUTPUTS] = F.linear(wide_TD, block)
+    return out_TO
+
+
+def _needs_grad(weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and weight.requires_grad
