@@ -18,8 +18,9 @@ from rich.console import Console
 import gemsmith
 from gemsmith.agent import loop
 from gemsmith.agent.tools import Toolbox
+from gemsmith.cli.console import short, write
 from gemsmith.cli.desk import Desk, make_folder
-from gemsmith.cli.talk import Talker, short, write
+from gemsmith.cli.talk import Talker
 from gemsmith.errors import GemsmithError, RequestError
 
 HELP = """\
@@ -54,7 +55,7 @@ class Session:
                 for result in step.results:
                     write(self.console, f"<- {short(result)}\n", style="green")
         except KeyboardInterrupt:
-            self.console.print("\n(stopped)", style="dim")
+            write(self.console, "\n(stopped)\n", style="dim")
             if self.talker.written.strip():
                 conversation.append({"role": "assistant", "content": self.talker.written})
         except GemsmithError as error:
@@ -130,7 +131,7 @@ class Session:
             except EOFError:
                 return
             except KeyboardInterrupt:
-                self.console.print("\n(Ctrl-D or /quit leaves)", style="dim")
+                write(self.console, "\n(Ctrl-D or /quit leaves)\n", style="dim")
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]
                 text = f"error: the input is not UTF-8: byte 0x{byte:02x} at offset {error.start}\n"

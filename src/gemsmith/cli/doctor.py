@@ -2,6 +2,8 @@
 
 import platform
 import sys
+from dataclasses import asdict
+from difflib import unified_diff
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -10,10 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gemsmith import hardware
+from gemsmith import __version__, hardware
+from gemsmith.cli.console import write
 from gemsmith.cli.info import size
+from gemsmith.config import Gemma4Config
+from gemsmith.text import template
+from gemsmith.weights import hub
 
-LIBRARIES = ("gemsmith", "torch", "numpy", "safetensors", "tokenizers", "huggingface-hub", "gguf")
+LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface-hub", "gguf")
 
 
 def examine() -> dict[str, Any]:
@@ -35,7 +41,11 @@ def examine() -> dict[str, Any]:
                 for g in gpus
             ],
         },
-        "versions": {"python": platform.python_version(), **dict(map(_version, LIBRARIES))},
+        "versions": {
+            "gemsmith": __version__,
+            "python": platform.python_version(),
+            **dict(map(_version, LIBRARIES)),
+        },
         "paths": _paths(gpus),
     }
 
@@ -101,6 +111,51 @@ def _memory(machine: dict[str, Any]) -> str:
     if machine["memory_limit"] is not None:
         text += f", cgroup limit {size(machine['memory_limit'])}"
     return text
+
+
+def compare(name: str) -> dict[str, Any]:
+    """How a checkpoint's own chat template differs from gemsmith's, over the built-in corpus.
+
+    Of the format's revisions for the model's size, the one that is nearest is compared.
+
+    Raises:
+      GemsmithError: no such checkpoint, or a template that cannot be read.
+    """
+    folder = hub.resolve(name)
+    found = template.ChatTemplate.load(folder)
+    if found is None:
+        return {"template": None, "variant": None, "compared": 0, "differing": []}
+    edge = Gemma4Config.load(folder).text_config.hidden_size_per_layer_input
+    variants = ("edge", "edge_april") if edge else ("large", "large_april")
+    differing = {v: template.compare_templates(found, variant=v) for v in variants}
+    nearest = min(variants, key=lambda v: len(differing[v]))
+    return {
+        "template": found.name,
+        "variant": nearest,
+        "compared": len(template.CORPUS),
+        "differing": [asdict(difference) for difference in differing[nearest]],
+    }
+
+
+def show_differences(facts: dict[str, Any], console: Console) -> None:
+    """Print what `compare` found."""
+    if facts["template"] is None:
+        console.print("no chat_template.jinja: gemsmith's own format is used")
+        return
+    for difference in facts["differing"]:
+        console.print(f"\n{difference['name']}", style="bold", markup=False)
+        lines = unified_diff(
+            difference["ours"].splitlines(), difference["theirs"].splitlines(),
+            "gemsmith", "template", lineterm="",
+        )  # fmt: skip
+        for line in lines:
+            style = {"-": "red", "+": "green"}.get(line[:1])
+            write(console, line + "\n", style=style)
+    console.print(
+        f"{facts['template']}: {len(facts['differing'])} of {facts['compared']} conversations "
+        f"differ from gemsmith's {facts['variant']} format",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _print(rows: list[tuple[str, str]], console: Console) -> None:

@@ -1,6 +1,8 @@
 """`gemsmith info`: what a model is and costs, from its config alone; needs no torch."""
 
+from contextlib import suppress
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -8,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gemsmith import sizing
-from gemsmith.config import PRESETS, Gemma4Config, LayerPlan, TextConfig, preset
+from gemsmith.config import Gemma4Config, LayerPlan, TextConfig, preset
+from gemsmith.errors import ConfigError
+from gemsmith.weights import hub
 
 CONTEXTS = (4096, 32_768, 131_072, 262_144)
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -21,10 +25,9 @@ def config_of(name: str) -> Gemma4Config:
     Raises:
       GemsmithError: neither a preset nor a checkpoint that can be found and read.
     """
-    if name.upper().removeprefix("GEMMA-4-").removesuffix("-IT") in PRESETS:
-        return preset(name)
-    from gemsmith.weights import hub
-
+    if not Path(name).exists():
+        with suppress(ConfigError):
+            return preset(name)
     return Gemma4Config.load(hub.resolve(name))
 
 
@@ -89,7 +92,7 @@ def show(facts: dict[str, Any], console: Console) -> None:
     """Print what `describe` found."""
     text = facts["config"]["text_config"]
     console.print(f"[bold]{facts['name']}[/bold] ({facts['model_type']})", highlight=False)
-    console.print(_features(text), highlight=False)
+    console.print(_features(text), highlight=False, soft_wrap=True)
     console.print(layer_table(facts))
     console.print(parameter_table(facts))
     console.print(memory_table(facts))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gemsmith import __version__
 from gemsmith.errors import GemsmithError
 
 POCKET = "pocket"
@@ -73,9 +74,7 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"gemsmith {version('gemsmith')}")
+        typer.echo(f"gemsmith {__version__}")
         raise typer.Exit
 
 
@@ -137,11 +136,10 @@ def generate(
     json: Json = False,
 ) -> None:
     """Answer one message."""
-    import gemsmith
-    from gemsmith.cli import generate as worker
+    from gemsmith.cli.prompt import read_messages, read_tools
 
-    messages = worker.read_messages(prompt, file, system)
-    declared = worker.read_tools(tools) if tools else None
+    messages = read_messages(prompt, file, system)
+    declared = read_tools(tools) if tools else None
     chosen = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "max_tokens": max_tokens,
@@ -149,7 +147,10 @@ def generate(
     }  # fmt: skip
     sampling = {name: value for name, value in chosen.items() if value is not None}
     asked = {"tools": declared, "enable_thinking": think, **sampling}
-    worker.run(gemsmith.load(model, device=device, dtype=dtype), messages, asked, as_json=json)
+
+    from gemsmith.cli import generate as worker
+
+    worker.run(model, messages, asked, device=device, dtype=dtype, as_json=json)
 
 
 @app.command()

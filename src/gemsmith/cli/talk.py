@@ -1,19 +1,15 @@
 """Show replies while they are written, and hand them on: the model as `agent.loop` wants it."""
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 
-from gemsmith.engine.engine import LM, Event, collect
+from gemsmith.cli.console import spell, write
+from gemsmith.engine.engine import LM, Event
+from gemsmith.engine.engine import _collect as collect
 from gemsmith.engine.request import Finished, FinishReason, Generation
-from gemsmith.text.calls import ToolCall
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
-
-# A model may write anything; what could steer the terminal is not shown.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Talker:
@@ -64,22 +60,3 @@ class Talker:
                     pass
             last = type(event)
             yield event
-
-
-def write(console: Console, text: str, style: str | None = None) -> None:
-    """Text as it is: no markup, no wrapping, and on a terminal nothing that could steer it."""
-    if console.is_terminal:
-        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-    console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def spell(call: ToolCall) -> str:
-    """A call as one would write it in Python."""
-    given = ", ".join(f"{key}={short(value)}" for key, value in call.arguments.items())
-    return f"{call.name}({given})"
-
-
-def short(value: Any, limit: int = 300) -> str:
-    """A value as JSON, cut where it gets long."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -18,8 +18,9 @@ from rich.rule import Rule
 import gemsmith
 from gemsmith.agent import loop
 from gemsmith.cli import info
+from gemsmith.cli.console import short, write
 from gemsmith.cli.desk import Desk, Event, make_folder
-from gemsmith.cli.talk import Talker, short, write
+from gemsmith.cli.talk import Talker
 from gemsmith.engine.engine import LM
 from gemsmith.engine.request import Generation
 from gemsmith.errors import GemsmithError

@@ -1,0 +1,31 @@
+"""What a model or a file says, put on a terminal safely."""
+
+import json
+import re
+from typing import Any
+
+from rich.console import Console
+
+from gemsmith.text.calls import ToolCall
+
+# Foreign text may hold anything; what could steer the terminal is not shown.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def write(console: Console, text: str, style: str | None = None) -> None:
+    """Text as it is: no markup, no wrapping, and on a terminal nothing that could steer it."""
+    if console.is_terminal:
+        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+    console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def spell(call: ToolCall) -> str:
+    """A call as one would write it in Python."""
+    given = ", ".join(f"{key}={short(value)}" for key, value in call.arguments.items())
+    return f"{call.name}({given})"
+
+
+def short(value: Any, limit: int = 300) -> str:
+    """A value as JSON, cut where it gets long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

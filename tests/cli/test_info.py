@@ -1,0 +1,86 @@
+"""`gemsmith info`: the figures of the presets, from sizing, for people and for programs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from gemsmith import sizing
+from gemsmith.cli.info import describe, size
+from gemsmith.cli.main import app
+from gemsmith.config import PRESETS, preset, text_only
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def info(*arguments: str) -> Any:
+    result = CliRunner().invoke(app, ["info", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parts_add_up_to_the_whole(name: str):
+    facts = json.loads(info(name, "--json"))
+    assert sum(facts["parameters"].values()) == facts["total_parameters"]
+    assert facts["total_parameters"] == sum(sizing.parameters(PRESETS[name]).values())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_layer_is_in_one_row_of_the_plan(name: str):
+    facts = describe(name, PRESETS[name])
+    layers = sorted(index for run in facts["layers"] for index in run["layers"])
+    assert layers == list(range(PRESETS[name].text_config.num_hidden_layers))
+    assert all(run["count"] == len(run["layers"]) for run in facts["layers"])
+
+
+def test_layers_that_read_layer_0_are_told_from_layers_that_own_their_kv():
+    text = preset("E2B").text_config
+    small = replace(
+        text,
+        num_hidden_layers=4,
+        layer_types=("sliding_attention", "full_attention") * 2,
+        num_kv_shared_layers=2,
+    )
+    facts = describe("small", replace(text_only(preset("E2B")), text_config=small))
+    sources = {run["reads_kv_of_layer"]: run["layers"] for run in facts["layers"] if run}
+    assert sources[0] == [2]
+    assert sources[1] == [3]
+
+
+def test_kv_figures_are_those_of_sizing():
+    facts = describe("31B", PRESETS["31B"])
+    text = PRESETS["31B"].text_config
+    assert facts["kv_bytes"]["bfloat16"] == {
+        str(n): sizing.kv_bytes(text, n, 2) for n in (4096, 32_768, 131_072, 262_144)
+    }
+
+
+def test_the_ple_table_counts_apart():
+    memory = describe("E2B", PRESETS["E2B"])["weights_bytes"]["bfloat16"]
+    assert memory["text"] - memory["text_without_ple_table"] == 262_144 * 35 * 256 * 2
+
+
+def test_tables_show_names_parts_and_memory():
+    text = info("26B-A4B")
+    for words in ("8 of 128 experts", "25,805,933,872", "V only, K rebuilt", "47.00 GiB"):
+        assert words in text
+
+
+def test_a_folder_is_described_like_a_preset(tmp_path: Path):
+    text_only(PRESETS["E4B"]).save(tmp_path)
+    facts = json.loads(info(str(tmp_path), "--json"))
+    wanted = describe(str(tmp_path), text_only(PRESETS["E4B"]))
+    assert facts == json.loads(json.dumps(wanted))
+
+
+@pytest.mark.parametrize("name", ["e2b", "gemma-4-E2B", "google/gemma-4-E2B-it"])
+def test_spellings_of_a_preset_are_one(name: str):
+    assert json.loads(info(name, "--json"))["total_parameters"] == 5_104_297_504
+
+
+def test_sizes_are_written_in_the_unit_that_suits():
+    assert (size(3 * GIB), size(30 * MIB), size(GIB // 2)) == ("3.00 GiB", "30.00 MiB", "0.50 GiB")
