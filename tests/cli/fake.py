@@ -6,7 +6,8 @@ from copy import deepcopy
 from typing import Any, cast
 
 from gemsmith.engine.engine import LM, Event
-from gemsmith.engine.request import Finished, FinishReason, Usage
+from gemsmith.engine.engine import _collect as collect
+from gemsmith.engine.request import Finished, FinishReason, Generation, Usage
 
 Reply = Sequence[Event | BaseException]
 
@@ -21,6 +22,9 @@ class FakeLM:
     def stream(self, prompt: Any, **options: Any) -> Iterator[Event]:
         self.asked.append((deepcopy(prompt), options))
         return self._events(self.replies.pop(0))
+
+    def generate(self, prompt: Any, **options: Any) -> Generation:
+        return collect(self.stream(prompt, **options))
 
     def _events(self, reply: Reply) -> Iterator[Event]:
         reason = FinishReason.STOP

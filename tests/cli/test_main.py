@@ -85,7 +85,7 @@ def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(info_worker, "config_of", interrupt)
     result = CliRunner().invoke(app, ["info", "E2B"])
-    assert (result.exit_code, result.output) == (130, "")
+    assert (result.exit_code, result.output) == (130, "\n")
 
 
 def test_other_commands_and_options_are_usage_errors():

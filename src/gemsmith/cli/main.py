@@ -40,6 +40,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
+            typer.echo(err=True)  # what was being written ends its line
             raise typer.Exit(130) from None
         except Exception as error:
             # The command line's own exceptions know their exit code; a closed pipe is no error.
