@@ -35,7 +35,9 @@ MAX_SOURCE_BYTES = 2**20
 MAX_CHARS = 16 * 2**20
 """Longest prompt a template may write."""
 DEADLINE_S = 10.0
-"""Longest time one rendering may take, the start of its process included."""
+"""Longest time one rendering may take."""
+START_S = 60.0
+"""Longest time the rendering process may take to start."""
 
 _SENTINEL = "\ue0f7"
 """Private-use character put into markers that stand in content, to know them again."""
@@ -195,16 +197,22 @@ class _Worker:
         # The pipe is talked to by a thread, so that the deadline holds on every platform.
         self._talker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat-template")
         weakref.finalize(self, _stop, self._process, self._talker)
+        self._started = False
 
     def alive(self) -> bool:
         return self._process.poll() is None
 
     def ask(self, line: str, deadline_s: float) -> dict[str, Any]:
         try:
-            reply = self._talker.submit(_talk, self._process, line).result(timeout=deadline_s)
+            if not self._started:
+                self._talker.submit(_talk, self._process, "").result(timeout=START_S)
+                self._started = True
+            reply = self._talker.submit(_talk, self._process, line + "\n").result(deadline_s)
             answer = json.loads(reply)
         except FutureTimeout:
             _stop(self._process, self._talker)
+            if not self._started:
+                return {"error": f"its process did not start within {START_S:g} s"}
             return {"error": f"it ran longer than {deadline_s:g} s"}
         except (OSError, ValueError):
             _stop(self._process, self._talker)
@@ -215,7 +223,7 @@ class _Worker:
 def _talk(process: "subprocess.Popen[str]", line: str) -> str:
     assert process.stdin is not None, "started with pipes"
     assert process.stdout is not None, "started with pipes"
-    process.stdin.write(line + "\n")
+    process.stdin.write(line)
     process.stdin.flush()
     return process.stdout.readline()
 

@@ -2,7 +2,8 @@
 
 A template is a program from a stranger. Inside this process it has jinja2's immutable sandbox and a
 bounded amount of memory; its time is bounded from outside, by killing the process. Reads one JSON
-request a line, answers one JSON line: {"text": ...} or {"error": ...}.
+request a line, answers one JSON line: {"text": ...} or {"error": ...}. An empty
+object says that it is ready.
 """
 
 import contextlib
@@ -71,6 +72,7 @@ def main() -> None:
     """Serve requests until the input ends."""
     limit_memory()
     templates: dict[str, jinja2.Template] = {}
+    print("{}", flush=True)  # ready: the clock of a rendering starts after this
     for line in sys.stdin:
         print(json.dumps(answer(templates, json.loads(line))), flush=True)
 
