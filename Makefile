@@ -35,7 +35,8 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	@set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+	@$(BIN)/python -m benchmarks.prefill
+	@$(BIN)/python -m benchmarks.memory
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

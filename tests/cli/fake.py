@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any, cast
 
-from gemsmith.engine.engine import LM, Event
-from gemsmith.engine.engine import _collect as collect
+from gemsmith.engine.engine import LM, Event, collect
 from gemsmith.engine.request import Finished, FinishReason, Generation, Usage
 
 Reply = Sequence[Event | BaseException]

@@ -6,8 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from gemsmith.cli.console import spell, write
-from gemsmith.engine.engine import LM, Event
-from gemsmith.engine.engine import _collect as collect
+from gemsmith.engine.engine import LM, Event, collect
 from gemsmith.engine.request import Finished, FinishReason, Generation
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
 
