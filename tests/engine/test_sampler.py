@@ -77,6 +77,14 @@ def test_candidates_equal_the_definition(seed, temperature, top_k, top_p, min_p)
     assert dict(zip(ids.tolist(), probs.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_top_p_over_a_large_vocabulary_equals_the_definition(spread):
+    logits = spread * random_logits(3, 9000) / 4
+    ids, probs = candidates(logits, temperature=1.0, top_p=0.9)
+    expected = slow_candidates(logits.tolist(), 1.0, 0, 0.9, 0.0)
+    assert dict(zip(ids.tolist(), probs.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5)
+
+
 @settings(deadline=None)
 @given(seed=st.integers(0, 1000), **FILTERS)
 def test_candidates_equal_transformers(warpers, seed, temperature, top_k, top_p, min_p):

@@ -56,7 +56,7 @@ RESERVED_TOKENS = 1024
 
 
 class LM:
-    """A model, its vocabulary, and the habits its checkpoint asks for."""
+    """A model, its vocabulary, and the habits its checkpoint asks for. For one thread at a time."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class LM:
           RequestError: an empty prompt, one longer than the context, bad messages or parameters.
           CapacityError: no memory for its K/V.
         """
-        return _collect(
+        return collect(
             self.stream(
                 prompt,
                 tools=tools,
@@ -235,7 +235,7 @@ class LM:
         """
         params = (sampling or self.sampling).changed(**options)
         ids = self._raw_ids([(prompt, True)]) if isinstance(prompt, str) else list(prompt)
-        return _collect(self._start(ids, params, chat=False))
+        return collect(self._start(ids, params, chat=False))
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits after each of the given tokens, float32 [T, V], on the model's device.
@@ -437,7 +437,7 @@ class _Output:
             yield Content(text)
 
 
-def _collect(events: Iterable[Event]) -> Generation:
+def collect(events: Iterable[Event]) -> Generation:
     """All events of a stream as one reply."""
     text, thinking = [], []
     calls, problems = [], []

@@ -32,12 +32,15 @@ def candidates(
 
     Probabilities are float64 and sum to 1. Without top_k and top_p the order is that of the ids.
     """
-    if top_k or top_p < 1:
-        scores, ids = logits_V.topk(min(top_k or logits_V.shape[0], logits_V.shape[0]))
-    else:
-        scores, ids = logits_V, torch.arange(logits_V.shape[0], device=logits_V.device)
     # The largest is taken away first: a small temperature must not overflow.
-    probs_C = ((scores - scores.max()) / temperature).double().softmax(0)
+    scores = (logits_V - logits_V.max()) / temperature
+    if top_k:
+        scores, ids = scores.topk(min(top_k, scores.shape[0]))
+        probs_C = scores.double().softmax(0)
+    elif top_p < 1:
+        probs_C, ids = _likeliest(scores.double().softmax(0), top_p)
+    else:
+        probs_C, ids = scores.double().softmax(0), torch.arange(len(scores), device=scores.device)
     if top_p < 1:
         # A token stays while those before it have not reached the sum; the first always does.
         before = probs_C.cumsum(0) - probs_C
@@ -47,6 +50,19 @@ def candidates(
         likely = probs_C >= min_p * probs_C.max()
         probs_C, ids = probs_C[likely], ids[likely]
     return ids, probs_C / probs_C.sum()
+
+
+def _likeliest(probs_V: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """At least as many of the likeliest tokens as reach the sum, sorted; mostly far fewer than V.
+
+    Sorting a vocabulary of 262144 takes longer than a small model's forward pass.
+    """
+    count = min(256, probs_V.shape[0])
+    probs_C, ids_C = probs_V.topk(count)
+    while count < probs_V.shape[0] and probs_C.sum() < top_p:
+        count = min(16 * count, probs_V.shape[0])
+        probs_C, ids_C = probs_V.topk(count)
+    return probs_C, ids_C
 
 
 def draw(probs_C: Tensor, generator: torch.Generator) -> int:
