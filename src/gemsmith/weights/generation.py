@@ -127,7 +127,10 @@ class GenerationConfig:
                 raise ConfigError(f"{FILE}: unknown key {key!r}. {hint} Remove it otherwise.")
         # null means "not set", except where None is a value.
         optional = {"max_new_tokens", "bos_token_id", "pad_token_id"}
-        return cls(**{k: v for k, v in values.items() if v is not None or k in optional})
+        given: dict[str, Any] = {
+            key: value for key, value in values.items() if value is not None or key in optional
+        }
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """The generation_config.json object."""

@@ -53,17 +53,17 @@ def resolve(
     text = str(name)
     if text == POCKET:
         return _embedded()
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = _local(text)
+    if path is not None and path.is_dir():
         if revision is not None:
             raise HubError(f"{text} is a local folder; revision {revision!r} is for hub ids only")
         return path
-    if path.exists():
+    if path is not None and path.exists():
         raise HubError(
             f"{text} is a file; give the folder that holds config.json and the safetensors files"
         )
     if isinstance(name, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
-        raise HubError(f"no folder {_shown(text)}. {_near(text)}")
+        raise HubError(f"no folder {_shown(repr(text))}. {_near(text)}")
     if offline is None:
         offline = any(_on(os.environ.get(v)) for v in ("GEMSMITH_OFFLINE", "HF_HUB_OFFLINE"))
     folder = _fetch(text, revision, offline, progress)
@@ -93,7 +93,7 @@ def _fetch(repo: str, revision: str | None, offline: bool, progress: bool) -> Pa
             local_files_only=offline,
             library_name="gemsmith",
         )
-    # The order matters: a gated repository is a kind of unknown one, and both of HTTP error.
+    # In this order: a gated repository is a kind of unknown one, and both are HTTP errors.
     except errors.GatedRepoError:
         raise HubError(
             f"{repo} asks for its terms to be accepted: open its page on the hub, accept them, "
@@ -109,10 +109,11 @@ def _fetch(repo: str, revision: str | None, offline: bool, progress: bool) -> Pa
             "tag or commit of that repository"
         ) from None
     except errors.LocalEntryNotFoundError:
-        reason = "offline mode is on (GEMSMITH_OFFLINE or HF_HUB_OFFLINE)" if offline else ""
+        reason = "offline mode is on" if offline else "the hub cannot be reached"
+        hint = "" if repo in KNOWN_IDS else f" {_near(repo)}"
         raise HubError(
-            f"{at} is not in the local cache and {reason or 'the hub cannot be reached'}; connect "
-            f"once to fetch it, give a local folder, or try {POCKET!r}, which needs no network"
+            f"{at} is not in the local cache and {reason}; connect once to fetch it, give a local "
+            f"folder, or try {POCKET!r}, which needs no network.{hint}"
         ) from None
     except errors.HFValidationError as error:
         raise HubError(f"{repo} is not a hub id: {_shown(error)}") from None
@@ -120,10 +121,10 @@ def _fetch(repo: str, revision: str | None, offline: bool, progress: bool) -> Pa
         raise HubError(
             f"the hub refused {at}: {_shown(error)}; run the command again to resume"
         ) from None
-    except OSError as error:
+    except Exception as error:  # whatever the HTTP library of the day raises on a cut line
         raise HubError(
             f"fetching {at} failed: {_shown(error)}; run the command again to resume"
-        ) from None
+        ) from error
     finally:
         if quiet:
             utils.enable_progress_bars()
@@ -140,21 +141,33 @@ def _embedded() -> Path:
     return folder
 
 
+def _local(text: str) -> Path | None:
+    """The text as a path, if the system can make one of it."""
+    try:
+        path = Path(text).expanduser()
+        path.lstat()
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return path if text else None
+
+
 def _near(text: str) -> str:
     """What the user may have meant: a sibling of a missing folder, or a known id."""
-    path = Path(text).expanduser()
-    try:
-        siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.name else []
-    except OSError:
-        siblings = []
-    near = get_close_matches(str(path), siblings, n=2, cutoff=0.8)
-    lower = {known.lower(): known for known in KNOWN_IDS}
-    short = {known.removeprefix("google/").lower(): known for known in KNOWN_IDS}
-    for table, cutoff in ((lower, 0.8), (short, 0.7)):
-        near += [table[key] for key in get_close_matches(text.lower(), table, n=2, cutoff=cutoff)]
-    near = [known for known in dict.fromkeys(near) if known != text]
+    near: list[str] = []
+    if text and len(text) <= 4096:
+        path = Path(text)
+        try:
+            siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.name else []
+        except (OSError, ValueError):
+            siblings = []
+        near += get_close_matches(str(path), siblings, n=2, cutoff=0.8)
+    names = {known.lower(): known for known in KNOWN_IDS}
+    names |= {known.removeprefix("google/").lower(): known for known in KNOWN_IDS}
+    names |= {size.lower(): f"google/gemma-4-{size}-it" for size in PRESETS}
+    near += [names[k] for k in get_close_matches(text[:100].lower(), names, n=3, cutoff=0.8)]
+    near = [name for name in dict.fromkeys(near) if name != text]
     if near:
-        return f"Did you mean {' or '.join(near[:3])}?"
+        return f"Did you mean {' or '.join(near[:2])}?"
     return f"Give a folder, {POCKET!r}, or a hub id such as {KNOWN_IDS[1]}."
 
 

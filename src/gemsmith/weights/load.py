@@ -7,7 +7,7 @@ each weight goes straight to its place, one at a time; there are never two copie
                            copied, loading takes milliseconds, processes share the memory, and
                            what was never used was never read
   another dtype or device  converted or uploaded tensor by tensor; the file is mapped afresh every
-                           256 MiB, so that pages already converted do not stay in memory
+                           32 MiB, so that pages already converted do not stay in memory
 
 The per-layer table (PLE) stays on disk by default, see ple.py. A mapped file may be renamed,
 replaced by renaming, or deleted; it must not be rewritten in place.
@@ -24,11 +24,12 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gemsmith.config import Gemma4Config
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
@@ -40,7 +41,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 COMPUTE = (torch.bfloat16, torch.float32)
 MAX_INDEX_BYTES = 64 << 20
-REMAP_BYTES = 256 << 20
+REMAP_BYTES = 32 << 20
 HEAD_ROWS_COMPARED = 256
 FETCH_ANEW = "the file is cut short or damaged; delete it and fetch it anew"
 
@@ -62,13 +63,13 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    ple: Literal["mmap", "memory"] = "mmap",
+    ple: Literal["disk", "memory"] = "disk",
 ) -> tuple[Gemma4Config, TextModel]:
     """Read a checkpoint folder: its config and its decoder, in evaluation mode, gradients off.
 
     dtype None keeps the dtype of the stored embedding (float16 is refused, see below). Weights on
     the CPU in the stored dtype are private mappings of the files: writing to them changes neither
-    the file nor another process. `ple` "memory" holds the per-layer table on `device` too.
+    the file nor another process. `ple` "memory" makes the per-layer table a weight like the others.
 
     Raises:
       ConfigError: config.json or an option is wrong.
@@ -76,8 +77,8 @@ def load_model(
       CapacityError: the device has too little memory.
     """
     folder = Path(folder)
-    if ple not in ("mmap", "memory"):
-        raise ConfigError(f"ple {ple!r}: must be mmap (table on disk) or memory")
+    if ple not in ("disk", "memory"):
+        raise ConfigError(f"ple {ple!r}: must be disk (rows read as needed) or memory")
     device = _checked_device(device)
     config = Gemma4Config.load(folder)
     stored = read_checkpoint(folder)
@@ -88,8 +89,9 @@ def load_model(
     _check_head(stored, chosen)
     dtype = _compute_dtype(dtype, stored[chosen[EMBEDDING]], folder)
 
-    model = TextModel(config.text_config, device="meta", dtype=dtype)
-    if PLE_TABLE in chosen and ple == "mmap":
+    with _NoInitialisation():
+        model = TextModel(config.text_config, device="meta", dtype=dtype)
+    if PLE_TABLE in chosen and ple == "disk":
         table = stored[chosen.pop(PLE_TABLE)]
         store = PLEStore(
             table.file,
@@ -268,6 +270,22 @@ def _tensors(
             copied += view.nbytes
         yield key, view
         del view
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Modules built inside draw no random weights.
+
+    On the meta device there is nothing to fill, but PyTorch 2.13 imports its compiler to draw
+    them nevertheless: seconds of start-up.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -223,6 +223,5 @@ def _cause_of_shape(
 
 def _depth(keys: Iterable[str]) -> int:
     """Layers that the names speak of."""
-    parts = [module_name(key).split(".") for key in keys]
-    numbers = [p[1] for p in parts if p[0] == "layers" and re.fullmatch(r"[0-9]{1,8}", p[1])]
-    return max((int(number) + 1 for number in numbers), default=0)
+    found = (re.match(r"layers\.([0-9]{1,8})\.", module_name(key)) for key in keys)
+    return max((int(layer[1]) + 1 for layer in found if layer), default=0)
