@@ -2,14 +2,26 @@ import gzip
 import io
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from gemsmith.errors import RequestError
+from benchmarks import random_checkpoint
+from gemsmith.engine.engine import LM
+from gemsmith.errors import HubError, RequestError
 from gemsmith.evals import pocket
-from gemsmith.evals.pocket import Item, Reply, evaluate, judge, read_items, same_json, wilson
+from gemsmith.evals.pocket import (
+    Item,
+    Reply,
+    evaluate,
+    evaluate_in_processes,
+    judge,
+    read_items,
+    same_json,
+    wilson,
+)
 from gemsmith.text.tools import Problem, ToolCall
 
 SINE = {"name": "sine", "arguments": {"x": 1, "loud": True}}
@@ -127,7 +139,8 @@ def test_no_tool_is_missed_when_a_tool_is_called_or_something_else_is_said() -> 
     sentence = "None of the available tools can do that."
     wanted = item("no_tool", sentence)
     assert judge(wanted, Reply(sentence)) is None
-    assert judge(wanted, Reply("Hello! What can I do for you?")) == "other answer"
+    assert judge(wanted, Reply("Hello! What can I do for you?")) == "other words"
+    assert judge(wanted, Reply(f"{sentence} But here is a poem.")) == "other words"
     assert judge(wanted, Reply(sentence, calls=(("sine", {}),))) == "called sine"
 
 
@@ -229,10 +242,30 @@ def test_table_shows_targets_and_failures() -> None:
     assert "no_tool 2" not in text.getvalue()
 
 
+@pytest.mark.slow
+def test_processes_give_the_same_outcomes_as_one(tmp_path: Path) -> None:
+    config = random_checkpoint.config_of("tiny-E2B")
+    folder = str(random_checkpoint.write(config, tmp_path / "random"))
+    items = [item("answer", 7, name=str(n)) for n in range(3)]
+    alone = evaluate(LM.load(folder), items)
+    shared = evaluate_in_processes(folder, items, workers=2)
+    assert shared.complete
+    assert sorted(o.item.id for o in shared.outcomes) == ["0", "1", "2"]
+    texts = {o.item.id: o.reply for o in alone.outcomes}
+    assert {o.item.id: o.reply for o in shared.outcomes} == texts
+    assert len({reply.text for reply in texts.values()}) > 1
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_is_one_clear_error() -> None:
+    with pytest.raises(HubError, match="nowhere"):
+        evaluate_in_processes("./nowhere", [item("answer", 7)], workers=1)
+
+
 # -- items ------------------------------------------------------------------------------------
 
 
-def test_items_come_in_one_mixed_order(tmp_path: Any) -> None:
+def test_items_come_in_one_mixed_order(tmp_path: Path) -> None:
     rows = [
         {
             "id": str(n),
@@ -263,14 +296,14 @@ def test_items_come_in_one_mixed_order(tmp_path: Any) -> None:
         (gzip.compress(b"{}")[:-6], "not a gzipped text file"),
     ],
 )
-def test_damaged_items_are_refused(tmp_path: Any, content: bytes, message: str) -> None:
+def test_damaged_items_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "items.jsonl.gz"
     path.write_bytes(content)
     with pytest.raises(RequestError, match=message):
         read_items(path)
 
 
-def test_unknown_kinds_missing_files_and_empty_limits_are_refused(tmp_path: Any) -> None:
+def test_unknown_kinds_missing_files_and_empty_limits_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl.gz"
     row = {
         "id": "1",

@@ -8,7 +8,7 @@ What is right, by the kind of `expected`:
   calls    the same calls with equal names and arguments as JSON values, in any order; no problems
   answer   no call; the value stands in the reply as a whole word or number (an integer: is the last
            number of it), and the reply is short enough not to be a recital of the prompt
-  no_tool  as answer, for the sentence that says so
+  no_tool  no call; the reply is the sentence that says so
   json     no call; the whole reply is JSON and equals the value
 A reply that ran into the token limit is wrong.
 
@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
@@ -200,6 +201,8 @@ def judge(item: Item, reply: Reply) -> str | None:
         except (ValueError, RecursionError):
             return "not JSON"
         return None if same_json(value, expected["value"]) else "other JSON"
+    if kind == "no_tool":
+        return None if reply.text.strip() == expected["value"] else "other words"
     return None if _answers(reply.text, expected["value"]) else "other answer"
 
 
@@ -293,32 +296,35 @@ def evaluate_in_processes(
 
     A step of a tiny model is too little work for two threads to share, so items are shared out
     instead. workers: by default one for each processor.
+
+    Raises:
+      HubError, ConfigError, WeightsError, TokenizerError: the model cannot be loaded.
     """
     workers = min(workers or os.cpu_count() or 1, max(1, len(items)))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (model,))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
     try:
-        jobs = {pool.submit(_ask_here, item): item for item in items}
+        jobs = {pool.submit(_ask_here, model, item): item for item in items}
         return _collect(((jobs[job], job.result()) for job in as_completed(jobs)), on_outcome)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_lm: LanguageModel
-
-
-def _start_worker(model: str) -> None:
+def _start_worker() -> None:
     import torch
 
-    from gemsmith.engine import load
-
-    global _lm
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     torch.set_num_threads(1)
-    _lm = load(model)
 
 
-def _ask_here(item: Item) -> Reply:
-    return ask(_lm, item)
+@cache
+def _loaded(model: str) -> LanguageModel:
+    from gemsmith.engine.engine import LM
+
+    return LM.load(model)
+
+
+def _ask_here(model: str, item: Item) -> Reply:
+    return ask(_loaded(model), item)
 
 
 def _collect(
