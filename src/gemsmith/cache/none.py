@@ -4,7 +4,7 @@ Shapes: T packed tokens, R rows asked for, N query heads, K key/value heads, H h
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -45,22 +45,22 @@ class NoCache:
                 self._kv[layer] = (k_TKH, v_TKH)
         else:
             k_TKH, v_TKH = self._kv[plan.kv_source]
-        cuts = list(accumulate(self.lengths, initial=0))
+        # Split, not sliced: the gradient of each slice would be a whole tensor of zeros.
+        ks, vs = k_TKH.split(self.lengths), v_TKH.split(self.lengths)
         if rows_R is None:
-            parts = [
-                causal_attention(q[a:b], k_TKH[a:b], v_TKH[a:b], plan.window)
-                for a, b in pairwise(cuts)
-            ]
-            return torch.cat(parts)
-        order = rows_R.argsort(stable=True)
-        edges = torch.searchsorted(rows_R[order], torch.tensor(cuts, device=rows_R.device))
-        out = torch.empty_like(q)
-        for (a, b), (first, last) in zip(pairwise(cuts), pairwise(edges.tolist()), strict=True):
-            if first == last:
+            whole = zip(q.split(self.lengths), ks, vs, strict=True)
+            return torch.cat([causal_attention(*qkv, plan.window) for qkv in whole])
+        rows_R, order = rows_R.sort()
+        starts = torch.tensor(list(accumulate(self.lengths, initial=0)), device=rows_R.device)
+        counts = torch.searchsorted(rows_R, starts).diff().tolist()
+        parts: list[Tensor] = []
+        asked = zip(q[order].split(counts), rows_R.split(counts), starts, ks, vs, strict=False)
+        for q_RNH, at_R, start, k_SKH, v_SKH in asked:
+            if not len(at_R):
                 continue
-            at = order[first:last]
-            low = a if plan.window is None else max(a, int(rows_R[at[0]]) - plan.window + 1)
-            mask = visible(rows_R[at], torch.arange(low, b, device=q.device), plan.window)
-            part = masked_attention(q[at], k_TKH[low:b], v_TKH[low:b], mask)
-            out = out.index_copy(0, at, part)
-        return out
+            at_R = at_R - start
+            low = 0 if plan.window is None else max(0, int(at_R[0]) - plan.window + 1)
+            stop = int(at_R[-1]) + 1
+            mask = visible(at_R, torch.arange(low, stop, device=q.device), plan.window)
+            parts.append(masked_attention(q_RNH, k_SKH[low:stop], v_SKH[low:stop], mask))
+        return torch.cat(parts)[order.argsort()]
