@@ -7,7 +7,8 @@ A run folder holds:
   log.jsonl             one line every few steps and one for each evaluation
   loss.png              drawn from log.jsonl where matplotlib is installed
 
-A resumed run takes the same steps as one that was never stopped. Stop it with Ctrl-C or SIGTERM:
+A resumed run takes the same steps as one that was never stopped. Its data set may have grown; then
+it goes on at the same batch of the new set's epoch. Stop it with Ctrl-C or SIGTERM:
 it finishes the step, writes a checkpoint and returns.
 """
 
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from gemsmith.cache.none import NoCache
 from gemsmith.errors import TrainError
 from gemsmith.model.text import DecoderLayer, TextModel
+from gemsmith.ops.linear import cpu_multiplies_bfloat16
 from gemsmith.train.data import Batch, Packer, TokenSet, make_batch, plan_epoch
 from gemsmith.train.loss import backward_in_chunks, chunk_rows, sum_cross_entropy
 from gemsmith.train.optim import Decay, lr_scale, make_optimizers, set_lr
@@ -58,8 +60,7 @@ def training_dtype(device: torch.device) -> torch.dtype:
     """Compute dtype of a step: bfloat16 where the hardware multiplies it fast, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
 
 
 def compile_layers(model: TextModel) -> None:
@@ -128,7 +129,7 @@ class Trainer:
         steps: int | None = None,
         minutes: float | None = None,
         checkpoint_minutes: float = 5.0,
-        eval_minutes: float = 15.0,
+        eval_minutes: float = 30.0,
     ) -> None:
         """Train for `steps` steps or `minutes`, whichever ends first; without either, on and on.
 
@@ -203,8 +204,8 @@ class Trainer:
         return loss.item(), norm.item()
 
     @torch.no_grad()
-    def evaluate(self, *, batches: int = 8) -> dict[str, float]:
-        """Mean held-out loss of each kind of conversation, over about `batches` batches."""
+    def evaluate(self, *, batches: int = 16) -> dict[str, float]:
+        """Mean held-out loss of each kind of conversation, over the same `batches` batches."""
         data = self.heldout
         if data is None:
             return {}
@@ -218,7 +219,8 @@ class Trainer:
                 batch_tokens=self.config.batch_tokens,
                 row_multiple=self.config.row_multiple,
             ).to(self.device)
-            with self._autocast():
+            # Compiled code for a pass without gradients would take longer to build than to save.
+            with self._autocast(), torch.compiler.set_stance("force_eager"):
                 hidden_RD = self._hidden(batch)
             ends = torch.tensor(batch.lengths).cumsum(0)
             owner_R = torch.searchsorted(ends, batch.rows_R.cpu(), right=True)
@@ -273,7 +275,6 @@ class Trainer:
         identity = {
             "train": asdict(self.config),
             "model": self.model.config.to_dict(),
-            "data": {"conversations": len(self.packer.data), "tokens": len(self.packer.data.ids)},
         }
         identity = json.loads(json.dumps(identity))
         path = self.run_folder / "run.json"

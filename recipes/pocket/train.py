@@ -1,0 +1,163 @@
+"""Trains the embedded model and exports it as a checkpoint folder.
+
+  python -m recipes.pocket.train fit --data DATA --run RUN [--minutes N] [--decay-now]
+  python -m recipes.pocket.train export --run RUN --tokenizer FOLDER --out FOLDER
+
+`fit` stops cleanly at any time and goes on where it stopped. The learning rate stays level until a
+stretch with --decay-now, which lets it fall to zero and so ends the run; a later stretch without it
+goes on from where the decay began.
+
+Data: see build_data.py. Shape: E-series in small. Layers 5-8 own no K/V, so in training they and
+the head run on learned tokens alone (28 % of all): most of the parameters sit where they are cheap.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from gemsmith.config import Gemma4Config, LayerType, TextConfig
+from gemsmith.errors import TrainError
+from gemsmith.model.text import TextModel
+from gemsmith.train.data import TokenSet
+from gemsmith.train.trainer import TrainConfig, Trainer, checkpoints
+from gemsmith.weights.generation import GenerationConfig
+from gemsmith.weights.save import save_model
+
+SLIDING: LayerType = "sliding_attention"
+FULL: LayerType = "full_attention"
+
+END_IDS = (1, 106, 50)
+"""<eos>, <turn|> and the <|tool_response> that ends a call."""
+
+TEXT = TextConfig(
+    vocab_size=4096,
+    vocab_size_per_layer_input=4096,
+    hidden_size=256,
+    intermediate_size=384,
+    num_hidden_layers=9,
+    layer_types=(SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING, FULL, SLIDING, FULL),
+    num_kv_shared_layers=4,
+    use_double_wide_mlp=True,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=64,
+    global_head_dim=128,
+    sliding_window=128,
+    hidden_size_per_layer_input=16,
+    max_position_embeddings=8192,
+    final_logit_softcapping=30.0,
+)
+
+POCKET = Gemma4Config(
+    text_config=TEXT,
+    boi_token_id=4089,
+    boa_token_id=4090,
+    image_token_id=4091,
+    audio_token_id=4092,
+    eoi_token_id=4093,
+    eoa_token_index=4094,
+    video_token_id=4095,
+    eos_token_id=END_IDS,
+)
+
+TRAIN = TrainConfig(
+    batch_tokens=4096, lr=4e-3, weight_decay=0.1, warmup_steps=100, row_multiple=512
+)
+
+
+@torch.no_grad()
+def init_weights(model: TextModel, seed: int) -> None:
+    """Random weights that train fast at this size.
+
+    Unit variance everywhere: matrices by fan-in, scaled embeddings of unit RMS. Attention has no
+    1/sqrt(head_dim), so the query and key norms start where a product of the two has it. Branches
+    start small beside the residual stream, so that tokens are still legible in late layers.
+    """
+    model.init_weights(torch.Generator().manual_seed(seed))
+    config = model.config
+    for name, p in model.named_parameters():
+        if name == "embed_tokens_per_layer.weight":
+            p.mul_(0.5 * config.hidden_size_per_layer_input**-0.5 / 0.02)
+        elif p.ndim == 2:
+            p.mul_(p.shape[1] ** -0.5 / 0.02)
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            p.fill_(len(p) ** -0.25)
+        elif ".post_" in name:
+            p.fill_((2 * config.num_hidden_layers) ** -0.5)
+
+
+def fit(data: Path, run: Path, *, minutes: float | None, decay: bool) -> None:
+    """One stretch of training in the run folder `run`."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_flush_denormal(True)  # sharp attention makes many, and they are slow
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(TRAIN.seed)
+    model = TextModel(TEXT)
+    init_weights(model, TRAIN.seed)
+    model.to(device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    heldout = TokenSet(data, "heldout") if (data / "heldout.ids.npy").exists() else None
+    trainer = Trainer(
+        model,
+        TRAIN,
+        TokenSet(data, "train"),
+        run,
+        heldout=heldout,
+        compiled=True,
+        decay=decay,
+    )
+    if decay and trainer.decay is None:
+        if minutes is None or not trainer.seconds_per_step:
+            raise TrainError(
+                "--decay-now needs --minutes and a run that has measured its speed; train a "
+                "stretch without it first"
+            )
+        trainer.begin_decay(round(60 * minutes / trainer.seconds_per_step))
+        minutes = None  # the decay's steps end the run
+    trainer.train(minutes=minutes)
+
+
+def export(run: Path, tokenizer: Path, out: Path) -> None:
+    """Write the newest checkpoint of `run` as a checkpoint folder in bfloat16.
+
+    Raises:
+      TrainError: `run` has no checkpoint.
+      WeightsError: the checkpoint is not of this shape, or the folder cannot be written.
+    """
+    paths = checkpoints(run)
+    if not paths:
+        raise TrainError(f"{run} has no checkpoint; train a stretch first")
+    model = TextModel(TEXT)
+    model.load_state_dict(torch.load(paths[-1], map_location="cpu", weights_only=True)["model"])
+    save_model(model, POCKET, out, dtype=torch.bfloat16)
+    GenerationConfig(do_sample=False, eos_token_id=END_IDS).save(out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / name, out / name)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{paths[-1].name} -> {out}: {size / 1e6:.2f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="train the embedded model, or export it")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("fit", help="train a stretch")
+    command.add_argument("--data", type=Path, required=True, help="folder that build_data wrote")
+    command.add_argument("--run", type=Path, required=True, help="run folder, created or resumed")
+    command.add_argument("--minutes", type=float, help="length of the stretch; default: no end")
+    command.add_argument("--decay-now", action="store_true", help="end the run with this stretch")
+    command = commands.add_parser("export", help="write a checkpoint folder")
+    command.add_argument("--run", type=Path, required=True)
+    command.add_argument("--tokenizer", type=Path, required=True, help="folder to copy from")
+    command.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    if args.command == "fit":
+        fit(args.data, args.run, minutes=args.minutes, decay=args.decay_now)
+    else:
+        export(args.run, args.tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()
