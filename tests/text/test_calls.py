@@ -182,6 +182,7 @@ def test_no_text_raises_and_no_opener_goes_by_in_silence(text: str) -> None:
     [
         "<|tool_call>" + " " * 100_000,
         '<|tool_call>call:a{x:<|"|>' * 5_000,
+        '<|tool_call>call:a{x:<|"|>' * 10_000 + "x",
         "<|tool_call>call:a{" * 5_000,
         "<|tool_call>call:a{}" * 5_000,
         "<|tool_call>call:a{x:" + '<|"|>a' * 20_000,
@@ -192,7 +193,7 @@ def test_no_text_raises_and_no_opener_goes_by_in_silence(text: str) -> None:
         "<|tool_call>call:a('" * 5_000,
         "<|tool_call>call:a{" + 'k:<|"|>v<|"|>,' * 10_000,
     ],
-    ids=lambda text: text[12:32],
+    ids=lambda text: text[12:32] + text[-1],
 )
 def test_hostile_text_takes_linear_time(text: str) -> None:
     """Quadratic time would be minutes here; the limit leaves a hundredfold for a busy machine."""

@@ -102,6 +102,19 @@ def test_a_call_cut_short_comes_out_as_a_problem_at_the_end() -> None:
     assert event.problem.kind == "truncated"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<|tool_call>call:f{"q":"x"<turn|>y:1 <tool_call|>}k:v"q" [z',
+        '<|tool_call>call:f{"a\'<tool_call|><|channel>b(]:c{d:["q":k <channel|>][,y',
+        '<|tool_call>call:f{a:<|"|>x<tool_call|>y<|"|>, b<|"|>,c:1}<tool_call|>z',
+        "<|tool_call>call:f{}}<tool_call|>z",
+    ],
+)
+def test_a_close_marker_that_closes_nothing_is_not_judged_before_its_time(text: str) -> None:
+    assert merged(split(text)) == merged(split([text]))
+
+
 # -- properties -------------------------------------------------------------------------------
 
 tokens = st.one_of(

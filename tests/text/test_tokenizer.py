@@ -212,12 +212,12 @@ def gguf(**values: bytes) -> bytes:
     return struct.pack("<4sIQQ", b"GGUF", 3, 0, len(values)) + body
 
 
-TOKENS = ["<unk>", "<bos>", "a", "b", "ab", "\u2581", "<0xC3>"]
+TOKENS = ["<unk>", "<bos>", "a", "b", "ab", "\u2581", "<0xC3>", "\n", "b\n"]
 TINY = {
     "model": struct.pack("<I", 8) + gguf_string("gemma4"),
     "tokens": gguf_list(8, [gguf_string(token) for token in TOKENS]),
-    "token_type": gguf_list(5, [struct.pack("<i", kind) for kind in (2, 3, 1, 1, 1, 1, 6)]),
-    "merges": gguf_list(8, [gguf_string(merge) for merge in ("a b", "ab a", "\u2581 a")]),
+    "token_type": gguf_list(5, [struct.pack("<i", kind) for kind in (2, 3, 1, 1, 1, 1, 6, 1, 1)]),
+    "merges": gguf_list(8, [gguf_string(merge) for merge in ("a b", "ab a", "\u2581 a", "b \n")]),
     "unknown_token_id": struct.pack("<II", 4, 0),
 }  # fmt: skip
 
@@ -230,12 +230,18 @@ def test_a_gguf_vocabulary_loads_and_skips_merges_that_lead_outside_it(tmp_path:
     assert tokenizer.decode([4, 5, 6]) == "ab \ufffd"
 
 
+def test_no_merge_of_a_gguf_vocabulary_crosses_a_line_end(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(gguf(**TINY))
+    assert Tokenizer.load(path).encode("b\n") == [3, 7]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": struct.pack("<I", 8) + gguf_string("gpt2")}, "kind 'gpt2'; only 'gemma4'"),
-        ({"tokens": gguf_list(8, [gguf_string("a")])}, "1 tokens but 7 token types"),
-        ({"tokens": gguf_list(8, [gguf_string("a")] * 7)}, "spells 6 tokens twice"),
+        ({"tokens": gguf_list(8, [gguf_string("a")])}, "1 tokens but 9 token types"),
+        ({"tokens": gguf_list(8, [gguf_string("a")] * 9)}, "spells 8 tokens twice"),
         ({"merges": struct.pack("<II", 4, 0)}, r"lacks tokenizer\.ggml\.merges"),
         ({"token_type": struct.pack("<I", 77)}, "unknown type 77"),
         ({"unknown_token_id": struct.pack("<II", 4, 99)}, "the id 99"),
