@@ -87,6 +87,21 @@ def test_logits_equal_transformers(size, tokenizer, monkeypatch):
     logits += 1  # the caller's own
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", SIZES)
+def test_greedy_tokens_on_cuda_equal_those_on_the_cpu(size, tokenizer):
+    lm = random_lm(size, tokenizer)
+    prompt = tokens(21, 1, tokenizer.vocab_size)
+    options = {"repetition_penalty": 1.1, "max_tokens": 24, "logprobs": 1}
+    here = lm.complete(prompt, temperature=0, **options)
+    lm.model.to("cuda")
+    lm._kept = None
+    there = lm.complete(prompt, temperature=0, **options)
+    assert there.token_ids == here.token_ids
+    sampled = [lm.complete(prompt, seed=3, top_k=20, top_p=0.9, max_tokens=8) for _ in range(2)]
+    assert sampled[0].token_ids == sampled[1].token_ids
+
+
 # -- sampling ---------------------------------------------------------------------------------
 
 
@@ -304,6 +319,14 @@ def test_a_thought_that_the_prompt_opened_is_counted_and_closed(scripted):
     reply = lm.generate(messages, enable_thinking=True, thinking_budget=4)
     assert reply.thinking == "abc"
     assert reply.text == "fghij"  # d and e gave way to the newline and the marker
+
+
+def test_a_call_ends_a_thought_that_was_not_closed_and_stays_whole(scripted):
+    lm = scripted(f"<|channel>thought\nabc{CALL}<|tool_response>")
+    reply = lm.generate("Hello", enable_thinking=True, thinking_budget=6)
+    assert reply.thinking == "abc"
+    assert reply.tool_calls == (ToolCall("find", {"x": 1}),)
+    assert reply.usage.thinking_tokens == 3
 
 
 # -- streaming --------------------------------------------------------------------------------

@@ -163,6 +163,11 @@ def test_draws_have_the_probabilities_asked_for():
         assert abs(counts[index] / 4000 - prob) <= 4 * math.sqrt(prob * (1 - prob) / 4000)
 
 
+def test_a_token_of_no_probability_is_not_drawn_at_the_edge_either(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros(1, dtype=torch.float64))
+    assert draw(torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64), torch.Generator()) == 2
+
+
 def choices(seed: int | None) -> list[int]:
     sampler = Sampler(SamplingParams(seed=seed), vocab_size=VOCAB, prompt_ids=[])
     return [sampler.choose(random_logits(0) / 4) for _ in range(24)]

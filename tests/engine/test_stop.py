@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gemsmith.engine.stop import StopStrings
@@ -21,6 +21,8 @@ def slow_answer(text: str, stops: list[str]) -> tuple[str, bool]:
 
 
 @settings(deadline=None)
+@example(text="abc", stops=["abc", "b"], cuts=[])  # the shorter is complete first
+@example(text="cab", stops=["b", "ab"], cuts=[])  # the two end together
 @given(text=TEXT, stops=STOPS, cuts=st.lists(st.integers(0, 24)))
 def test_any_cutting_gives_the_text_before_the_first_stop_string(text, stops, cuts):
     filter = StopStrings(stops)

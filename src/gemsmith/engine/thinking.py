@@ -15,7 +15,9 @@ class Thought:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], budget: int | None) -> None:
-        self._open, self._close = tokenizer.special.channel_open, tokenizer.special.channel_close
+        special = tokenizer.special
+        self._open, self._close = special.channel_open, special.channel_close
+        self._call = special.tool_call_open
         self._tokenizer, self._budget = tokenizer, budget
         self._header = tokenizer.encode("thought\n")
         self._newline = tokenizer.encode("\n")
@@ -36,7 +38,8 @@ class Thought:
         """Follow one token of the reply."""
         if token_id == self._open and self._inside is None:
             self._inside = 0
-        elif token_id == self._close:
+        elif token_id in (self._close, self._call):
+            # A call ends a thought that was not closed: nothing may be forced into it.
             self._inside = None
         elif self._inside is not None:
             self._inside += 1
