@@ -100,6 +100,29 @@ def test_a_question_stopped_before_any_reply_is_forgotten(chat: Any):
     assert made.session.messages == []
 
 
+def test_a_reply_stopped_before_its_first_word_does_not_repeat_the_last_one(chat: Any):
+    made = chat([Content("One")], [KeyboardInterrupt()])
+    made.session.answer("Count")
+    made.session.answer("On")
+    assert [message["content"] for message in made.session.messages] == ["Count", "One"]
+
+
+def test_ctrl_c_while_results_are_shown_keeps_the_step_once(
+    chat: Any, monkeypatch: pytest.MonkeyPatch
+):
+    call = ToolCall("get_time", {})
+    made = chat([Content("Let me look."), ToolCallEvent(call)])
+    made.session.command("/tools on")
+
+    def interrupt(value: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemsmith.cli.chat.short", interrupt)
+    made.session.answer("Time?")
+    assert made.roles == ["user", "assistant"]
+    assert made.session.messages[1]["tool_responses"][0]["name"] == "get_time"
+
+
 def test_a_thought_that_was_stopped_is_no_reply(chat: Any):
     made = chat([Thinking("Let me see"), KeyboardInterrupt()])
     made.session.answer("Count")

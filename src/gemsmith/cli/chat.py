@@ -50,13 +50,15 @@ class Session:
         self.messages.append({"role": "user", "content": text})
         head = [{"role": "system", "content": self.system}] if self.system else []
         conversation = [*head, *self.messages]
+        replied = len(conversation)
         try:
             for step in loop.run(self.talker, conversation, self.tools):
                 for result in step.results:
                     write(self.console, f"<- {short(result)}\n", style="green")
+                replied = len(conversation)
         except KeyboardInterrupt:
             write(self.console, "\n(stopped)\n", style="dim")
-            if self.talker.written.strip():
+            if len(conversation) == replied and self.talker.written.strip():
                 conversation.append({"role": "assistant", "content": self.talker.written})
         except GemsmithError as error:
             write(self.console, f"error: {error}\n", style="red")

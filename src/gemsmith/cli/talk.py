@@ -30,6 +30,7 @@ class Talker:
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
     ) -> Generation:
         """One reply, shown while it is written; raises as `LM.stream`."""
+        self.written = ""
         return self.show(self.lm.stream(messages, tools=tools or None, **self.options))
 
     def show(self, events: Iterable[Event]) -> Generation:
@@ -37,7 +38,6 @@ class Talker:
         return collect(self._shown(events))
 
     def _shown(self, events: Iterable[Event]) -> Iterator[Event]:
-        self.written = ""
         last: type[Event] | None = None
         for event in events:
             if last in (Content, Thinking) and not isinstance(event, last):
