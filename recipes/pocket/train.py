@@ -12,7 +12,6 @@ the head run on learned tokens alone (28 % of all): most of the parameters sit w
 """
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
@@ -91,7 +90,6 @@ def init_weights(model: TextModel, seed: int) -> None:
 
 def fit(data: Path, run: Path, *, minutes: float | None, decay: bool) -> None:
     """One stretch of training in the run folder `run`."""
-    torch.set_num_threads(os.cpu_count() or 1)
     torch.set_flush_denormal(True)  # sharp attention makes many, and they are slow
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(TRAIN.seed)
