@@ -182,7 +182,7 @@ def test_no_text_raises_and_no_opener_goes_by_in_silence(text: str) -> None:
     [
         "<|tool_call>" + " " * 100_000,
         '<|tool_call>call:a{x:<|"|>' * 5_000,
-        '<|tool_call>call:a{x:<|"|>' * 10_000 + "x",
+        '<|tool_call>call:a{x:<|"|>' * 7_000 + "x",
         "<|tool_call>call:a{" * 5_000,
         "<|tool_call>call:a{}" * 5_000,
         "<|tool_call>call:a{x:" + '<|"|>a' * 20_000,

@@ -173,12 +173,13 @@ def test_streamed_calls_equal_parsed_calls(text: str) -> None:
     "text",
     [
         '<|tool_call>call:a{x:<|"|>' + "<tool_call|>" * 5_000,
+        '<|tool_call>call:a{x:<|"|><tool_call|>' + '<|"|>a' * 5_000,
         '<|tool_call>call:a{x:<|"|>' + "y" * 50_000 + '<|"|>}<tool_call|>',
         "<|tool_call>call:a{}" * 3_000,
         "<tool_call|><channel|>" * 3_000,
         "<" * 50_000,
     ],
-    ids=lambda text: text[:40],
+    ids=lambda text: text[:44],
 )
 def test_streaming_hostile_text_takes_linear_time(text: str) -> None:
     begun = time.process_time()
