@@ -519,7 +519,7 @@ def _mapping_mismatches(
         if key not in value
     ]
     # Only a schema that names its keys, or forbids others, can call a key unknown.
-    closed = bool(properties) or where.find(".") < 0
+    closed = bool(properties) or schema is root
     branches = any(keyword in schema for keyword in ("anyOf", "oneOf", "allOf", "$ref"))
     others = schema.get("additionalProperties", not closed or branches)
     for key, item in value.items():
