@@ -123,7 +123,7 @@ def export(run: Path, tokenizer: Path, out: Path) -> None:
 
     Raises:
       TrainError: `run` has no checkpoint.
-      WeightsError: the checkpoint is not of this shape, or the folder cannot be written.
+      WeightsError: the folder cannot be written.
     """
     paths = checkpoints(run)
     if not paths:

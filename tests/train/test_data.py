@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.train.copying import write_set
 
@@ -53,6 +53,7 @@ def test_close_marker_inside_a_response_does_not_end_the_turn() -> None:
     assert mask(ids) == [0, 0, 0, 1, 1, 0, 0, 1, 1, 0]
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=200),
     seed=st.integers(0, 9),

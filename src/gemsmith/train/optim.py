@@ -56,18 +56,19 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step; matrices of one shape are orthogonalized together."""
         for group in self.param_groups:
-            same_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            same_shape: dict[torch.Size, list[tuple[nn.Parameter, torch.Tensor]]]
+            same_shape = defaultdict(list)
             for p in group["params"]:
-                if p.grad is not None:
-                    same_shape[p.shape].append(p)
-            for shape, params in same_shape.items():
-                updates: list[torch.Tensor] = []
-                for p in params:
-                    state = self.state[p]
-                    if "momentum" not in state:
-                        state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(state["momentum"], group["momentum"]))
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum: torch.Tensor = state["momentum"]
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                same_shape[p.shape].append((p, p.grad.lerp(momentum, group["momentum"])))
+            for shape, members in same_shape.items():
+                params, updates = zip(*members, strict=True)
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])

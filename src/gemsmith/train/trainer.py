@@ -335,7 +335,8 @@ class Trainer:
             task = bar.add_task("", total=last, completed=self.step, text="")
 
             def show(loss: float) -> None:
-                speed = self.config.batch_tokens / self.seconds_per_step if self.step > 4 else 0.0
+                seconds = self.seconds_per_step
+                speed = self.config.batch_tokens / seconds if seconds else 0.0
                 text = f"loss {loss:.4f}  lr {self.lr:.2e}  {speed:,.0f} tokens/s"
                 bar.update(task, completed=self.step, text=text)
 
@@ -365,13 +366,16 @@ def _step_of(path: Path) -> int:
 
 
 def plot_loss(run: str | Path) -> None:
-    """Draw loss.png from log.jsonl; does nothing where matplotlib is not installed."""
+    """Draw loss.png from log.jsonl; does nothing before its first line or without matplotlib."""
     run = Path(run)
+    log = run / "log.jsonl"
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+    if not log.exists():
+        return
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     trained = [line for line in lines if "loss" in line]
