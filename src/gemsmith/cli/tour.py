@@ -59,7 +59,7 @@ class Tour:
 
     def __init__(self, lm: LM, console: Console) -> None:
         self.lm, self.console = lm, console
-        self.talker = Talker(lm, console, temperature=0, max_tokens=512)
+        self.talker = Talker(lm, console, temperature=0, max_tokens=256)
 
     def run(self) -> bool:
         """All stops; False if the tool loop did not do its work."""
@@ -158,10 +158,10 @@ class Tour:
         with tempfile.TemporaryDirectory(prefix="gemsmith-demo-") as folder:
             make_folder(Path(folder))
             desk = Desk(Path(folder))
-            messages: list[dict[str, Any]] = []
             for errand in ERRANDS:
+                # Each is a conversation of its own: the last can only be answered by looking.
                 write(self.console, f"> {errand}\n", style="bold")
-                messages.append({"role": "user", "content": errand})
+                messages: list[dict[str, Any]] = [{"role": "user", "content": errand}]
                 for step in loop.run(self.talker, messages, desk.toolbox(DESK_TOOLS)):
                     for result in step.results:
                         write(self.console, f"<- {short(result)}\n", style="green")
