@@ -77,7 +77,11 @@ def write(config: Gemma4Config, folder: Path, *, seed: int = 0) -> Path:
         for name, shape in shapes.items():
             left = 2 * shape.numel()
             if "norm" in name or name.endswith("layer_scalar"):
-                file.write(torch.ones(shape, dtype=torch.bfloat16).view(torch.uint8).numpy().data)
+                # Query and key norms shrink scores to about 1, as training does: at 1 their softmax
+                # would jump from key to key on a rounding error, and no two runs would agree.
+                qk = name.endswith(("q_norm.weight", "k_norm.weight"))
+                values = torch.full(shape, shape[0] ** -0.25 if qk else 1.0, dtype=torch.bfloat16)
+                file.write(values.view(torch.uint8).numpy().data)
                 continue
             while left:
                 piece = noise[at : at + left]
