@@ -44,6 +44,7 @@ def test_layers_that_read_layer_0_are_told_from_layers_that_own_their_kv():
         num_hidden_layers=4,
         layer_types=("sliding_attention", "full_attention") * 2,
         num_kv_shared_layers=2,
+        use_double_wide_mlp=False,
     )
     facts = describe("small", replace(text_only(preset("E2B")), text_config=small))
     sources = {run["reads_kv_of_layer"]: run["layers"] for run in facts["layers"] if run}
