@@ -5,7 +5,7 @@ from itertools import groupby
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gemsmith import sizing
@@ -48,12 +48,16 @@ def test_greedy_tokens_equal_transformers_beyond_the_window(size, tokenizer):
     lm = random_lm(size, tokenizer)
     assert lm.config.text_config.sliding_window == 8
     hf = hf_model(lm)
-    for count, seed in ((21, 1), (3, 2)):
+    for count, seed, penalty in ((21, 1, 1.0), (3, 2, 1.3)):
         prompt = tokens(count, seed, tokenizer.vocab_size)
         theirs = hf.generate(
-            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=1
+            torch.tensor([prompt]),
+            max_new_tokens=24,
+            do_sample=False,
+            repetition_penalty=penalty,
+            eos_token_id=1,
         )[0, count:].tolist()
-        ours = lm.complete(prompt, temperature=0, max_tokens=24)
+        ours = lm.complete(prompt, temperature=0, repetition_penalty=penalty, max_tokens=24)
         assert list(ours.token_ids) == theirs
         assert len(set(theirs)) > 3
 
@@ -112,6 +116,13 @@ def test_the_same_seed_gives_the_same_reply_and_another_does_not(tokenizer):
     torch.manual_seed(9)
     assert lm.complete(prompt, seed=1, max_tokens=16).token_ids == first
     assert lm.complete(prompt, seed=2, max_tokens=16).token_ids != first
+
+
+def test_a_great_penalty_lets_no_token_come_twice(tokenizer):
+    lm = random_lm("E4B", tokenizer)
+    prompt = tokens(12, 5, tokenizer.vocab_size)
+    reply = lm.complete(prompt, temperature=0, repetition_penalty=100, max_tokens=20).token_ids
+    assert len({*prompt, *reply}) == len({*prompt}) + len(reply)
 
 
 def test_suppressed_ids_never_come(tokenizer):
@@ -197,6 +208,14 @@ def test_a_call_cut_off_by_max_tokens_is_a_problem_and_no_call(scripted):
     assert [problem.kind for problem in reply.problems] == ["truncated"]
 
 
+def test_a_reply_cut_off_after_a_call_did_not_end_for_tools(scripted):
+    reply = scripted(f"{CALL} and so on<turn|>").generate(
+        "Find 1", max_tokens=len("call:find{x:1}") + 4
+    )
+    assert reply.finish_reason is FinishReason.LENGTH
+    assert reply.tool_calls
+
+
 def test_a_call_that_cannot_be_read_is_no_reason_to_run_tools(scripted):
     reply = scripted("<|tool_call>no call at all<tool_call|><|tool_response>").generate("Find 1")
     assert reply.finish_reason is FinishReason.STOP
@@ -221,9 +240,10 @@ def short_context(lm: LM, limit: int) -> LM:
     return lm
 
 
-def test_the_reply_ends_where_the_context_does(scripted):
+@pytest.mark.parametrize("max_tokens", [None, 30])
+def test_the_reply_ends_where_the_context_does(scripted, max_tokens):
     lm = short_context(scripted("x" * 50), 40)
-    reply = lm.complete([5] * 30)
+    reply = lm.complete([5] * 30, max_tokens=max_tokens)
     assert reply.usage.completion_tokens == 10
     assert reply.finish_reason is FinishReason.LENGTH
 
@@ -256,6 +276,7 @@ def test_stop_strings_neither_read_thoughts_nor_calls_nor_reach_over_them(script
 @settings(
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+@example(text="a<b", stops=["<"], max_tokens=2)  # complete only once nothing more can come
 @given(
     text=st.text("ab<é", max_size=12),
     stops=st.lists(st.text("ab<é", min_size=1, max_size=3), max_size=2),
@@ -385,6 +406,11 @@ def test_a_reply_after_ctrl_c_inside_a_pass_equals_a_fresh_one(size, layer, toke
     with pytest.raises(KeyboardInterrupt):
         lm.complete(prompt, temperature=0, max_tokens=10)
     hook.remove()
+    # One token less than was held: a ring has room for that, had the broken pass not used it.
+    shorter = [*prompt, expected[0], 5]
+    again = lm.complete(shorter, temperature=0, max_tokens=10).token_ids
+    fresh = random_lm(size, tokenizer).complete(shorter, temperature=0, max_tokens=10).token_ids
+    assert again == fresh
     assert lm.complete(prompt, temperature=0, max_tokens=10).token_ids == expected
 
 
@@ -439,6 +465,16 @@ def test_a_prompt_that_turns_off_from_the_last_one_gives_the_same_as_a_fresh_one
     reply = lm.complete(other, temperature=0, max_tokens=7)
     fresh = random_lm(size, tokenizer).complete(other, temperature=0, max_tokens=7)
     assert reply.token_ids == fresh.token_ids
+
+
+def test_going_back_and_forth_between_two_prompts_mixes_nothing(tokenizer):
+    lm = random_lm("E2B", tokenizer)
+    one = tokens(6, 17, tokenizer.vocab_size)
+    other = one[:2] + tokens(4, 18, tokenizer.vocab_size)
+    replies = [lm.complete(p, temperature=0, max_tokens=1, logprobs=5) for p in (one, other, one)]
+    assert replies[1].usage.cached_tokens == replies[2].usage.cached_tokens == 2
+    first, last = (dict(replies[i].logprobs[0].top) for i in (0, 2))
+    assert last == pytest.approx(first, abs=1e-4)
 
 
 def test_the_same_prompt_again_computes_its_last_token_only(tokenizer):
