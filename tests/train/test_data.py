@@ -1,5 +1,7 @@
 """Which tokens are learned, and how conversations become batches."""
 
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -139,11 +141,22 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         TokenSet(tmp_path, "train")
 
 
-def test_pickled_array_is_refused_not_run(tmp_path: Path) -> None:
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickle_in_place_of_an_array_is_refused_not_run(tmp_path: Path) -> None:
     write_set(tmp_path, "train", [([1, 2, 3], [0, 0, 1])])
-    np.save(tmp_path / "train.ids.npy", np.array([print], dtype=object), allow_pickle=True)
+    (tmp_path / "train.ids.npy").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
     with pytest.raises(TrainError, match=r"not \.npy arrays"):
         TokenSet(tmp_path, "train")
+    assert not (tmp_path / "boom").exists()
 
 
 def test_kinds_of_another_data_set_are_refused(tmp_path: Path) -> None:

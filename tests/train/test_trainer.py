@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.train.copying import copy_talks, fresh_model, write_set
 
 from gemsmith.config import TextConfig
 from gemsmith.errors import TrainError
+from gemsmith.testing import assert_close, tolerance
 from gemsmith.train.data import TokenSet
 from gemsmith.train.trainer import TrainConfig, Trainer, checkpoints
 
@@ -201,3 +203,26 @@ def test_progress_is_drawn_where_matplotlib_is_there(
     pytest.importorskip("matplotlib")
     trainer(config, copy_set, tmp_path).train(steps=10)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# PyTorch's tracer looks at .grad of every input and warns of what it does itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_run_takes_the_same_steps(
+    config: TextConfig, copy_set: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = config.layer_types[: config.num_hidden_layers // 2]
+    small = replace(
+        config, num_hidden_layers=len(half), layer_types=half, num_kv_shared_layers=len(half) // 2
+    )
+    plain = trainer(small, copy_set, tmp_path / "plain")
+    plain.train(steps=1)
+    # Traced and split as for the real compiler, which takes minutes; run by PyTorch's own kernels.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled = trainer(small, copy_set, tmp_path / "compiled", compiled=True)
+    compiled.heldout = TokenSet(Path(copy_set.name).parent, "heldout")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled.train(steps=1)
+    # Before and after attention in each layer, and the head.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs >= 2 * len(half) + 1
+    for name, a in plain.model.state_dict().items():
+        assert_close(compiled.model.state_dict()[name], a, tolerance(torch.float32, 64, steps=8))

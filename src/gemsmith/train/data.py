@@ -144,9 +144,8 @@ def make_batch(
         begin, end = int(data.offsets[c]), int(data.offsets[c + 1])
         n = end - begin
         ids[at : at + n] = data.ids[begin:end]
-        learned[at + 1 : at + n] = data.mask[
-            begin + 1 : end
-        ]  # the first token has no row before it
+        # No row comes before a first token, so nothing can be asked to predict it.
+        learned[at + 1 : at + n] = data.mask[begin + 1 : end]
         positions[at : at + n] = np.arange(n)
         lengths.append(n)
         at += n
