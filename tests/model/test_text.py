@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gemsmith.cache.none import NoCache
+from gemsmith.cache.ring import RingCache
 from gemsmith.config import PRESETS, Gemma4Config
 from gemsmith.errors import ConfigError
 from gemsmith.model.text import TextModel, rope_table
@@ -128,6 +129,19 @@ def test_prefill_skip_leaves_the_skipped_layers_work_undone():
         layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
     run(model, [tokens(30)], [29])
     assert seen == [30, 30, 30, 30, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_rows_asked_store_the_prompt_all_the_same(size):
+    model = random_model(tiny_config(size))
+    cache = RingCache(model.config, dtype=torch.float32, k_from_v=model.k_from_v)
+    ids = torch.tensor(tokens(20))
+    with cache.step(19) as positions:
+        none = model(ids[:19], positions, cache, rows_R=torch.tensor([], dtype=torch.long))
+    assert none.shape == (0, 64)
+    with cache.step(1) as positions:
+        last = model.logits(model(ids[19:], positions, cache))
+    assert_close(last, run(model, [ids.tolist()])[19:], LIMIT)
 
 
 def test_packed_sequences_do_not_see_each_other():

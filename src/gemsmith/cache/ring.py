@@ -5,8 +5,8 @@ layers that read another layer's K/V keep nothing; K = V layers keep V alone and
 they read it. Bytes held are exactly `sizing.kv_bytes`.
 
 A step either completes or leaves no trace: rings are written when the step ends (a single token
-at once, because the slot it takes holds a token that has left every window), and slabs are
-written beyond the length that counts.
+at once, so that attention reads the ring itself; what it overwrote is put back if the step
+fails), and slabs are written beyond the length that counts.
 
 Shapes: T tokens of the step, R rows asked for, S keys seen, N query heads, K key/value heads,
         H head_dim.
@@ -87,6 +87,7 @@ class RingCache:
         self._sources = {plan.kv_source for plan in config.layers if not plan.owns_kv}
         self._views: dict[int, _View] = {}
         self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self._overwritten: dict[int, tuple[int, list[Tensor]]] = {}
         self._step_tokens = 0
 
     def _empty(self, plan: LayerPlan, slots: int = 0) -> Tensor:
@@ -148,7 +149,13 @@ class RingCache:
             for index, (k_TKH, v_TKH) in self._pending.items():
                 self._write_ring(self._layers[index], k_TKH, v_TKH)
             self.length += tokens
+        except BaseException:
+            for index, (slot, old_kv) in self._overwritten.items():
+                for tensor, old in zip(self._layers[index].tensors.values(), old_kv, strict=True):
+                    tensor[slot] = old
+            raise
         finally:
+            self._overwritten.clear()
             self._views.clear()
             self._pending.clear()
             self._step_tokens = 0
@@ -189,6 +196,11 @@ class RingCache:
             return _View(layer.k[:stop], v_SKH, 0)
         assert layer.k is not None, "K = V layers are full-attention layers"
         if k_TKH.shape[0] == 1:
+            slot = start % window
+            self._overwritten[layer.plan.index] = (
+                slot,
+                [t[slot].clone() for t in (layer.k, layer.v)],
+            )
             self._write_ring(layer, k_TKH, v_TKH)
             held = min(stop, window)
             return _View(layer.k[:held], layer.v[:held], stop - held)

@@ -67,9 +67,9 @@ class Context:
         hidden_1D = torch.empty(0)
         for start in range(0, len(ids), CHUNK_TOKENS):
             chunk = ids[start : start + CHUNK_TOKENS]
-            # Layers without K/V of their own run at this row only.
-            last_row = torch.tensor([len(chunk) - 1], device=self.device)
-            hidden_1D = self._pass(chunk, last_row)
+            # Layers without K/V of their own run at the prompt's last token only.
+            last = [len(chunk) - 1] if start + CHUNK_TOKENS >= len(ids) else []
+            hidden_1D = self._pass(chunk, torch.tensor(last, dtype=torch.long, device=self.device))
         return self.model.logits(hidden_1D)[0]
 
     @torch.no_grad()  # not inference mode: the caller may change what it gets

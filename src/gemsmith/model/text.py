@@ -287,7 +287,8 @@ class TextModel(nn.Module):
         """Hidden states after the final norm: [T, D], or [R, D] of the tokens that rows_R names.
 
         Layers that own no K/V leave nothing behind for other tokens, so they run on the rows
-        asked for only: most of the work of a long prompt in E2B and E4B is skipped.
+        asked for only: most of the work of a long prompt in E2B and E4B is skipped. An empty
+        rows_R stores K/V and returns [0, D].
 
         soft: (indices_M of tokens, rows [M, D]) of image and audio tokens. The rows replace the
         scaled embeddings as they are; their per-layer identity is that of the padding token.
@@ -306,6 +307,8 @@ class TextModel(nn.Module):
             plan: LayerPlan = layer.plan  # pyright: ignore[reportAssignmentType]
             if plan.index == first_shared:
                 if rows_R is not None:
+                    if not len(rows_R):
+                        return x[rows_R]
                     at_rows = rows_R
                     x, h_TD, ids_T = x[rows_R], h_TD[rows_R], ids_T[rows_R]
                     tables = {key: (c[rows_R], s[rows_R]) for key, (c, s) in tables.items()}
