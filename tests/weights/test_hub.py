@@ -3,7 +3,7 @@
 import os
 from importlib import resources
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -49,7 +49,8 @@ def http_error(kind: type[errors.HfHubHTTPError], text: str = "status 4xx") -> E
         headers: ClassVar[dict[str, str]] = {}
         request = None
 
-    return kind(text, response=Response())
+    response: Any = Response()
+    return kind(text, response=response)
 
 
 def test_a_folder_is_itself(tmp_path, fake, monkeypatch):

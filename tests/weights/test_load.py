@@ -542,6 +542,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads
 
 
 @linux
+@pytest.mark.slow
 def test_loading_in_the_stored_dtype_copies_nothing(large):
     weights, loaded, peak, compiler = measure(large, "bfloat16")
     assert weights > 90e6
@@ -551,6 +552,7 @@ def test_loading_in_the_stored_dtype_copies_nothing(large):
 
 
 @linux
+@pytest.mark.slow
 def test_converting_never_holds_two_copies_of_the_weights(large):
     weights, _, peak, _ = measure(large, "float32")
     assert weights > 180e6
