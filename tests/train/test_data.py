@@ -92,7 +92,7 @@ def test_conversation_longer_than_a_batch_is_refused() -> None:
 
 @pytest.fixture
 def three_talks(tmp_path: Path) -> TokenSet:
-    talks = [([2, 11, 12, 13], [1, 0, 1, 1]), ([2, 21], [0, 1]), ([2, 31, 32], [0, 0, 0])]
+    talks = [([2, 11, 12, 13], [0, 0, 1, 1]), ([2, 21], [1, 1]), ([2, 31, 32], [0, 0, 0])]
     write_set(tmp_path, "train", talks)
     return TokenSet(tmp_path, "train")
 
@@ -102,7 +102,7 @@ def test_targets_are_next_tokens_within_their_own_conversation(three_talks: Toke
     assert batch.ids_T.tolist() == [2, 11, 12, 13, 2, 21, 2, 31, 32, 0, 0, 0]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 1, 2]
     assert batch.lengths == (4, 2, 3, 3)
-    # The mask of a first token is 1 here and still asks for nothing: no row comes before it.
+    # The second mask says to learn a first token; still the row before it is not asked for it.
     assert batch.rows_R.tolist() == [1, 2, 4]
     assert batch.targets_R.tolist() == [12, 13, 21]
 
