@@ -58,13 +58,23 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A matrix product without bias."""
+    """A matrix product without bias, allocated but not filled."""
 
     def __init__(self, inputs: int, outputs: int, **where: Any) -> None:
         super().__init__(inputs, outputs, bias=False, **where)
 
+    def reset_parameters(self) -> None:
+        """Draw nothing: the weight is loaded, or filled by `TextModel.init_weights`."""
+
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """A table of rows, allocated but not filled."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing, as in Linear."""
 
 
 class RMSNorm(nn.Module):
@@ -263,12 +273,12 @@ class TextModel(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         L, D, P = config.num_hidden_layers, config.hidden_size, config.hidden_size_per_layer_input
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, D, **where)
+        self.embed_tokens = Embedding(config.vocab_size, D, **where)
         self.layers = nn.ModuleList(DecoderLayer(config, p, **where) for p in config.layers)
         self.norm = RMSNorm(D, config.rms_norm_eps, **where)
         if P:
             # Any module from ids [T] to rows [T, L*P] may stand here; see weights/ple.py.
-            self.embed_tokens_per_layer = nn.Embedding(
+            self.embed_tokens_per_layer = Embedding(
                 config.vocab_size_per_layer_input, L * P, **where
             )
             self.per_layer_model_projection = Linear(D, L * P, **where)

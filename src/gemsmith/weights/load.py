@@ -24,12 +24,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from gemsmith.config import Gemma4Config
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
@@ -89,8 +88,7 @@ def load_model(
     _check_head(stored, chosen)
     dtype = _compute_dtype(dtype, stored[chosen[EMBEDDING]], folder)
 
-    with _NoInitialisation():
-        model = TextModel(config.text_config, device="meta", dtype=dtype)
+    model = TextModel(config.text_config, device="meta", dtype=dtype)
     if PLE_TABLE in chosen and ple == "disk":
         table = stored[chosen.pop(PLE_TABLE)]
         store = PLEStore(
@@ -270,22 +268,6 @@ def _tensors(
             copied += view.nbytes
         yield key, view
         del view
-
-
-class _NoInitialisation(TorchFunctionMode):
-    """Modules built inside draw no random weights.
-
-    On the meta device there is nothing to fill, but PyTorch 2.13 imports its compiler to draw
-    them nevertheless: seconds of start-up.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (nn.init.normal_, nn.init.kaiming_uniform_):
-            return kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
