@@ -374,4 +374,4 @@ def show(report: Report, console: Console, *, failures: int = 0) -> None:
         for label, value in (("asked", asked), ("wanted", item.expected), ("got", got)):
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             shown = text if len(text) <= 600 else f"{text[:200]} ... {text[-400:]}"
-            console.print(f"  {label:7}{shown}", markup=False, highlight=False)
+            console.print(f"  {label:7}{shown}", markup=False, highlight=False, soft_wrap=True)
