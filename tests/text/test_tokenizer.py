@@ -63,7 +63,7 @@ def test_real_vocabulary_round_trips_any_text(real: Tokenizer, text: str) -> Non
 def test_real_ids_do_not_depend_on_where_parts_meet(real: Tokenizer, parts: list[str]) -> None:
     whole = "<|turn>user\n" + "".join(parts) + "<turn|>\n"
     cut = [("<|turn>user\n", True), *((part, False) for part in parts), ("<turn|>\n", True)]
-    if not any(marker in "".join(parts) for marker in MARKERS.values()):
+    if "<" not in "".join(parts):  # then no part spells a special token
         assert real.encode_parts(cut) == real.encode(whole)
 
 
