@@ -38,7 +38,7 @@ LOOP: list[Reply] = [
     call("add_event", title=TITLE, date="June 12", time="09:30"),
     say("Added."),
     call("list_files", path="recipes"),
-    say("Three files."),
+    say("bread.txt, cake.txt and soup.txt."),
     call("convert_units", value=26.2, from_unit="miles", to_unit="km"),
     say("42.1648 km."),
     call("list_events", date="June 12"),
@@ -108,6 +108,13 @@ def test_a_loop_that_did_not_do_its_work_fails_the_tour(demo: Any, changed: Repl
     result = demo(TALKS, [LOOP[0], changed, *LOOP[2:]])
     assert result.exit_code == 1
     assert "The tool loop did not do its work: the tour failed." in result.output
+
+
+def test_an_errand_answered_wrong_is_told_and_forgiven(demo: Any):
+    result = demo(TALKS, [*LOOP[:-1], say("Nothing.")])
+    assert "✗ the answer does not name plant the olive tree" in result.output
+    assert "5 of 6 right" in result.output
+    assert result.exit_code == 0
 
 
 def test_an_error_in_the_loop_fails_the_tour(demo: Any):

@@ -1,7 +1,8 @@
 """`gemsmith demo`: what works, shown on the built-in model with checks that can fail.
 
 Nothing is scripted: every reply is computed here, greedily, and compared with what is right; a tick
-says that it was. The tour fails if the tools of its last stop did not really do the work.
+says that it was. The tour fails if the tools of its last stop did not really fill the calendar;
+that the small model errs elsewhere is shown and forgiven.
 """
 
 import json
@@ -44,12 +45,13 @@ WEATHER = {
         },
     },
 }
-ERRANDS = (
-    "Read plans/garden.txt. Put that text as an event in my calendar on June 12 at 09:30.",
-    "Which files are in recipes?",
-    "Convert 26.2 miles to km.",
-    "What is on my calendar on June 12?",
-)
+ERRANDS: dict[str, tuple[str, ...]] = {
+    "Read plans/garden.txt. Put that text as an event in my calendar on June 12 at 09:30.": (),
+    "Which files are in recipes?": ("bread.txt", "cake.txt", "soup.txt"),
+    "Convert 26.2 miles to km.": ("42.1648",),
+    "What is on my calendar on June 12?": ("plant the olive tree",),
+}
+"""Each errand and what its answer must name, which only the tools can tell."""
 WANTED = [Event("plant the olive tree", "June 12", "09:30")]
 DESK_TOOLS = ("add_event", "list_events", "convert_units", "list_files", "read_file")
 
@@ -60,6 +62,8 @@ class Tour:
     def __init__(self, lm: LM, console: Console) -> None:
         self.lm, self.console = lm, console
         self.talker = Talker(lm, console, temperature=0, max_tokens=256)
+        self.events: list[Event] = []
+        """The calendar that the tools have filled."""
 
     def run(self) -> bool:
         """All stops; False if the tool loop did not do its work."""
@@ -83,9 +87,10 @@ class Tour:
         self.console.print(
             Rule(f"{sum(right)} of {len(right)} right, {seconds:.0f} s", align="left")
         )
-        if not right[-1]:
+        done = self.events == WANTED
+        if not done:
             self.console.print("The tool loop did not do its work: the tour failed.", style="red")
-        return right[-1]
+        return done
 
     def introduce(self) -> None:
         facts = info.describe("pocket", self.lm.config)
@@ -158,16 +163,25 @@ class Tour:
         with tempfile.TemporaryDirectory(prefix="gemsmith-demo-") as folder:
             make_folder(Path(folder))
             desk = Desk(Path(folder))
-            for errand in ERRANDS:
-                # Each is a conversation of its own: the last can only be answered by looking.
-                write(self.console, f"> {errand}\n", style="bold")
-                messages: list[dict[str, Any]] = [{"role": "user", "content": errand}]
-                for step in loop.run(self.talker, messages, desk.toolbox(DESK_TOOLS)):
-                    for result in step.results:
-                        write(self.console, f"<- {short(result)}\n", style="green")
+            self.events = desk.events
+            right = [self.errand(text, named, desk) for text, named in ERRANDS.items()]
         events = ", ".join(f"{e.title!r} on {e.date} at {e.time}" for e in desk.events)
         self.console.print(f"In the calendar now: {events or 'nothing'}", markup=False)
-        return desk.events == WANTED
+        return all(right) and desk.events == WANTED
+
+    def errand(self, text: str, named: tuple[str, ...], desk: Desk) -> bool:
+        """One errand, a conversation of its own: the last can only be answered by looking."""
+        write(self.console, f"> {text}\n", style="bold")
+        messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
+        answer = ""
+        for step in loop.run(self.talker, messages, desk.toolbox(DESK_TOOLS)):
+            answer = step.turn.text
+            for result in step.results:
+                write(self.console, f"<- {short(result)}\n", style="green")
+        missing = [name for name in named if name not in answer]
+        if missing:
+            write(self.console, f"✗ the answer does not name {', '.join(missing)}\n", style="red")
+        return not missing
 
     def count(self, text: str) -> int:
         return len(self.lm.tokenizer.encode(text))
