@@ -370,14 +370,16 @@ def plot_loss(run: str | Path) -> None:
     run = Path(run)
     log = run / "log.jsonl"
     try:
+        from matplotlib import color_sequences
         from matplotlib.figure import Figure
     except ImportError:
         return
     if not log.exists():
         return
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=color_sequences["tab20"])  # more kinds than the default has colors
     trained = [line for line in lines if "loss" in line]
     axes.plot(
         [line["tokens"] / 1e6 for line in trained],
@@ -394,5 +396,5 @@ def plot_loss(run: str | Path) -> None:
         ]
         axes.plot(*zip(*points, strict=True), marker=".", label=f"held out: {kind}")
     axes.set(xlabel="million tokens", ylabel="cross entropy (nats a token)", yscale="log")
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right center")
     figure.savefig(run / "loss.png", dpi=100)
