@@ -25,6 +25,9 @@ class FakeLM:
     def generate(self, prompt: Any, **options: Any) -> Generation:
         return collect(self.stream(prompt, **options))
 
+    def memory(self) -> dict[str, int]:
+        return {"weights": 1 << 20, "kv": 0}
+
     def _events(self, reply: Reply) -> Iterator[Event]:
         reason = FinishReason.STOP
         for event in reply:

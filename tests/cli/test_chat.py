@@ -70,7 +70,7 @@ def test_tools_run_and_their_results_go_back(chat: Any):
         "garden.txt",
         "trip.txt",
     ]
-    assert len(made.lm.asked[0][1]["tools"]) == 8
+    assert len(made.lm.asked[0][1]["tools"]) == 6
 
 
 def test_without_tools_none_are_declared(chat: Any):

@@ -53,9 +53,8 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def run(talks: list[Reply], errands: list[Reply]) -> Any:
         lm: Any = FakeLM(*talks, *errands)
         lm.config = tiny_config("E2B")
-        lm.memory = lambda: {"weights": 1 << 20, "kv": 0}
         lm.tokenizer = SimpleNamespace(encode=str.split)
-        monkeypatch.setattr(gemsmith, "load", lambda name: lm)
+        monkeypatch.setattr(gemsmith, "load", lambda name, **given: lm)
         result = CliRunner().invoke(app, ["--debug", "demo"])
         assert lm.replies == [], f"not asked for: {lm.replies}\n{result.output}"
         return result

@@ -15,12 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
-import gemsmith
 from gemsmith.agent import loop
 from gemsmith.agent.tools import Toolbox
 from gemsmith.cli.console import short, write
 from gemsmith.cli.desk import Desk, make_folder
-from gemsmith.cli.talk import Talker
+from gemsmith.cli.talk import Talker, load
 from gemsmith.errors import GemsmithError, RequestError
 
 HELP = """\
@@ -154,7 +153,7 @@ def run(
 ) -> None:
     """Load a model and talk to it."""
     console = Console()
-    lm = gemsmith.load(model, device=device, dtype=dtype)
+    lm = load(model, device=device, dtype=dtype)
     with _history(), tempfile.TemporaryDirectory(prefix="gemsmith-") as folder:
         make_folder(Path(folder))
         talker = Talker(lm, console, enable_thinking=think)

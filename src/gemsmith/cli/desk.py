@@ -75,13 +75,6 @@ class Desk:
         found = [f"{event.title} at {event.time}" for event in self.events if event.date == date]
         return {"count": len(found), "events": found}
 
-    def delete_event(self, title: str, date: str) -> dict[str, Any]:
-        kept = [event for event in self.events if (event.title, event.date) != (title, date)]
-        if len(kept) == len(self.events):
-            raise ValueError(f"no event {title!r} on {date}")
-        self.events = kept
-        return {"status": "deleted"}
-
     def list_files(self, path: str) -> dict[str, Any]:
         entries = sorted(self.inside(path).iterdir())
         names = [entry.name + "/" * entry.is_dir() for entry in entries]
@@ -104,14 +97,13 @@ class Desk:
     def toolbox(self, names: Collection[str] | None = None) -> Toolbox:
         """The tools, or those of `names` alone."""
         text = {"type": "string"}
-        day = {"description": "Date of the event", **text}
         tools = (
             _tool(
                 "add_event",
                 "Add an event to the calendar",
                 self.add_event,
                 title={"description": "Title of the event", **text},
-                date=day,
+                date={"description": "Date of the event", **text},
                 time={"description": "Start time", **text},
             ),
             _tool(
@@ -119,13 +111,6 @@ class Desk:
                 "List the events of a day",
                 self.list_events,
                 date={"description": "Date to look at", **text},
-            ),
-            _tool(
-                "delete_event",
-                "Delete an event from the calendar",
-                self.delete_event,
-                title={"description": "Title of the event", **text},
-                date=day,
             ),
             _tool(
                 "convert_units",
@@ -153,11 +138,6 @@ class Desk:
                 "get_time",
                 "Get the current time",
                 lambda: {"time": self.now().strftime("%H:%M")},
-            ),
-            _tool(
-                "get_date",
-                "Get the date of today",
-                lambda: {"date": self.now().strftime("%Y-%m-%d")},
             ),
         )
         return Toolbox(tool for tool in tools if names is None or tool.name in names)

@@ -9,8 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-import gemsmith
-from gemsmith.cli.talk import Talker
+from gemsmith.cli.talk import Talker, load
 from gemsmith.engine.request import Generation
 
 
@@ -24,7 +23,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Ask and print. A lone message goes in as text, which a base model can go on with too."""
-    lm = gemsmith.load(model, device=device, dtype=dtype)
+    lm = load(model, device=device, dtype=dtype)
     prompt = messages if len(messages) > 1 else messages[0]["content"]
     if as_json:
         print(json.dumps(facts(lm.generate(prompt, **asked)), ensure_ascii=False))

@@ -3,12 +3,29 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 
+import gemsmith
 from gemsmith.cli.console import spell, write
 from gemsmith.engine.engine import LM, Event, collect
 from gemsmith.engine.request import Finished, FinishReason, Generation
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
+
+SMALL_BYTES = 64 << 20
+"""Weights below this: a step is too little work for two threads to share."""
+
+
+def load(name: str, *, device: str = "auto", dtype: str = "auto") -> LM:
+    """`gemsmith.load`, and one thread for a small model.
+
+    Threads that wait for each other at every operator stand still while one of them has to share
+    its core: pocket's tour beside another busy process takes 8 s on one thread, 128 s on two.
+    """
+    lm = gemsmith.load(name, device=device, dtype=dtype)
+    if lm.memory()["weights"] < SMALL_BYTES:
+        torch.set_num_threads(1)
+    return lm
 
 
 class Talker:

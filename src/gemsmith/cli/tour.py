@@ -16,12 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.rule import Rule
 
-import gemsmith
 from gemsmith.agent import loop
 from gemsmith.cli import info
 from gemsmith.cli.console import short, write
 from gemsmith.cli.desk import Desk, Event, make_folder
-from gemsmith.cli.talk import Talker
+from gemsmith.cli.talk import Talker, load
 from gemsmith.engine.engine import LM
 from gemsmith.engine.request import Generation
 from gemsmith.errors import GemsmithError
@@ -61,7 +60,7 @@ class Tour:
 
     def __init__(self, lm: LM, console: Console) -> None:
         self.lm, self.console = lm, console
-        self.talker = Talker(lm, console, temperature=0, max_tokens=256)
+        self.talker = Talker(lm, console, temperature=0, max_tokens=200)
         self.events: list[Event] = []
         """The calendar that the tools have filled."""
 
@@ -203,4 +202,4 @@ def long_text(fact: str, count: Callable[[str], int], tokens: int) -> str:
 
 def run() -> bool:
     """The whole tour on the embedded model."""
-    return Tour(gemsmith.load("pocket"), Console(highlight=False)).run()
+    return Tour(load("pocket"), Console(highlight=False)).run()

@@ -1,0 +1,34 @@
+"""Loading for the command line: as many threads as the model has work for."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import gemsmith
+from gemsmith.cli.talk import SMALL_BYTES, load
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("weights", "threads"), [(SMALL_BYTES - 1, 1), (SMALL_BYTES, 2)])
+def test_a_small_model_runs_on_one_thread(
+    monkeypatch: pytest.MonkeyPatch, weights: int, threads: int
+):
+    class Model:
+        def memory(self) -> dict[str, int]:
+            return {"weights": weights, "kv": 0}
+
+    def loaded(name: str, **given: Any) -> Model:
+        return Model()
+
+    monkeypatch.setattr(gemsmith, "load", loaded)
+    torch.set_num_threads(2)
+    load("any")
+    assert torch.get_num_threads() == threads
