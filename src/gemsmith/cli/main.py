@@ -91,7 +91,7 @@ def options(
 
 @app.command()
 def demo() -> None:
-    """A guided tour on the built-in model, about a minute long."""
+    """A guided tour on the built-in model, under a minute long."""
     from gemsmith.cli import tour
 
     if not tour.run():
