@@ -1,6 +1,7 @@
 """Trains the embedded model and exports it as a checkpoint folder.
 
   python -m recipes.pocket.train fit --data DATA --run RUN [--minutes N] [--decay-now]
+                                   [--from CHECKPOINT]
   python -m recipes.pocket.train export --run RUN --tokenizer FOLDER --out FOLDER
 
 `fit` stops cleanly at any time and goes on where it stopped. The learning rate stays level until a
@@ -23,6 +24,7 @@ from gemsmith.model.text import TextModel
 from gemsmith.train.data import TokenSet
 from gemsmith.train.trainer import TrainConfig, Trainer, checkpoints
 from gemsmith.weights.generation import GenerationConfig
+from gemsmith.weights.load import load_model
 from gemsmith.weights.save import save_model
 
 SLIDING: LayerType = "sliding_attention"
@@ -88,13 +90,17 @@ def init_weights(model: TextModel, seed: int) -> None:
             p.fill_((2 * config.num_hidden_layers) ** -0.5)
 
 
-def fit(data: Path, run: Path, *, minutes: float | None, decay: bool) -> None:
-    """One stretch of training in the run folder `run`."""
+def fit(
+    data: Path, run: Path, *, minutes: float | None, decay: bool, start: Path | None = None
+) -> None:
+    """One stretch of training in the run folder `run`; a new run begins with `start`'s weights."""
     torch.set_flush_denormal(True)  # sharp attention makes many, and they are slow
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(TRAIN.seed)
     model = TextModel(TEXT)
     init_weights(model, TRAIN.seed)
+    if start is not None:
+        model.load_state_dict(load_model(start, dtype=torch.float32, ple="memory")[1].state_dict())
     model.to(device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     heldout = TokenSet(data, "heldout") if (data / "heldout.ids.npy").exists() else None
@@ -144,6 +150,7 @@ def main() -> None:
     command = commands.add_parser("fit", help="train a stretch")
     command.add_argument("--data", type=Path, required=True, help="folder that build_data wrote")
     command.add_argument("--run", type=Path, required=True, help="run folder, created or resumed")
+    command.add_argument("--from", dest="start", type=Path, help="checkpoint folder to begin with")
     command.add_argument("--minutes", type=float, help="length of the stretch; default: no end")
     command.add_argument("--decay-now", action="store_true", help="end the run with this stretch")
     command = commands.add_parser("export", help="write a checkpoint folder")
@@ -152,7 +159,7 @@ def main() -> None:
     command.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "fit":
-        fit(args.data, args.run, minutes=args.minutes, decay=args.decay_now)
+        fit(args.data, args.run, minutes=args.minutes, decay=args.decay_now, start=args.start)
     else:
         export(args.run, args.tokenizer, args.out)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes.pocket import train
 from recipes.pocket.train import POCKET, TEXT, export, init_weights
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from gemsmith.config import Gemma4Config
 from gemsmith.errors import TrainError
 from gemsmith.model.text import TextModel
 from gemsmith.weights.load import load_model
+from gemsmith.weights.save import save_model
 
 MAX_BYTES = 16_000_000
 
@@ -96,3 +98,27 @@ def test_export_is_a_small_checkpoint_with_the_same_logits(
 def test_export_of_an_untrained_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="has no checkpoint; train a stretch first"):
         export(tmp_path, tmp_path, tmp_path / "out")
+
+
+def test_a_run_may_begin_with_the_weights_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[torch.Tensor] = []
+
+    class Stopped(Exception):
+        pass
+
+    def trainer(model: TextModel, *_: object, **__: object) -> None:
+        begun.append(model.embed_tokens.weight.detach().clone())
+        raise Stopped
+
+    monkeypatch.setattr(train, "Trainer", trainer)
+    monkeypatch.setattr(train, "TokenSet", lambda *_: None)
+    saved = TextModel(TEXT)
+    init_weights(saved, seed=5)
+    save_model(saved, POCKET, tmp_path, dtype=torch.float32)
+    for start in (tmp_path, None):
+        with pytest.raises(Stopped):
+            train.fit(tmp_path, tmp_path / "run", minutes=None, decay=False, start=start)
+    assert torch.equal(begun[0], saved.embed_tokens.weight)
+    assert not torch.equal(begun[1], saved.embed_tokens.weight)
