@@ -62,7 +62,6 @@ def test_a_random_checkpoint_gives_the_same_tokens_through_transformers(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not POCKET.is_dir(), reason="the pocket checkpoint is not trained yet")
 def test_pocket_says_the_same_through_transformers_on_50_prompts() -> None:
     prompts = [
         chat.render(
