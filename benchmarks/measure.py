@@ -30,15 +30,20 @@ NUMBERS = REPOSITORY / "docs" / "numbers"
 def interleaved(
     runs: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each run, `repeats` times over, in turns so that noise falls on all alike."""
+    """Seconds of each run, `repeats` times over, in turns so that noise falls on all alike.
+
+    Each measurement follows `warm_up` untimed runs of the same: the first one after another's has
+    that one's caches and memory to clear away.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(warm_up + repeats):
+    for _ in range(repeats):
         for name, run in runs.items():
             gc.collect()
+            for _ in range(warm_up):
+                run()
             start = time.perf_counter()
             run()
-            if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

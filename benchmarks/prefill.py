@@ -134,7 +134,7 @@ def main() -> None:
         for name, logits in first.items()
         if name != "no_skip"
     }
-    seconds = measure.interleaved(runs, repeats=options.repeats, warm_up=0)
+    seconds = measure.interleaved(runs, repeats=options.repeats)
     speeds = {name: [tokens / s for s in times] for name, times in seconds.items()}
     ceilings = {
         name: tokens

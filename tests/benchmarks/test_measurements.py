@@ -40,12 +40,12 @@ def record(**changes: Any) -> dict[str, Any]:
     return made | changes
 
 
-def test_runs_take_turns_and_warm_ups_are_not_counted() -> None:
+def test_runs_take_turns_each_after_a_warm_up_that_is_not_counted() -> None:
     order: list[str] = []
     seconds = measure.interleaved(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2, warm_up=1
     )
-    assert order == ["a", "b", "a", "b", "a", "b"]
+    assert order == ["a", "a", "b", "b", "a", "a", "b", "b"]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
 
 
