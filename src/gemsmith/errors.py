@@ -7,6 +7,7 @@
     ├── CapacityError   more memory or context than there is
     ├── TokenizerError  a vocabulary file that cannot be read
     ├── RequestError    messages, sampling parameters or prompts that cannot be served
+    │   ├── MediaError     an image, sound or video that cannot be read or that the model lacks
     │   ├── TemplateError  a checkpoint's own chat template failed, ran too long or said no
     │   └── ToolError      a tool declaration, schema or argument list that cannot be expressed
     └── TrainError      training data or a run that cannot be resumed
@@ -42,6 +43,10 @@ class TokenizerError(GemsmithError, ValueError):
 
 class RequestError(GemsmithError, ValueError):
     """Messages, sampling parameters or a prompt cannot be served."""
+
+
+class MediaError(RequestError):
+    """An image, sound or video cannot be read, is too large, or the model has no input for it."""
 
 
 class TemplateError(RequestError):
