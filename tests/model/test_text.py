@@ -171,6 +171,63 @@ def test_soft_tokens_replace_embeddings_and_take_the_padding_identity():
     assert_close(soft[:4], first, LIMIT)
 
 
+def image_blocks(length: int, *spans: tuple[int, int]) -> torch.Tensor:
+    blocks = torch.full((length,), -1)
+    for number, (start, stop) in enumerate(spans):
+        blocks[start:stop] = number
+    return blocks
+
+
+@pytest.mark.parametrize("size", ["31B", "26B-A4B"])
+def test_images_are_seen_whole_in_sliding_layers_as_in_transformers(size):
+    # Window 8: one block inside it, one longer than it, two that touch.
+    spans = [(2, 7), (10, 31), (31, 36), (39, 40)]
+    config = tiny_config(size)
+    model = random_model(config)
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.Gemma4Config(
+        text_config=config.text_config.to_dict(), vision_config=None, audio_config=None
+    )
+    hf._attn_implementation = "eager"
+    hf = transformers.Gemma4ForConditionalGeneration(hf).eval()
+    hf.model.language_model.load_state_dict(model.state_dict())
+    ids, blocks = torch.tensor(tokens(44)), image_blocks(44, *spans)
+    kinds = (blocks >= 0).long()
+    kinds[31:36] = 2  # a video's frame right behind an image: one run of media, so one block
+    blocks[31:36] = blocks[30]
+    with torch.no_grad():
+        theirs = hf(input_ids=ids[None], mm_token_type_ids=kinds[None]).logits[0]
+    ours = model.logits(model(ids, torch.arange(44), NoCache(model.config, [44], blocks)))
+    assert_close(ours, theirs, LIMIT)
+    causal = model.logits(model(ids, torch.arange(44), NoCache(model.config, [44])))
+    assert (causal - ours).abs().max() > 100 * LIMIT
+
+
+@pytest.mark.parametrize("size", ["31B", "E2B"])
+@pytest.mark.parametrize("rows", [None, [5, 43, 20]])
+@pytest.mark.parametrize("cuts", [[44], [9, 35], [1, 1, 36, 6]])
+def test_blocks_through_the_cache_equal_the_whole_pass(size, rows, cuts):
+    model = random_model(tiny_config(size))
+    ids, blocks = torch.tensor(tokens(44)), image_blocks(44, (2, 7), (10, 31), (39, 40))
+    expected = model(ids, torch.arange(44), NoCache(model.config, [44], blocks))
+    if rows is not None:
+        kv = NoCache(model.config, [44], blocks)
+        asked = model(ids, torch.arange(44), kv, rows_R=torch.tensor(rows))
+        assert_close(asked, expected[rows], LIMIT)
+    cache = RingCache(model.config, dtype=torch.float32, k_from_v=model.k_from_v)
+    start = 0
+    for count in cuts:
+        at = slice(start, start + count)
+        start += count
+        part = expected[at]
+        rows_R = torch.tensor([r - at.start for r in rows or () if at.start <= r < at.stop])
+        with cache.step(count, blocks[at]) as positions:
+            asked = {} if rows is None else {"rows_R": rows_R.long()}
+            ours = model(ids[at], positions, cache, **asked)
+        if rows is None or len(rows_R):
+            assert_close(ours, part if rows is None else part[rows_R.long()], LIMIT)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_are_the_published_integers(size):
     published = {

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -89,6 +90,7 @@ class RingCache:
         self._pending: dict[int, tuple[Tensor, Tensor]] = {}
         self._overwritten: dict[int, tuple[int, list[Tensor]]] = {}
         self._step_tokens = 0
+        self._blocks_T: Tensor | None = None
 
     def _empty(self, plan: LayerPlan, slots: int = 0) -> Tensor:
         shape = (slots, plan.num_key_value_heads, plan.head_dim)
@@ -137,13 +139,14 @@ class RingCache:
         return new
 
     @contextmanager
-    def step(self, tokens: int) -> Iterator[Tensor]:
+    def step(self, tokens: int, blocks_T: Tensor | None = None) -> Iterator[Tensor]:
         """Run one forward pass of `tokens` new tokens inside; yields their positions [T].
 
-        If the body raises, the cache is as it was before.
+        If the body raises, the cache is as it was before. blocks_T: tokens that see each other
+        whole in sliding layers, see `ops.attention.causal_attention`; a block lies in one step.
         """
         self.reserve(self.length + tokens)
-        self._step_tokens = tokens
+        self._step_tokens, self._blocks_T = tokens, blocks_T
         try:
             yield torch.arange(self.length, self.length + tokens, device=self.device)
             for index, (k_TKH, v_TKH) in self._pending.items():
@@ -158,7 +161,7 @@ class RingCache:
             self._overwritten.clear()
             self._views.clear()
             self._pending.clear()
-            self._step_tokens = 0
+            self._step_tokens, self._blocks_T = 0, None
 
     def attend(
         self,
@@ -178,10 +181,15 @@ class RingCache:
             view = self._views[plan.kv_source]
         if self._step_tokens == 1:
             return masked_attention(q, view.k_SKH, view.v_SKH, None)
+        blocks_T = None if plan.window is None else self._blocks_T
         if rows_R is None:
-            return causal_attention(q, view.k_SKH, view.v_SKH, plan.window)
+            return causal_attention(q, view.k_SKH, view.v_SKH, plan.window, blocks_T)
         k_at = torch.arange(view.first, view.first + view.k_SKH.shape[0], device=q.device)
-        mask = visible(rows_R + self.length, k_at, plan.window)
+        in_block = ()
+        if blocks_T is not None:
+            past = len(k_at) - len(blocks_T)
+            in_block = (blocks_T[rows_R], F.pad(blocks_T, (past, 0), value=-1))
+        mask = visible(rows_R + self.length, k_at, plan.window, *in_block)
         return masked_attention(q, view.k_SKH, view.v_SKH, mask)
 
     def _append(self, layer: _Layer, k_TKH: Tensor, v_TKH: Tensor) -> _View:
