@@ -48,7 +48,7 @@ class ScriptedModel:
         self.interrupt_at: int | None = None
         self.passes: list[int] = []
 
-    def __call__(self, ids_T, positions_T, kv: RingCache, *, rows_R=None):
+    def __call__(self, ids_T, positions_T, kv: RingCache, *, rows_R=None, soft=None):
         if self.interrupt_at is not None and int(positions_T[-1]) >= self.interrupt_at:
             self.interrupt_at = None
             raise KeyboardInterrupt

@@ -4,6 +4,7 @@ Kept after a request, so that a prompt which begins with the same tokens (the ne
 conversation) computes only what is new.
 """
 
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from gemsmith.model.text import TextModel
 CHUNK_TOKENS = 512
 """Prompt tokens run in one pass: enough for full speed, bounds the memory of activations."""
 
+Soft = tuple[Tensor, Tensor]
+"""(indices [M] into the tokens given, ascending; rows [M, D]), as `TextModel.forward` takes."""
+
 
 class Context:
     """One growing sequence on one model."""
@@ -22,8 +26,8 @@ class Context:
     def __init__(self, model: TextModel) -> None:
         weight: Any = model.embed_tokens.weight
         self.model, self.device = model, weight.device
-        self.ids: list[int] = []
-        """The tokens that K/V are held for."""
+        self.keys: list[Hashable] = []
+        """The tokens that K/V are held for: ids, and what else identifies a soft token."""
         self.whole = True
         """False once a pass was cut off; such a context is not to be used again."""
         self._cache = RingCache(
@@ -44,47 +48,90 @@ class Context:
         self._cache.reserve(tokens)
 
     @torch.inference_mode()
-    def rewind_for(self, ids: list[int]) -> int:
-        """Keep only what `ids` begins with, its last token excepted; returns the tokens kept.
+    def rewind_for(self, keys: Sequence[Hashable]) -> int:
+        """Keep only what `keys` begins with, its last token excepted; returns the tokens kept.
 
         The last token must run again for its logits. Where sliding layers no longer hold what lies
         before the point of difference, nothing can be kept.
         """
         common = 0
-        for held, new in zip(self.ids, ids[:-1], strict=False):
+        for held, new in zip(self.keys, keys[:-1], strict=False):
             if held != new:
                 break
             common += 1
         if not self._cache.can_trim(common):
             common = 0
         self._cache.trim(common)
-        del self.ids[common:]
+        del self.keys[common:]
         return common
 
     @torch.inference_mode()
-    def run(self, ids: list[int]) -> Tensor:
-        """Append tokens (at least one); returns the logits [V] after the last, float32."""
+    def run(
+        self,
+        ids: Sequence[int],
+        *,
+        keys: Sequence[Hashable] | None = None,
+        soft: Soft | None = None,
+        blocks_T: Tensor | None = None,
+    ) -> Tensor:
+        """Append tokens (at least one); returns the logits [V] after the last, float32.
+
+        keys: by which they are known to `rewind_for`, if not by their ids. soft: tokens that stand
+        for an image or a sound. blocks_T: see `ops.attention.causal_attention`.
+        """
         hidden_1D = torch.empty(0)
-        for start in range(0, len(ids), CHUNK_TOKENS):
-            chunk = ids[start : start + CHUNK_TOKENS]
+        for start, stop in _chunks(len(ids), blocks_T):
             # Layers without K/V of their own run at the prompt's last token only.
-            last = [len(chunk) - 1] if start + CHUNK_TOKENS >= len(ids) else []
-            hidden_1D = self._pass(chunk, torch.tensor(last, dtype=torch.long, device=self.device))
+            last = [stop - start - 1] if stop == len(ids) else []
+            rows_R = torch.tensor(last, dtype=torch.long, device=self.device)
+            hidden_1D = self._pass(
+                ids[start:stop],
+                (keys or ids)[start:stop],
+                rows_R,
+                _between(soft, start, stop),
+                None if blocks_T is None else blocks_T[start:stop],
+            )
         return self.model.logits(hidden_1D)[0]
 
     @torch.no_grad()  # not inference mode: the caller may change what it gets
     def run_all(self, ids: list[int]) -> Tensor:
         """Append tokens (at least one); returns the logits [T, V] after each, float32."""
-        chunks = (ids[i : i + CHUNK_TOKENS] for i in range(0, len(ids), CHUNK_TOKENS))
-        return torch.cat([self.model.logits(self._pass(chunk, None)) for chunk in chunks])
+        chunks = (ids[start:stop] for start, stop in _chunks(len(ids), None))
+        return torch.cat([self.model.logits(self._pass(c, c, None, None, None)) for c in chunks])
 
-    def _pass(self, ids: list[int], rows_R: Tensor | None) -> Tensor:
+    def _pass(
+        self,
+        ids: Sequence[int],
+        keys: Sequence[Hashable],
+        rows_R: Tensor | None,
+        soft: Soft | None,
+        blocks_T: Tensor | None,
+    ) -> Tensor:
         ids_T = torch.tensor(ids, device=self.device)
         self.whole = False
-        with self._cache.step(len(ids)) as positions_T:
+        with self._cache.step(len(ids), blocks_T) as positions_T:
             # A single token is its own last row.
             rows_R = None if len(ids) == 1 else rows_R
-            hidden_RD = self.model(ids_T, positions_T, self._cache, rows_R=rows_R)
-        self.ids += ids
+            hidden_RD = self.model(ids_T, positions_T, self._cache, rows_R=rows_R, soft=soft)
+        self.keys += keys
         self.whole = True
         return hidden_RD
+
+
+def _chunks(tokens: int, blocks_T: Tensor | None) -> Iterator[tuple[int, int]]:
+    """Cuts 0..tokens into passes of CHUNK_TOKENS, longer where a block would be cut in two."""
+    stop = 0
+    while stop < tokens:
+        start, stop = stop, min(stop + CHUNK_TOKENS, tokens)
+        if blocks_T is not None and stop < tokens and blocks_T[stop - 1] >= 0:
+            stop += int((blocks_T[stop:] == blocks_T[stop - 1]).sum())
+        yield start, stop
+
+
+def _between(soft: Soft | None, start: int, stop: int) -> Soft | None:
+    """The soft tokens among start..stop-1, counted from start."""
+    if soft is None:
+        return None
+    at_M, rows_MD = soft
+    first, last = (int(i) for i in torch.searchsorted(at_M, torch.tensor([start, stop]).to(at_M)))
+    return (at_M[first:last] - start, rows_MD[first:last]) if first < last else None
