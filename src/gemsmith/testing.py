@@ -10,8 +10,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gemsmith.config import LAYER_TYPES, PRESETS, Gemma4Config, text_only
+from gemsmith.config import (
+    LAYER_TYPES,
+    PRESETS,
+    AudioConfig,
+    Gemma4Config,
+    VisionConfig,
+    text_only,
+)
 from gemsmith.model.text import TextModel
+from gemsmith.model.towers import Towers
 
 SIZES = tuple(PRESETS)
 
@@ -43,6 +51,56 @@ def tiny_config(size: str, *, sliding_window: int = 8, vocab_size: int = 96) -> 
         max_position_embeddings=4096,
     )
     return replace(text_only(PRESETS[size]), text_config=small)
+
+
+def tiny_media_config(size: str, *, sliding_window: int = 8, vocab_size: int = 96) -> Gemma4Config:
+    """`tiny_config` with the image and audio inputs of `size`, small; ids end the vocabulary."""
+    preset = PRESETS[size]
+    vision, audio = preset.vision_config, preset.audio_config
+    if isinstance(vision, VisionConfig):
+        vision = replace(
+            vision,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            position_embedding_size=512,
+        )
+    elif vision is not None:
+        vision = replace(vision, mm_embed_dim=32, mm_posemb_size=128, output_proj_dims=32)
+    if isinstance(audio, AudioConfig):
+        audio = replace(
+            audio,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            subsampling_conv_channels=(8, 4),
+            output_proj_dims=24,
+        )
+    names = ("boi_token_id", "image_token_id", "video_token_id", "eoi_token_id")
+    names += ("boa_token_id", "audio_token_id", "eoa_token_index")
+    ids = {name: vocab_size - len(names) + i for i, name in enumerate(names)}
+    tiny = tiny_config(size, sliding_window=sliding_window, vocab_size=vocab_size)
+    return replace(tiny, vision_config=vision, audio_config=audio, **ids)
+
+
+def random_towers(
+    config: Gemma4Config, seed: int = 1, *, dtype: torch.dtype = torch.float32
+) -> Towers:
+    """Towers whose every weight is random, as `random_model`; bounds of linear layers do bite."""
+    generator = torch.Generator().manual_seed(seed)
+    towers = Towers(config, dtype=dtype)
+    for name, tensor in (*towers.named_parameters(), *towers.named_buffers()):
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name.endswith(("_min", "_max")):
+            tensor.data.fill_(-1.5 if name.endswith("_min") else 1.5)
+        elif "norm" in name or "_ln" in name or name.endswith(("scale", "std_bias")):
+            tensor.data.copy_(1 + 0.1 * noise)
+        else:
+            tensor.data.copy_(0.15 * noise)
+    return towers.eval().requires_grad_(False)
 
 
 def random_model(

@@ -1,4 +1,4 @@
-"""A checkpoint folder of safetensors files -> a decoder ready to run.
+"""A checkpoint folder of safetensors files -> a decoder, and its towers, ready to run.
 
 Nothing is read until every tensor of every file is accounted for, from the headers alone. Then
 each weight goes straight to its place, one at a time; there are never two copies of the weights:
@@ -13,7 +13,7 @@ The per-layer table (PLE) stays on disk by default, see ple.py. A mapped file ma
 replaced by renaming, or deleted; it must not be rewritten in place.
 
 What it is not: a reader of pickle (`.bin`, `.pt`), which runs code as it is read; of GGUF; of
-quantized checkpoints; of image and audio towers, which are knowingly skipped.
+quantized checkpoints. Image and audio towers are read by `load_towers`, once they are needed.
 
 Sources: the safetensors format description; safetensors 0.8, whose CPU tensors are views of a
 private mapping.
@@ -33,7 +33,15 @@ from torch import Tensor, nn
 from gemsmith.config import Gemma4Config
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
 from gemsmith.model.text import TextModel
-from gemsmith.weights.names import EMBEDDING, HEAD, PLE_TABLE, match, module_name
+from gemsmith.model.towers import Towers
+from gemsmith.weights.names import (
+    EMBEDDING,
+    HEAD,
+    PLE_TABLE,
+    match,
+    match_towers,
+    module_name,
+)
 from gemsmith.weights.ple import PLEStore
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -100,6 +108,36 @@ def load_model(
             device=device,
         )
         model.set_submodule("embed_tokens_per_layer", store)
+    _fill(model, stored, chosen, device, dtype)
+    return config, model.eval().requires_grad_(False)
+
+
+def load_towers(
+    folder: str | Path, config: Gemma4Config, *, device: torch.device | str, dtype: torch.dtype
+) -> Towers:
+    """Read the image and audio towers of the checkpoint that `load_model` read, likewise.
+
+    Raises: as `load_model`.
+    """
+    folder, device = Path(folder), _checked_device(device)
+    stored = read_checkpoint(folder)
+    towers = Towers(config, device="meta", dtype=dtype)
+    expected = {name: tuple(tensor.shape) for name, tensor in towers.state_dict().items()}
+    shapes = {key: tensor.shape for key, tensor in stored.items()}
+    chosen = match_towers(shapes, expected, str(folder))
+    _check_dtypes(stored, chosen, folder)
+    _fill(towers, stored, chosen, device, dtype)
+    return towers.eval().requires_grad_(False)
+
+
+def _fill(
+    model: nn.Module,
+    stored: dict[str, StoredTensor],
+    chosen: dict[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Stream the tensors `chosen` ({module name: key}) into the places of a meta model."""
     names = {key: name for name, key in chosen.items()}
     done = 0
     for key, tensor in _tensors(stored, names, device, dtype):
@@ -114,7 +152,6 @@ def load_model(
             ready = ready.clone()  # only a file that mixes odd dtypes begins values at odd bytes
         done += ready.nbytes
         _place(model, names[key], ready)
-    return config, model.eval().requires_grad_(False)
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:

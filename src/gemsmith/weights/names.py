@@ -1,6 +1,7 @@
-"""Which tensor of a checkpoint is which weight of the decoder, and what each must look like.
+"""Which tensor of a checkpoint is which weight of the model, and what each must look like.
 
-Names and shapes follow from the config alone: no module is built and no tensor is read here.
+The decoder's names and shapes follow from the config alone: no module is built and no tensor is
+read here.
 
 A decoder's tensors carry the names of `TextModel`'s state dict under one of five prefixes:
   model.language_model.    released files, files saved by transformers, and those written here
@@ -9,8 +10,10 @@ A decoder's tensors carry the names of `TextModel`'s state dict under one of fiv
   model.                   a decoder saved alone
   (none)                   a bare state dict
 
-Known and left aside: the towers (this version runs the decoder alone), the K/V tensors that
-released E2B and E4B files hold for layers which never use them, and a stored copy of the tied head.
+The towers' tensors carry the names of `Towers`' state dict, with or without `model.` in front.
+
+Known and left aside: the K/V tensors that released E2B and E4B files hold for layers which never
+use them, and a stored copy of the tied head.
 
 Source: tensor lists of transformers 5.23 `Gemma4ForConditionalGeneration`.
 """
@@ -152,6 +155,48 @@ def match(
     if parts:
         raise WeightsError(f"{source}: " + "\n".join(parts))
     return {name: key for name, key in chosen.items() if name in expected}
+
+
+def match_towers(
+    found: Mapping[str, Shape], expected: Mapping[str, Shape], source: str
+) -> dict[str, str]:
+    """Give every tensor of the towers, `expected` by module name, its key in the checkpoint.
+
+    Raises:
+      WeightsError: tensors missing, in excess or of another shape, named as in `match`.
+    """
+    chosen = {key.removeprefix("model."): key for key in found if is_tower(key)}
+    missing = ["model." + name for name in expected if name not in chosen]
+    excess = [key for name, key in chosen.items() if name not in expected]
+    misshapen = [
+        f"{key} is {list(found[key])}, expected {list(expected[name])}"
+        for name, key in chosen.items()
+        if name in expected and found[key] != expected[name]
+    ]
+    parts = []
+    if len(missing) == len(expected) > 0:
+        parts.append(
+            "the checkpoint has no image or audio input, though config.json describes one; it was "
+            "saved without. Fetch the original to use images or sound."
+        )
+    elif missing:
+        parts.append(
+            f"{_count(missing)} missing:\n  {_some(missing)}\n  The download or export is "
+            "incomplete, or config.json is another model's; fetch it anew."
+        )
+    if misshapen:
+        parts.append(
+            f"{_count(misshapen)} of another shape:\n  {_some(misshapen)}\n"
+            "  config.json belongs to another model, or the file to another export; fetch both."
+        )
+    if excess:
+        parts.append(
+            f"{_count(excess)} of the towers with no place in this model:\n  {_some(excess)}\n"
+            "  vision_config or audio_config of config.json is another model's."
+        )
+    if parts:
+        raise WeightsError(f"{source}: " + "\n".join(parts))
+    return chosen
 
 
 def _kv_shapes(config: TextConfig, layer: int) -> dict[str, Shape]:

@@ -1,4 +1,4 @@
-"""A decoder -> a checkpoint folder that transformers, and `load_model`, read back bit for bit.
+"""A decoder and its towers -> a checkpoint folder that transformers and `load` read bit for bit.
 
 Writes config.json and model.safetensors, or numbered shards with their index. Each tensor goes
 from its device to the file in pieces; no second copy of the weights is made, and a PLEStore's
@@ -10,7 +10,7 @@ removed; other files of the folder (tokenizer, template) stay.
 Tensors whose size is a multiple of 64 bytes come first in a file: then those are aligned to 64
 bytes when mapped, which files written in name order are not.
 
-What it is not: a writer of towers, which this version does not load; config.json says so.
+Without towers the checkpoint is the decoder's alone, and its config.json says so.
 
 Source: the safetensors format description.
 """
@@ -31,6 +31,7 @@ from torch import Tensor
 from gemsmith.config import Gemma4Config, text_only
 from gemsmith.errors import ConfigError, WeightsError
 from gemsmith.model.text import TextModel
+from gemsmith.model.towers import Towers
 from gemsmith.weights.load import COMPUTE, DTYPES, INDEX, SINGLE
 from gemsmith.weights.names import PLE_TABLE, WRITTEN_PREFIX, expected_shapes
 from gemsmith.weights.ple import PLEStore
@@ -56,6 +57,9 @@ class _Source:
 
     def pieces(self) -> Iterator[Tensor]:
         """The values in order, some rows at a time, contiguous on the CPU, as self.dtype."""
+        if not self.shape and isinstance(self.data, Tensor):
+            yield self.data.detach().to("cpu", self.dtype).reshape(1)
+            return
         rows = max(1, PIECE_BYTES * self.shape[0] // max(1, self.nbytes))
         for start in range(0, self.shape[0], rows):
             stop = min(start + rows, self.shape[0])
@@ -69,6 +73,7 @@ def save_model(
     config: Gemma4Config,
     folder: str | Path,
     *,
+    towers: Towers | None = None,
     max_shard_bytes: int = 5_000_000_000,
     dtype: torch.dtype | None = None,
 ) -> list[Path]:
@@ -85,7 +90,10 @@ def save_model(
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes {max_shard_bytes}: must be positive")
     folder = Path(folder)
-    shards = _shards(_sources(model, config, dtype), max_shard_bytes)
+    config = config if towers is not None else text_only(config)
+    sources = _sources(model, config, dtype) + _tower_sources(towers, config, dtype)
+    sources.sort(key=lambda source: source.nbytes % ALIGNMENT != 0)
+    shards = _shards(sources, max_shard_bytes)
     count = len(shards)
     names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     names = names if count > 1 else [SINGLE]
@@ -99,7 +107,7 @@ def save_model(
             with _new_file(folder, INDEX, temporary) as file:
                 file.write(_json(_index(names, shards)))
         with _new_file(folder, "config.json", temporary) as file:
-            file.write(_json(text_only(config).to_dict()))
+            file.write(_json(config.to_dict()))
     except OSError as error:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -120,7 +128,7 @@ def save_model(
 
 
 def _sources(model: TextModel, config: Gemma4Config, dtype: torch.dtype | None) -> list[_Source]:
-    """The model's tensors, those of aligned size first; checked against config."""
+    """The decoder's tensors, checked against config."""
     tensors: dict[str, Tensor | PLEStore] = dict(model.state_dict())
     table = getattr(model, "embed_tokens_per_layer", None)
     if isinstance(table, PLEStore):
@@ -131,10 +139,7 @@ def _sources(model: TextModel, config: Gemma4Config, dtype: torch.dtype | None) 
             shape, own = (data.num_embeddings, data.embedding_dim), data.stored
         else:
             shape, own = tuple(data.shape), data.dtype
-            if data.is_meta:
-                raise WeightsError(f"{name} has no values (meta device); load or fill the model")
-        if own not in _DTYPE_NAMES:
-            raise WeightsError(f"{name} is {own}; only float weights are saved")
+            _check_savable(name, data)
         shapes[name] = shape
         sources.append(_Source(WRITTEN_PREFIX + name, shape, dtype or own, data))
     expected = expected_shapes(config.text_config)
@@ -144,7 +149,34 @@ def _sources(model: TextModel, config: Gemma4Config, dtype: torch.dtype | None) 
             f"the model and the config to be saved disagree: {name} is {shapes.get(name)} in the "
             f"model, {expected.get(name)} by the config; pass the config it was made from"
         )
-    return sorted(sources, key=lambda source: source.nbytes % ALIGNMENT != 0)
+    return sources
+
+
+def _tower_sources(
+    towers: Towers | None, config: Gemma4Config, dtype: torch.dtype | None
+) -> list[_Source]:
+    """The towers' tensors, checked against config."""
+    if towers is None:
+        return []
+    tensors: dict[str, Tensor] = towers.state_dict()
+    expected = {name: t.shape for name, t in Towers(config, device="meta").state_dict().items()}
+    if {name: t.shape for name, t in tensors.items()} != expected:
+        raise WeightsError(
+            "the towers and the config to be saved disagree; pass the config they were made from"
+        )
+    for name, tensor in tensors.items():
+        _check_savable(name, tensor)
+    return [
+        _Source(f"model.{name}", tuple(tensor.shape), dtype or tensor.dtype, tensor)
+        for name, tensor in tensors.items()
+    ]
+
+
+def _check_savable(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise WeightsError(f"{name} has no values (meta device); load or fill the model")
+    if tensor.dtype not in _DTYPE_NAMES:
+        raise WeightsError(f"{name} is {tensor.dtype}; only float weights are saved")
 
 
 def _shards(sources: list[_Source], most: int) -> list[list[_Source]]:
