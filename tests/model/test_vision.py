@@ -33,7 +33,9 @@ CONFIGS = {
     "E-series": SMALL,
     # Heads of 12: like the large tower's 72, a quarter that is odd.
     "large": replace(SMALL, head_dim=12, use_clipped_linears=False, standardize=True),
-    "grouped": replace(SMALL, num_attention_heads=4, num_key_value_heads=2, rope_theta=50.0),
+    "other sizes": replace(
+        SMALL, num_attention_heads=4, num_key_value_heads=2, rope_theta=50.0, rms_norm_eps=0.05
+    ),
 }
 SIZES = [(6, 3), (12, 9), (3, 15), (6, 3), (9, 9)]  # columns, rows
 
@@ -242,3 +244,13 @@ def test_configs_that_cannot_be_a_tower_are_refused():
         VisionTower(replace(SMALL, head_dim=14))
     with pytest.raises(ConfigError, match=r"num_attention_heads 3 is not .*key_value_heads 2"):
         VisionTower(replace(SMALL, num_key_value_heads=2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_cuda_rows_match_cpu(kind, randomise):
+    tower = randomise(VisionTower(CONFIGS[kind]))
+    values, positions, lengths = pictures(SIZES)
+    expected = tower(values, positions, lengths)
+    actual = tower.cuda()(values.cuda(), positions.cuda(), lengths)
+    assert_close(actual.cpu(), expected, 4 * LIMIT)

@@ -57,8 +57,17 @@ class ClippableLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.clipped:
             return self.linear(x)
-        out = self.linear(x.clamp(self.input_min, self.input_max))
-        return out.clamp(self.output_min, self.output_max)
+        out = self.linear(clamp(x, self.input_min, self.input_max))
+        return clamp(out, self.output_min, self.output_max)
+
+
+def clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """x between two bounds that are tensors of shape []."""
+    if x.device.type == "cpu":
+        # Bounds given as numbers are four times faster here, which saves a tenth of the tower's
+        # time. On other devices reading them would wait for the work before.
+        return x.clamp(low.item(), high.item())
+    return x.clamp(low, high)
 
 
 class SoftProjection(nn.Module):
