@@ -22,7 +22,6 @@ import urllib.parse
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
@@ -52,6 +51,14 @@ NOT_IMAGES = (
     (rb".{4}ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", "a HEIC photo: export it as JPEG"),
 )
 """How files begin that people take for images: pattern, what to say of it."""
+
+DETAILS = {"low": 140, "high": 1120}
+"""OpenAI's `detail` -> budget. Its "low" shows a model at most 512 x 512 pixels: 140 is the
+smallest budget that shows as many (528 x 528); 70 shows 384 x 384."""
+
+BLOCK, MIN_CONTRAST, KEPT_CONTRAST, KEPT_SHARE = 24, 16, 0.85, 0.9
+"""Legibility, see `choose_budget`: pixels a side; of 255; of the contrast; of the blocks. Set so
+that black letters on white count as kept down to a font size of about 11 pixels."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -126,7 +133,7 @@ def target_size(
             f"image budget {budget!r}: an image may cost {', '.join(map(str, BUDGETS[:-1]))} or "
             f"{BUDGETS[-1]} soft tokens; {DEFAULT_BUDGET} is the default"
         )
-    _check_pixels(width, height, "the image")
+    _check_sides(width, height, "the image")
     cell = patch * pool
     scale = math.sqrt(budget * cell**2 / (width * height))
     columns, rows = (math.floor(scale * side / cell) for side in (width, height))
@@ -135,6 +142,60 @@ def target_size(
     elif columns == 0:
         columns, rows = 1, min(height // width, int(budget))
     return columns * cell, rows * cell
+
+
+def choose_budget(image: Image.Image, detail: str = "auto") -> int:
+    """The budget for OpenAI's `detail`: "low" 140, "high" 1120, "auto" by what the image shows.
+
+    "auto" is the smallest budget that meets both, where 1120 stands for more:
+    - It does not scale the image down; or
+    - it is DEFAULT_BUDGET or more, and fine detail survives it: letters, lines of a plan.
+
+    So small images cost less than the default, photos and drawings the default, and pages and
+    screenshots as much as their letters need. None is scaled up where a smaller budget shows all of
+    its pixels.
+
+    Fine detail: at the scale of the first kind the image is cut into blocks of 24 x 24 pixels (a
+    quarter of a soft token). Those of some contrast (standard deviation of brightness, 16 of 255 or
+    more) are compared with the same blocks scaled to the smaller budget: edges of large things keep
+    their contrast, strokes thinner than a pixel turn grey. It survives if nine of ten keep 85 %.
+
+    Raises:
+      MediaError: another detail.
+    """
+    if detail in DETAILS:
+        return DETAILS[detail]
+    if detail != "auto":
+        raise MediaError(f"image detail {detail!r} is not one of auto, {', '.join(DETAILS)}")
+    whole = BUDGETS[-1]
+    for budget in BUDGETS:
+        width, height = target_size(*image.size, budget)
+        if width >= image.width and height >= image.height:
+            whole = budget
+            break
+    smaller = [budget for budget in BUDGETS if DEFAULT_BUDGET <= budget < whole]
+    if not smaller:
+        return whole
+    columns, rows = (side // BLOCK for side in target_size(*image.size, whole))
+    # This need not be exact: with a gap of 1, Pillow averages 2 x 2, 3 x 3 ... pixels where it can.
+    size = (columns * BLOCK, rows * BLOCK)
+    grey = image.convert("L").resize(size, Image.Resampling.BICUBIC, reducing_gap=1.0)
+    before = _contrast(grey, columns, rows)
+    shown = before >= MIN_CONTRAST
+    for budget in smaller:
+        block = round(BLOCK * math.sqrt(budget / whole))
+        size = (columns * block, rows * block)
+        after = _contrast(grey.resize(size, Image.Resampling.BICUBIC), columns, rows)
+        kept = after[shown] >= KEPT_CONTRAST * before[shown]
+        if kept.sum() >= KEPT_SHARE * kept.size:
+            return budget
+    return whole
+
+
+def _contrast(grey: Image.Image, columns: int, rows: int) -> np.ndarray:
+    """Standard deviation of brightness in each block [rows, columns] of equal size."""
+    blocks = np.asarray(grey, dtype=np.float32).reshape(rows, -1, columns, grey.width // columns)
+    return blocks.std(axis=(1, 3))
 
 
 def patches(
@@ -168,7 +229,7 @@ def _cut(image: Image.Image, budget: int, *, patch: int, pool: int, side: int) -
     # On 8-bit values, as in the reference; Pillow's filter widens when it shrinks (antialias).
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     columns, rows = size[0] // side, size[1] // side
-    squares = pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4)
+    squares = pixels.reshape(rows, side, columns, side * 3).transpose(0, 2, 1, 3)
     values = np.multiply(squares, np.float32(1 / 255), order="C")
     y, x = np.divmod(np.arange(rows * columns, dtype=np.int64), columns)
     return Patches(
@@ -182,7 +243,7 @@ def _cut(image: Image.Image, budget: int, *, patch: int, pool: int, side: int) -
 def _read(source: object) -> tuple[bytes, str]:
     """Bytes of a file, and what to call it in an error."""
     if isinstance(source, bytes | bytearray | memoryview):
-        data, name = bytes(source), "the image bytes"
+        data, name = bytes(source), "the file in memory"
     elif isinstance(source, str) and source[:5].lower() == "data:":
         data, name = _from_data_url(source), "the data URL"
     elif isinstance(source, str) and re.match("https?://", source, re.IGNORECASE):
@@ -224,8 +285,8 @@ def _from_file(source: str | os.PathLike[str], name: str) -> bytes:
 
 
 def _from_data_url(url: str) -> bytes:
-    head, _, text = url.partition(",")
-    if not head.lower().endswith(";base64"):
+    head, comma, text = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
         raise MediaError(
             f"data URL {_short(url)} holds no base64; it must begin like data:image/png;base64,"
         )
@@ -239,7 +300,11 @@ def _from_data_url(url: str) -> bytes:
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-    """The image with its header read, not decoded."""
+    """The image with its header read, not decoded.
+
+    Decoded it is in full: letting the JPEG decoder halve a large photo (`draft`) would take a third
+    of the time, but letters then differ by up to 73 of 255 from what the models were trained on.
+    """
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -286,18 +351,17 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return _from_array(np.asarray(image))
-    if image.mode == "F":
+    if image.mode.startswith("I;16") or image.mode == "F":
         return _from_array(np.asarray(image))
     if image.mode == "I":  # 32-bit integers: how Pillow holds the 16 bits of some formats
-        low, high = image.getextrema()
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
         if not 0 <= low <= high <= 65_535:
             raise MediaError(
                 f"32-bit pixels from {low} to {high}: which is black, and which is white? Give an "
                 "array of floats in 0..1"
             )
-        return _from_array(np.asarray(image).astype(np.uint16))
+        return _from_array(values.astype(np.uint16))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -351,9 +415,13 @@ def _check_bytes(size: int, name: str) -> None:
         )
 
 
-def _check_pixels(width: int, height: int, name: str) -> None:
+def _check_sides(width: int, height: int, name: str) -> None:
     if min(width, height) < 1:
         raise MediaError(f"{name} has no pixels: it is {width} x {height}")
+
+
+def _check_pixels(width: int, height: int, name: str) -> None:
+    _check_sides(width, height, name)
     if width * height > MAX_PIXELS:
         raise _too_large(f"{width} x {height} = {width * height:,}", name)
 
