@@ -31,6 +31,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -371,15 +372,21 @@ def _detecting(d: Draw) -> Made:
 
 
 def _string(d: Draw, low: int, high: int) -> str:
-    """A text of low..high characters: a code, a number, or a word that may mean nothing."""
+    """A text of low..high characters: a code, a number, or a word that may mean nothing.
 
-    length, kind = d.between(low, high), d.between(0, 9)
+    Words have four letters at least, so high has to be 4 or more.
+    """
+    kind = d.between(0, 9)
     if kind < 6:
-        letters = CODE_LETTERS if kind < 5 else "0123456789"
-        return d.until(lambda: "".join(d.pick(letters) for _ in range(length)))
+        return _code(d, low, high, CODE_LETTERS if kind < 5 else "0123456789")
     word = next(w for w in iter(d.word, "") if low <= len(w) <= high)
     # On the side of the word without its capital: CRCs of the two are not independent.
     return word.capitalize() if kind < 8 else word
+
+
+def _code(d: Draw, low: int, high: int, letters: str = CODE_LETTERS) -> str:
+    length = d.between(low, high)
+    return d.until(lambda: "".join(d.pick(letters) for _ in range(length)))
 
 
 def _ink(d: Draw) -> tuple[drawing.Color, drawing.Color]:
@@ -404,7 +411,9 @@ def _read(d: Draw, budget: int) -> Made:
         shrink = math.sqrt(0.85)
         size = round(d.between(18, 60 if budget == 70 else 40) * shrink)
         longest = max(lines, key=lambda text: drawing.extent(text, name, 32)[2])
-        size = drawing.fitting(longest, name, width - 8, (height - 8) / len(lines) / 1.35, size)
+        # A line takes 1.35 times its letter size, whatever letters it has.
+        size = min(size, int((height - 8) / len(lines) / 1.35))
+        size = drawing.fitting(longest, name, width - 8, height - 8, size)
         if size >= 15 * shrink:
             break
     background, ink = _ink(d)
@@ -464,7 +473,7 @@ def _cell(d: Draw) -> str:
     kind = d.between(0, 9)
     if kind < 5:
         return str(d.integer(10, 999))
-    return _string(d, 2, 3) if kind < 7 else _string(d, 4, 5)
+    return _code(d, 2, 3) if kind < 7 else _string(d, 4, 5)
 
 
 # -- buttons ----------------------------------------------------------------------------------
@@ -482,16 +491,18 @@ def _buttons(d: Draw) -> Made:
     name = d.pick(FONTS)
     boxes: list[Box] = []
     high = 2 * d.between(6, 8) * down
-    for label in labels:
-        while True:
-            # Even sizes in grid steps, so the middle lies on the grid too.
-            wide = 2 * (d.between(0, 4) + max(10, 2 + len(label) * 2)) * across
-            left = d.between(2, GRID - 2 - wide // across) * across
-            top = d.between(16, GRID - 2 - high // down) * down
-            box = (left, top, left + wide, top + high)
-            if _apart(box, boxes, 8):
-                boxes.append(box)
-                break
+    for attempt in count():
+        if len(boxes) == len(labels):
+            break
+        if attempt % 100 == 99:
+            boxes = []  # there is room for all, but not the way the first ones were put
+        # Even sizes in grid steps, so the middle lies on the grid too.
+        steps = 2 * (d.between(0, 4) + max(10, 2 + len(labels[len(boxes)]) * 2))
+        left = d.between(2, GRID - 2 - steps) * across
+        top = d.between(16, GRID - 2 - high // down) * down
+        box = (left, top, left + steps * across, top + high)
+        if _apart(box, boxes, 8):
+            boxes.append(box)
     colors = [d.pick(tuple(COLORS)) for _ in labels]
     image = drawing.paper(d, width, height)
     on = ImageDraw.Draw(image)
@@ -572,10 +583,11 @@ def _noted(d: Draw, lines: list[str]) -> Image.Image:
         (margin, margin, width - margin - 1, height - margin - 1), sheet, (120, 120, 120)
     )
     name, ink = d.pick(FONTS), (d.between(0, 80), d.between(0, 60), d.between(0, 120))
-    inside = width - 2 * margin - 12, (height - 2 * margin - 12) / len(lines) / 1.3
+    wide, high = width - 2 * margin - 12, height - 2 * margin - 12
     longest = max(lines, key=lambda text: drawing.extent(text, name, 32)[2])
-    size = drawing.fitting(longest, name, *inside, d.between(24, 44))
-    top = margin + 6 + d.between(0, max(0, int(inside[1] - size) * len(lines)))
+    size = min(d.between(24, 44), int(high / len(lines) / 1.3))
+    size = drawing.fitting(longest, name, wide, high, size)
+    top = margin + 6 + d.between(0, high - math.ceil(1.3 * size * len(lines)))
     for row, text in enumerate(lines):
         drawing.write(image, text, margin + 6, top + round(1.3 * size * row), name, size, ink)
     return image
