@@ -76,7 +76,7 @@ def tiny_media_config(size: str, *, sliding_window: int = 8, vocab_size: int = 9
             hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,
-            subsampling_conv_channels=(8, 4),
+            subsampling_conv_channels=(128, 4),
             output_proj_dims=24,
         )
     names = ("boi_token_id", "image_token_id", "video_token_id", "eoi_token_id")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from gemsmith.cli.main import app
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = ("", "demo", "chat", "generate", "info", "doctor", "eval")
+COMMANDS = ("", "demo", "chat", "generate", "detect", "point", "info", "doctor", "eval")
 
 
 def reference() -> str:

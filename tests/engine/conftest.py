@@ -71,9 +71,9 @@ class ScriptedModel:
 class ScriptedLM(LM):
     """Tells the script where each prompt ends."""
 
-    def _start(self, ids, params, *, chat):
-        self.model.start = len(ids)
-        return super()._start(ids, params, chat=chat)
+    def _start(self, prompt, params, *, chat):
+        self.model.start = len(prompt.ids)
+        return super()._start(prompt, params, chat=chat)
 
 
 @pytest.fixture(scope="session")

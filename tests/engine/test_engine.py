@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gemsmith import sizing
 from gemsmith.engine.context import CHUNK_TOKENS
 from gemsmith.engine.engine import LM
+from gemsmith.engine.media import Prompt
 from gemsmith.engine.request import Finished, FinishReason, SamplingParams
 from gemsmith.errors import RequestError, TokenizerError
 from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
@@ -384,7 +385,7 @@ def test_ctrl_c_in_the_middle_of_a_stream_leaves_the_model_usable(scripted):
     lm.model.interrupt_at = 23
     seen = []
     with pytest.raises(KeyboardInterrupt):
-        seen += lm._start(prompt, lm.sampling, chat=False)
+        seen += lm._start(Prompt(prompt), lm.sampling, chat=False)
     assert lm.complete(prompt).text == "abcdefgh<turn|>"[:8]
 
 
@@ -418,7 +419,7 @@ def test_a_stream_dropped_half_way_leaves_what_it_read_for_the_next(tokenizer):
     lm = random_lm("E2B", tokenizer)
     prompt = tokens(19, 9, tokenizer.vocab_size)
     whole = random_lm("E2B", tokenizer).complete(prompt, temperature=0, max_tokens=10)
-    dropped = lm._start(prompt, SamplingParams(temperature=0), chat=False)
+    dropped = lm._start(Prompt(prompt), SamplingParams(temperature=0), chat=False)
     next(dropped)
     dropped.close()
     again = lm.complete([*prompt, *whole.token_ids[:4]], temperature=0, max_tokens=6)
@@ -431,7 +432,7 @@ def test_two_streams_side_by_side_do_not_disturb_each_other(tokenizer):
     prompts = [tokens(15, seed, tokenizer.vocab_size) for seed in (10, 11)]
     alone = [lm.complete(p, temperature=0, max_tokens=9).token_ids for p in prompts]
     params = SamplingParams(temperature=0, max_tokens=9)
-    streams = [lm._start(p, params, chat=False) for p in prompts]
+    streams = [lm._start(Prompt(p), params, chat=False) for p in prompts]
     last = [None, None]
     for _ in range(20):
         for i, stream in enumerate(streams):
@@ -504,7 +505,7 @@ def prompt_of(lm: LM, *args, **options) -> str:
 
 def prompt_ids(lm: LM, *args, **options) -> list[int]:
     seen = []
-    lm._start = lambda ids, params, *, chat: seen.extend(ids)  # pyright: ignore
+    lm._start = lambda prompt, params, *, chat: seen.extend(prompt.ids)  # pyright: ignore
     lm.stream(*args, **options)
     return seen
 

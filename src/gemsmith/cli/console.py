@@ -15,8 +15,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def write(console: Console, text: str, style: str | None = None) -> None:
     """Text as it is: no markup, no wrapping, and on a terminal nothing that could steer it."""
     if console.is_terminal:
-        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+        text = harmless(text)
     console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def harmless(text: str) -> str:
+    """Text without characters that could steer a terminal."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def spell(call: ToolCall) -> str:

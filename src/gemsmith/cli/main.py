@@ -22,6 +22,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Think = Annotated[bool, typer.Option("--think", help="Let the model think first.")]
+Out = Annotated[str | None, typer.Option(help="Where to save the drawing.")]
+Budget = Annotated[
+    str, typer.Option(help="Soft tokens of the picture: 70, 140, 280, 560, 1120, or auto.")
+]
 System = Annotated[str | None, typer.Option(help="A system message to begin with.")]
 
 
@@ -152,6 +156,56 @@ def generate(
     from gemsmith.cli import generate as worker
 
     worker.run(model, messages, asked, device=device, dtype=dtype, as_json=json)
+
+
+@app.command()
+def detect(
+    image: Annotated[str, typer.Argument(help="A picture file.")],
+    what: Annotated[str, typer.Argument(help='What to find, such as "red kettle".')],
+    model: Model = POCKET,
+    out: Out = None,
+    budget: Budget = "280",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Frame what is asked for in a picture: boxes as a table or JSON, drawn on a copy."""
+    _places(image, what, model, False, out, budget, device, dtype, json)
+
+
+@app.command()
+def point(
+    image: Annotated[str, typer.Argument(help="A picture file.")],
+    what: Annotated[str, typer.Argument(help='What to point to, such as "Save button".')],
+    model: Model = POCKET,
+    out: Out = None,
+    budget: Budget = "280",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Point to what is asked for in a picture, as `detect` frames it."""
+    _places(image, what, model, True, out, budget, device, dtype, json)
+
+
+def _places(
+    image: str,
+    what: str,
+    model: str,
+    point: bool,
+    out: str | None,
+    budget: str,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    from gemsmith.cli import detect as worker
+
+    chosen = int(budget) if budget.isdecimal() else budget
+    worker.run(
+        image, what, model, point=point, out=out, options={"image_budget": chosen},
+        device=device, dtype=dtype, as_json=as_json,
+    )  # fmt: skip
 
 
 @app.command()

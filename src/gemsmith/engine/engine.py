@@ -9,16 +9,18 @@ in chunks (`context`) -> one token at a time (`sampler`) -> text -> thinking, co
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gemsmith.config import Gemma4Config
-from gemsmith.engine.context import Context
+from gemsmith.engine.context import Context, Soft
+from gemsmith.engine.media import Prompt, expand
+from gemsmith.engine.media import collect as collect_media
 from gemsmith.engine.request import (
     MIN_TEMPERATURE,
     Finished,
@@ -31,8 +33,10 @@ from gemsmith.engine.request import (
 from gemsmith.engine.sampler import Sampler, token_logprob
 from gemsmith.engine.stop import StopStrings
 from gemsmith.engine.thinking import Thought
-from gemsmith.errors import ConfigError, RequestError, TokenizerError
+from gemsmith.errors import ConfigError, MediaError, RequestError, TokenizerError
+from gemsmith.media.image import DEFAULT_BUDGET
 from gemsmith.model.text import TextModel
+from gemsmith.model.towers import Towers
 from gemsmith.text import chat
 from gemsmith.text.stream import (
     Content,
@@ -46,7 +50,7 @@ from gemsmith.text.template import ChatTemplate
 from gemsmith.text.tokenizer import Detokenizer, Tokenizer
 from gemsmith.weights.generation import load_generation_config
 from gemsmith.weights.hub import resolve
-from gemsmith.weights.load import load_model
+from gemsmith.weights.load import load_model, load_towers
 
 Event: TypeAlias = SplitEvent | Finished
 """What a stream is made of: `Thinking`, `Content`, `ToolCallEvent`, `ToolProblem`, `Finished`."""
@@ -68,12 +72,14 @@ class LM:
         end_ids: Iterable[int] = (),
         suppressed_ids: Iterable[int] = (),
         template: ChatTemplate | None = None,
+        towers: Callable[[], Towers] | None = None,
         name: str = "model",
     ) -> None:
         """Put loaded parts together; see `load` for checkpoints.
 
         sampling: what a request gets that asks for nothing else. end_ids: tokens that end a reply,
-        beside the config's. template: the checkpoint's own, used instead of `text.chat`.
+        beside the config's. template: the checkpoint's own, used instead of `text.chat`. towers:
+        loads them when the first image or sound comes; None refuses these.
 
         Raises:
           TokenizerError: the vocabulary has more tokens than the model.
@@ -103,6 +109,8 @@ class LM:
         variant = "edge" if config.text_config.hidden_size_per_layer_input else "large"
         self._encode = partial(chat.encode, variant=variant)
         self._kept: Context | None = None
+        self._load_towers, self._towers = towers, None
+        self.device: torch.device = model.embed_tokens.weight.device
 
     @classmethod
     def load(
@@ -111,17 +119,21 @@ class LM:
         *,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
+        towers: Literal["auto", "none"] = "auto",
         revision: str | None = None,
         offline: bool | None = None,
     ) -> Self:
         """Read a checkpoint: a folder, a hub id, or "pocket" (embedded, no network).
 
         device: "auto" is CUDA where there is a device, otherwise "cpu". dtype: "auto" is the
-        checkpoint's own; "float32" or "bfloat16" convert.
+        checkpoint's own; "float32" or "bfloat16" convert. towers: "auto" reads those for images
+        and sound when the first one comes; "none" never does.
 
         Raises:
           HubError, ConfigError, WeightsError, TokenizerError: see there.
         """
+        if towers not in ("auto", "none"):
+            raise ConfigError(f"towers {towers!r}: must be auto (loaded once needed) or none")
         folder = resolve(name, revision=revision, offline=offline)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,6 +157,15 @@ class LM:
             end_ids=habits.eos_token_id,
             suppressed_ids=habits.suppress_tokens,
             template=ChatTemplate.load(folder),
+            towers=None
+            if towers == "none"
+            else partial(
+                load_towers,
+                folder,
+                config,
+                device=device,
+                dtype=model.embed_tokens.weight.dtype,
+            ),
             name=str(name),
         )
 
@@ -157,17 +178,21 @@ class LM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool = False,
         preserve_thinking: bool = False,
+        image_budget: int | str = DEFAULT_BUDGET,
         sampling: SamplingParams | None = None,
         **options: object,
     ) -> Generation:
         """The whole reply to a conversation, or to one user message given as text.
 
+        Images, sounds and videos are content parts, see `engine.media`. image_budget: soft tokens
+        an image may cost (70, 140, 280, 560, 1120, or "auto"), where its part says nothing else.
         sampling: all sampling parameters, in place of `self.sampling`. options: single ones, by
         their `SamplingParams` names; `temperature=0` gives the likeliest reply. A base model goes
         on with the text.
 
         Raises:
-          RequestError: an empty prompt, one longer than the context, bad messages or parameters.
+          RequestError: an empty prompt, one longer than the context, bad messages or parameters;
+            MediaError if it is a picture, sound or video.
           CapacityError: no memory for its K/V.
         """
         return collect(
@@ -176,6 +201,7 @@ class LM:
                 tools=tools,
                 enable_thinking=enable_thinking,
                 preserve_thinking=preserve_thinking,
+                image_budget=image_budget,
                 sampling=sampling,
                 **options,
             )
@@ -188,6 +214,7 @@ class LM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool = False,
         preserve_thinking: bool = False,
+        image_budget: int | str = DEFAULT_BUDGET,
         sampling: SamplingParams | None = None,
         **options: object,
     ) -> Iterator[Event]:
@@ -204,7 +231,7 @@ class LM:
                     "begin on its own"
                 )
             if not (self.is_chat or tools or enable_thinking):
-                return self._start(self._raw_ids([(prompt, False)]), params, chat=False)
+                return self._start(Prompt(self._raw_ids([(prompt, False)])), params, chat=False)
             prompt = [{"role": "user", "content": prompt}]
         if not self.is_chat:
             raise RequestError(
@@ -216,7 +243,13 @@ class LM:
                 "no messages: give at least one, such as {'role': 'user', 'content': 'Hello'}"
             )
         ids = self._chat_ids(prompt, tools, enable_thinking, preserve_thinking)
-        return self._start(ids, params, chat=True)
+        media = collect_media(prompt, self.config, image_budget=image_budget)
+        if media and self._load_towers is None:
+            raise MediaError(
+                f"{self.name} was loaded without its image and audio towers; load it again with "
+                "towers='auto' to use images, sound or video"
+            )
+        return self._start(expand(ids, media, self.config, self.tokenizer), params, chat=True)
 
     def complete(
         self,
@@ -235,7 +268,7 @@ class LM:
         """
         params = (sampling or self.sampling).changed(**options)
         ids = self._raw_ids([(prompt, True)]) if isinstance(prompt, str) else list(prompt)
-        return collect(self._start(ids, params, chat=False))
+        return collect(self._start(Prompt(ids), params, chat=False))
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits after each of the given tokens, float32 [T, V], on the model's device.
@@ -249,7 +282,8 @@ class LM:
 
     def memory(self) -> dict[str, int]:
         """Bytes held: `weights` in memory, `kv` of the last request, kept for the next."""
-        tensors = (*self.model.parameters(), *self.model.buffers())
+        modules = [self.model] if self._towers is None else [self.model, self._towers]
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         return {
             "weights": sum(t.nbytes for t in tensors),
             "kv": self._kept.nbytes if self._kept else 0,
@@ -296,22 +330,26 @@ class LM:
 
     # -- the reply ----------------------------------------------------------------------------
 
-    def _start(self, ids: list[int], params: SamplingParams, *, chat: bool) -> Iterator[Event]:
+    def _start(self, prompt: Prompt, params: SamplingParams, *, chat: bool) -> Iterator[Event]:
+        ids = prompt.ids
         limit = self.config.text_config.max_position_embeddings
         if len(ids) >= limit:
+            soft = f", {sum(s.run.tokens for s in prompt.spans)} of them for media" * bool(
+                prompt.spans
+            )
             raise RequestError(
-                f"the prompt has {len(ids)} tokens, but the model's context holds {limit} and the "
-                "reply needs room in it; shorten the prompt or drop old messages"
+                f"the prompt has {len(ids)} tokens{soft}, but the model's context holds {limit} "
+                "and the reply needs room in it; shorten the prompt or drop old messages"
             )
         self._check_ids(ids)
-        return self._events(ids, params, chat)
+        return self._events(prompt, params, chat)
 
-    def _events(self, ids: list[int], params: SamplingParams, chat: bool) -> Iterator[Event]:
+    def _events(self, prompt: Prompt, params: SamplingParams, chat: bool) -> Iterator[Event]:
         """Prefill, then a token at a time. Nothing is left behind if it is abandoned."""
         started = time.perf_counter()
         context, self._kept = self._kept or Context(self.model), None
         try:
-            yield from self._reply(context, ids, params, chat, started)
+            yield from self._reply(context, prompt, params, chat, started)
         finally:
             if context.whole:
                 self._kept = context
@@ -319,14 +357,15 @@ class LM:
     def _reply(
         self,
         context: Context,
-        ids: list[int],
+        prompt: Prompt,
         params: SamplingParams,
         chat: bool,
         started: float,
     ) -> Iterator[Event]:
+        ids, keys = prompt.ids, prompt.keys()
         room = self.config.text_config.max_position_embeddings - len(ids)
         max_tokens = min(params.max_tokens or room, room)
-        cached = context.rewind_for(ids)
+        cached = context.rewind_for(keys)
         context.reserve(len(ids) + min(max_tokens, params.max_tokens or RESERVED_TOKENS))
         sampler = Sampler(
             params,
@@ -341,7 +380,12 @@ class LM:
         logprobs: list[TokenLogprob] = []
         first_token_s = 0.0
 
-        logits_V = context.run(ids[cached:])
+        logits_V = context.run(
+            ids[cached:],
+            keys=keys[cached:],
+            soft=self._soft(prompt, cached),
+            blocks_T=self._blocks(prompt, cached),
+        )
         while True:
             forced = thought.forced()
             token = sampler.choose(logits_V) if forced is None else forced
@@ -366,6 +410,9 @@ class LM:
             cached_tokens=cached,
             completion_tokens=len(reply),
             thinking_tokens=thought.tokens,
+            image_tokens=prompt.soft_tokens("image"),
+            audio_tokens=prompt.soft_tokens("audio"),
+            video_tokens=prompt.soft_tokens("video"),
             time_to_first_token_s=first_token_s,
             total_s=time.perf_counter() - started,
         )
@@ -375,6 +422,41 @@ class LM:
             token_ids=tuple(reply),
             logprobs=None if params.logprobs is None else tuple(logprobs),
         )
+
+    # -- soft tokens --------------------------------------------------------------------------
+
+    @property
+    def towers(self) -> Towers:
+        """The image and audio towers, read the first time they are needed."""
+        if self._towers is None:
+            assert self._load_towers is not None, "media were refused"
+            self._towers = self._load_towers()
+        return self._towers
+
+    @torch.inference_mode()
+    def _soft(self, prompt: Prompt, cached: int) -> Soft | None:
+        """Indices and rows of the soft tokens beyond the first `cached`; a run at a time."""
+        at, rows = [], []
+        for span in prompt.spans:
+            if span.stop <= cached:
+                continue
+            features, places = (
+                torch.from_numpy(array).to(self.device)
+                for array in (span.run.features, span.run.places)
+            )
+            if span.run.kind == "audio":
+                rows_SD = self.towers.hear(features, places)
+            else:
+                rows_SD = self.towers.see(features, places, [len(features)])
+            first = max(cached - span.start, 0)
+            at += range(span.start + first - cached, span.stop - cached)
+            rows.append(rows_SD[first:])
+        return (torch.tensor(at, device=self.device), torch.cat(rows)) if rows else None
+
+    def _blocks(self, prompt: Prompt, cached: int) -> Tensor | None:
+        if self.config.text_config.use_bidirectional_attention != "vision" or not prompt.spans:
+            return None
+        return torch.tensor(prompt.blocks()[cached:], device=self.device)
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:

@@ -135,6 +135,12 @@ class Usage:
     """Tokens of the reply: thoughts, calls, markers and the end token included."""
     thinking_tokens: int
     """Of those, the text of thoughts without its markers."""
+    image_tokens: int = 0
+    """Of the prompt's tokens, those that stand for images; markers count as text."""
+    audio_tokens: int = 0
+    """Those that stand for sound, a video's included."""
+    video_tokens: int = 0
+    """Those that stand for frames of videos."""
     time_to_first_token_s: float
     total_s: float
 
