@@ -108,3 +108,22 @@ def test_what_the_engine_refuses_is_one_error(generate: Any):
     result, _ = generate([RequestError("top_p 2.0: must be a number from 1e-06 to 1")], "Hi")
     assert result.exit_code == 2
     assert result.stderr == "error: top_p 2.0: must be a number from 1e-06 to 1\n"
+
+
+def test_files_stand_beside_the_text_pictures_first_and_sounds_last(generate: Any):
+    files = ("--image", "a.png", "--image", "b.png", "--audio", "c.wav", "--video", "d.mp4")
+    _, asked = generate([Content("x")], "Hi", *files, "--budget", "auto")
+    [(messages, options)] = asked
+    assert messages == [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": "a.png"},
+                {"type": "image", "image": "b.png"},
+                {"type": "video", "video": "d.mp4"},
+                {"type": "text", "text": "Hi"},
+                {"type": "audio", "audio": "c.wav"},
+            ],
+        }
+    ]
+    assert options["image_budget"] == "auto"

@@ -15,16 +15,17 @@ from gemsmith.engine.request import Generation
 
 def run(
     model: str,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     asked: dict[str, Any],
     *,
     device: str,
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Ask and print. A lone message goes in as text, which a base model can go on with too."""
+    """Ask and print. A lone text goes in as such, which a base model can go on with too."""
     lm = load(model, device=device, dtype=dtype)
-    prompt = messages if len(messages) > 1 else messages[0]["content"]
+    text = messages[0]["content"]
+    prompt = text if len(messages) == 1 and isinstance(text, str) else messages
     if as_json:
         print(json.dumps(facts(lm.generate(prompt, **asked)), ensure_ascii=False))
         return

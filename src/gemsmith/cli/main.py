@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Think = Annotated[bool, typer.Option("--think", help="Let the model think first.")]
 Out = Annotated[str | None, typer.Option(help="Where to save the drawing.")]
 Budget = Annotated[
-    str, typer.Option(help="Soft tokens of the picture: 70, 140, 280, 560, 1120, or auto.")
+    str, typer.Option(help="Soft tokens a picture may cost: 70, 140, 280, 560, 1120, or auto.")
 ]
 System = Annotated[str | None, typer.Option(help="A system message to begin with.")]
 
@@ -122,6 +122,10 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The message; else --file or stdin.")] = None,
     model: Model = POCKET,
     file: Annotated[str | None, typer.Option(help="Read the message from a file.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="Show a picture; repeatable.")] = None,
+    audio: Annotated[list[str] | None, typer.Option(help="Play a sound; repeatable.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Show a video; repeatable.")] = None,
+    budget: Budget = "280",
     system: System = None,
     think: Think = False,
     tools: Annotated[
@@ -141,9 +145,10 @@ def generate(
     json: Json = False,
 ) -> None:
     """Answer one message."""
-    from gemsmith.cli.prompt import read_messages, read_tools
+    from gemsmith.cli.prompt import read_messages, read_tools, with_media
 
     messages = read_messages(prompt, file, system)
+    messages = with_media(messages, images=image or [], audio=audio or [], videos=video or [])
     declared = read_tools(tools) if tools else None
     chosen = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
@@ -152,6 +157,8 @@ def generate(
     }  # fmt: skip
     sampling = {name: value for name, value in chosen.items() if value is not None}
     asked = {"tools": declared, "enable_thinking": think, **sampling}
+    if image:
+        asked["image_budget"] = _budget(budget)
 
     from gemsmith.cli import generate as worker
 
@@ -201,9 +208,8 @@ def _places(
 ) -> None:
     from gemsmith.cli import detect as worker
 
-    chosen = int(budget) if budget.isdecimal() else budget
     worker.run(
-        image, what, model, point=point, out=out, options={"image_budget": chosen},
+        image, what, model, point=point, out=out, options={"image_budget": _budget(budget)},
         device=device, dtype=dtype, as_json=as_json,
     )  # fmt: skip
 
@@ -252,6 +258,10 @@ def evaluate(
     from gemsmith.cli import evaluate as worker
 
     worker.run(name, model, limit=limit, failures=failures, as_json=json)
+
+
+def _budget(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _report(facts: dict[str, Any], show: Any, as_json: bool) -> None:

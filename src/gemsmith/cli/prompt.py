@@ -12,7 +12,7 @@ MAX_PROMPT_BYTES = 64 << 20
 MAX_TOOLS_BYTES = 4 << 20
 
 
-def read_messages(prompt: str | None, file: str | None, system: str | None) -> list[dict[str, str]]:
+def read_messages(prompt: str | None, file: str | None, system: str | None) -> list[dict[str, Any]]:
     """The conversation to answer: from the argument, the file, or stdin.
 
     Raises:
@@ -30,11 +30,27 @@ def read_messages(prompt: str | None, file: str | None, system: str | None) -> l
         text = decode(_read(sys.stdin.buffer, MAX_PROMPT_BYTES, "stdin"), "stdin")
     if not text.strip():
         raise RequestError("the message is empty; say something")
-    messages = [{"role": "user", "content": text}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
     if system is not None:
         content = decode(os.fsencode(system), "--system")
         messages.insert(0, {"role": "system", "content": content})
     return messages
+
+
+def with_media(
+    messages: list[dict[str, Any]], *, images: list[str], audio: list[str], videos: list[str]
+) -> list[dict[str, Any]]:
+    """The last message with files beside its text: pictures before it, sounds after it.
+
+    That order is the one that the model card advises.
+    """
+    if not (images or audio or videos):
+        return messages
+    text = {"type": "text", "text": messages[-1]["content"]}
+    content: list[dict[str, Any]] = [{"type": "image", "image": name} for name in images]
+    content += [{"type": "video", "video": name} for name in videos]
+    content += [text, *({"type": "audio", "audio": name} for name in audio)]
+    return [*messages[:-1], {**messages[-1], "content": content}]
 
 
 def decode(data: bytes, source: str) -> str:
