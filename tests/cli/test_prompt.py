@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gemsmith.cli.prompt import MAX_PROMPT_BYTES, read_messages, read_tools
+from gemsmith.cli.prompt import MAX_PROMPT_BYTES, read_messages, read_tools, with_dropped_files
 from gemsmith.errors import RequestError
 
 
@@ -104,3 +104,40 @@ def test_tools_that_are_not_json_are_refused(tmp_path: Path, text: str):
     path.write_text(text)
     with pytest.raises(RequestError, match=r"tools.json is not JSON"):
         read_tools(str(path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "What is this? {path}",
+        "'{path}' What is this?",
+        'What is "{path}" this?',
+        "What is this? {escaped}",
+    ],
+)
+def test_a_file_dropped_on_the_terminal_goes_along(tmp_path, line):
+    path = tmp_path / ("my photo.PNG" if "'" in line or '"' in line or "esc" in line else "p.png")
+    path.write_bytes(b"")
+    line = line.format(path=path, escaped=str(path).replace(" ", "\\ "))
+    assert with_dropped_files(line) == [
+        {"type": "image", "image": str(path)},
+        {"type": "text", "text": "What is this?"},
+    ]
+
+
+def test_sounds_stand_behind_the_text_and_a_lone_file_has_none(tmp_path):
+    sound, film = tmp_path / "a.mp3", tmp_path / "b.mp4"
+    sound.write_bytes(b"")
+    film.write_bytes(b"")
+    parts = with_dropped_files(f"{sound} {film} Compare")
+    assert [part["type"] for part in parts] == ["video", "text", "audio"]
+    assert with_dropped_files(f" {film} ") == [{"type": "video", "video": str(film)}]
+
+
+@pytest.mark.parametrize(
+    "line", ["see gone.png", "it's \"odd", "notes.txt", "/think on", "a\0.png"]
+)
+def test_words_that_are_no_media_files_stay_words(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    assert with_dropped_files(line) == line

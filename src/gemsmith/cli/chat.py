@@ -1,7 +1,8 @@
 """`gemsmith chat`: a conversation at the terminal.
 
-A line that begins with / is for the session, everything else for the model. Ctrl-C stops a reply
-and keeps the session, Ctrl-D leaves it.
+A line that begins with / is for the session, everything else for the model. A picture, sound or
+video goes along where its path stands in the line, as dragging it onto the window types it.
+Ctrl-C stops a reply and keeps the session, Ctrl-D leaves it.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from gemsmith.agent import loop
 from gemsmith.agent.tools import Toolbox
 from gemsmith.cli.console import short, write
 from gemsmith.cli.desk import Desk, make_folder
+from gemsmith.cli.prompt import with_dropped_files
 from gemsmith.cli.talk import Talker, load
 from gemsmith.errors import GemsmithError, RequestError
 
@@ -28,9 +30,10 @@ HELP = """\
 /system [TEXT]  show or set the system message; TEXT of - removes it
 /reset          forget the conversation, keep the settings
 /save FILE      write the conversation as JSON
+FILE            a picture, sound or video in the line is shown to the model
 /help           this list
 /quit           leave (Ctrl-D too); Ctrl-C stops a reply"""
-COMMANDS = [line.split()[0] for line in HELP.splitlines()]
+COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
 
 
 class Session:
@@ -46,7 +49,7 @@ class Session:
     def answer(self, text: str) -> None:
         """Ask the model; a reply stopped by Ctrl-C stays as far as it got."""
         kept = len(self.messages)
-        self.messages.append({"role": "user", "content": text})
+        self.messages.append({"role": "user", "content": with_dropped_files(text)})
         head = [{"role": "system", "content": self.system}] if self.system else []
         conversation = [*head, *self.messages]
         replied = len(conversation)
@@ -124,7 +127,7 @@ class Session:
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "").strip()
-                if line.startswith("/"):
+                if line.startswith("/") and isinstance(with_dropped_files(line), str):
                     if not self.command(line):
                         return
                 elif line:

@@ -1,7 +1,9 @@
 """What `gemsmith generate` is asked: the message and the tools, read and bounded. No torch."""
 
+import contextlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import IO, Any
@@ -10,6 +12,14 @@ from gemsmith.errors import RequestError
 
 MAX_PROMPT_BYTES = 64 << 20
 MAX_TOOLS_BYTES = 4 << 20
+
+_SUFFIXES = {
+    "image": ".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .avif",
+    "audio": ".wav .mp3 .flac .ogg .opus .m4a .aac",
+    "video": ".mp4 .mov .mkv .webm .avi .m4v",
+}
+_MEDIA = {suffix: kind for kind, row in _SUFFIXES.items() for suffix in row.split()}
+_WORD = re.compile(r"""'[^']+'|"[^"]+"|(?:\\.|[^\s'"\\])+""")
 
 
 def read_messages(prompt: str | None, file: str | None, system: str | None) -> list[dict[str, Any]]:
@@ -51,6 +61,30 @@ def with_media(
     content += [{"type": "video", "video": name} for name in videos]
     content += [text, *({"type": "audio", "audio": name} for name in audio)]
     return [*messages[:-1], {**messages[-1], "content": content}]
+
+
+def with_dropped_files(text: str) -> str | list[dict[str, Any]]:
+    """A typed line; as content parts if it names picture, sound or video files that are there.
+
+    A file dragged onto a terminal is typed as its path, in quotes or with backslashes where it
+    holds spaces.
+    """
+    parts: list[dict[str, Any]] = []
+    rest = text
+    for match in _WORD.finditer(text):
+        word = match[0]
+        name = word[1:-1] if word[0] in "'\"" else re.sub(r"\\(.)", r"\1", word)
+        kind = _MEDIA.get(Path(name).suffix.lower())
+        with contextlib.suppress(OSError, ValueError):
+            if kind and Path(name).expanduser().is_file():
+                parts.append({"type": kind, kind: str(Path(name).expanduser())})
+                rest = rest.replace(word, "", 1)
+    if not parts:
+        return text
+    said = [{"type": "text", "text": " ".join(rest.split())}] if rest.strip() else []
+    seen = [part for part in parts if part["type"] != "audio"]
+    heard = [part for part in parts if part["type"] == "audio"]
+    return [*seen, *said, *heard]
 
 
 def decode(data: bytes, source: str) -> str:
