@@ -6,7 +6,7 @@ by several answers. What is hard is meant to be the looking: questions and answe
 of few forms.
 
 - scene, count, detect: one to nine shapes that never touch. Corners of shapes and of buttons lie
-  on a grid of one hundredth of the picture, so a right coordinate (0-1000) ends in 0.
+  on a grid of one hundredth of the picture, so a coordinate (0-1000) of a box ends in 0.
 - read: one to four lines. Letter size is set in pixels of the picture as resized for its
   `budget`, so that what is asked is legible there and not at a quarter of it.
 - table, buttons: cells and labels to read, buttons to point at.

@@ -42,7 +42,8 @@ from recipes.pocket.schemas import as_is, replaced
 from recipes.pocket.tasks import BY_NAME, NO_TOOL, WHO, Check
 from recipes.pocket.words import DAYS, ROOMS, Draw, Split, _words, side
 
-SAMPLE_RATE = 16_000
+from gemsmith.media.audio import SAMPLE_RATE, load_audio
+
 KINDS = {"transcribe": 0.5, "call": 0.38, "answer": 0.12}
 SAID = {"sentence": 0.4, "digits": 0.25, "command": 0.35}
 """What is transcribed."""
@@ -448,7 +449,8 @@ def synthesise(
     made = subprocess.run(command, capture_output=True)
     if made.returncode or made.stderr:
         raise RuntimeError(f"espeak-ng, voice {voice!r}: {made.stderr.decode().strip()}")
-    samples = resample(*_wave(made.stdout))
+    raw, rate = _wave(made.stdout)
+    samples = load_audio(raw, sample_rate=rate)
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max())
     clip = np.round(samples[loud[0] : loud[-1] + 1] * 32767).astype(np.int16)
     if kept:
@@ -465,18 +467,6 @@ def _wave(data: bytes) -> tuple[np.ndarray, int]:
         rate = file.getframerate()
     start = data.index(b"data") + 8
     return np.frombuffer(data[start:], "<i2").astype(np.float32) / 32768, rate
-
-
-def resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """To 16 kHz: the spectrum is cut at the new limit. Both ends have to be silent.
-
-    Silence is added up to a multiple of 0.2 s, which makes the ratio exact and the FFT fast.
-    """
-    block = rate // 5
-    padded = np.pad(samples, (0, -len(samples) % block))
-    count = len(padded) // block * (SAMPLE_RATE // 5)
-    spectrum = np.fft.rfft(padded)[: count // 2 + 1]
-    return np.fft.irfft(spectrum, count) * (count / len(padded))
 
 
 def write_wave(path: Path, samples: np.ndarray) -> None:

@@ -226,22 +226,6 @@ def test_a_sum_is_right(heard: dict[Split, list[Spoken]]) -> None:
                 assert str(check.expected["value"]) in talk.messages[check.upto]["content"]
 
 
-@pytest.mark.parametrize("rate", [22_050, 44_100, 48_000, 16_000])
-def test_resampling_keeps_a_tone_and_its_loudness(rate: int) -> None:
-    seconds = np.arange(rate) / rate
-    window = np.sin(np.pi * seconds) ** 2
-    made = speech.resample(np.sin(2 * np.pi * 440 * seconds) * window, rate)
-    wanted = np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
-    wanted *= np.sin(np.pi * np.arange(16_000) / 16_000) ** 2
-    assert np.abs(made[:16_000] - wanted).max() < 1e-3
-
-
-def test_resampling_removes_what_16_khz_cannot_hold() -> None:
-    seconds = np.arange(22_050) / 22_050
-    tone = np.sin(2 * np.pi * 9_500 * seconds) * np.sin(np.pi * seconds) ** 2
-    assert np.abs(speech.resample(tone, 22_050)).max() < 1e-3
-
-
 @spoken_here
 def test_a_clip_in_the_cache_needs_no_synthesis(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
