@@ -5,9 +5,11 @@ import json
 import os
 import random
 import struct
+import time
 import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -388,7 +390,7 @@ def test_web_addresses_are_not_fetched(url: str) -> None:
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (b"\n <!DOCTYPE html><html>", "a web page, perhaps a log-in or error page"),
+        (b"\n <!DOCTYPE html><html>", "a web page, perhaps of a log-in: save the image itself"),
         (b"<HTML lang=en>", "a web page"),
         (b'<?xml version="1.0"?>\n<svg width="1">', "an SVG drawing: export it as PNG"),
         (b"%PDF-1.7", "a PDF: export its pages as PNG"),
@@ -428,8 +430,12 @@ def test_paths_that_are_no_files_are_named(tmp_path: Path) -> None:
         load_image("cat\0.png")
     with pytest.raises(MediaError, match=r"^A{60}\.\.\. \(9,000 characters\) cannot be .*base64,"):
         load_image("A" * 9_000)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(MediaError, match=r"pipe is not a file"):
+    with pytest.raises(MediaError, match=r"pipe is not a file; give the path of an image file"):
         load_image(tmp_path / "pipe")
 
 
@@ -549,6 +555,21 @@ def test_odd_files_give_no_warning_and_leave_the_filters_of_warnings_alone() -> 
     assert warnings.filters == before
 
 
+def test_threads_leave_the_filters_of_warnings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins while the first decodes, and would end after it."""
+    decode, seconds = image._upright, iter([0.1, 0.2])
+
+    def slowly(picture: Image.Image, name: str) -> Image.Image:
+        time.sleep(next(seconds))
+        return decode(picture, name)
+
+    monkeypatch.setattr(image, "_upright", slowly)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(load_image, [encoded(noise())] * 2))
+    assert warnings.filters == before
+
+
 ENCODINGS: dict[str, Callable[[], bytes]] = {
     "PNG": lambda: encoded(noise()),
     "PNG with palette": lambda: encoded(Image.fromarray(noise()).convert("P"), transparency=3),
@@ -617,6 +638,7 @@ def test_detail_of_openai_is_a_budget() -> None:
         (page(64, 64, 11), 70),
         (shapes(224, 224), 70),
         (photo(400, 400), 140),
+        (shapes(150, 660), 140),  # 70 shows 144 x 816: more pixels, but less of the width
         (page(640, 480, 11), 280),
         # Nothing is gained by more than the default.
         (Image.new("RGB", (5000, 5000)), 280),

@@ -45,7 +45,7 @@ if features.check("avif"):
     FORMATS.append("AVIF")
 
 NOT_IMAGES = (
-    (rb"\s*<(!doctype\s+html|html)", "a web page, perhaps a log-in or error page: save the image"),
+    (rb"\s*<(!doctype\s+html|html)", "a web page, perhaps of a log-in: save the image itself"),
     (rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<svg", "an SVG drawing: export it as PNG"),
     (rb"%PDF", "a PDF: export its pages as PNG"),
     (rb".{4}ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", "a HEIC photo: export it as JPEG"),
@@ -56,9 +56,15 @@ DETAILS = {"low": 140, "high": 1120}
 """OpenAI's `detail` -> budget. Its "low" shows a model at most 512 x 512 pixels: 140 is the
 smallest budget that shows as many (528 x 528); 70 shows 384 x 384."""
 
-BLOCK, MIN_CONTRAST, KEPT_CONTRAST, KEPT_SHARE = 24, 16, 0.85, 0.9
-"""Legibility, see `choose_budget`: pixels a side; of 255; of the contrast; of the blocks. Set so
-that black letters on white count as kept down to a font size of about 11 pixels."""
+# Legibility, see `choose_budget`. Set by pages of text: letters count as kept while their font is
+# about 11 pixels high or more.
+BLOCK = 24
+"""Pixels a side: half a soft token's, about a word."""
+MIN_CONTRAST = 16
+"""Of 255. Pale grey letters on white have more, smooth areas and sensor noise less."""
+KEPT_CONTRAST = 0.85
+KEPT_SHARE = 0.9
+"""Of the blocks; the rest may be dust, moire, a fine pattern."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -146,6 +152,8 @@ def target_size(
 
 def choose_budget(image: Image.Image, detail: str = "auto") -> int:
     """The budget for OpenAI's `detail`: "low" 140, "high" 1120, "auto" by what the image shows.
+
+    image: as `load_image` gives it.
 
     "auto" is the smallest budget that meets both, where 1120 stands for more:
     - It does not scale the image down; or
