@@ -78,10 +78,11 @@ def split_windows(
     return windows
 
 
-def merge_transcripts(texts: Sequence[str], overlaps: Sequence[float]) -> str:
-    """The texts of consecutive windows as one; overlaps[i]: seconds that texts i and i + 1 share.
+def trim_overlaps(texts: Sequence[str], overlaps: Sequence[float]) -> list[str]:
+    """The texts of consecutive windows, what two of them share kept in one of the two.
 
-    Windows that only touch are joined by a space. Where they overlap, the longest run of words that
+    overlaps[i]: seconds that windows i and i + 1 share. Texts of windows that only touch stay as
+    they are. Where windows overlap, the longest run of words that
     both have at the border (case and punctuation aside) is kept once. Words between the run and the
     border are dropped, for a word cut in two is heard wrong; so a run counts for its length less
     the words that it would drop, and if none counts for more than 0 both texts are kept whole:
@@ -96,13 +97,19 @@ def merge_transcripts(texts: Sequence[str], overlaps: Sequence[float]) -> str:
         raise MediaError(
             f"{len(texts)} texts have {max(len(texts) - 1, 0)} borders, not {len(overlaps)}"
         )
-    merged: list[str] = texts[0].split() if texts else []
-    for text, overlap in zip(texts[1:], overlaps, strict=True):
-        words = text.split()
-        most = math.ceil(overlap * WORDS_PER_SECOND)
-        kept, begun = _border(merged[-most:], words[:most]) if most > 0 else (0, 0)
+    merged: list[tuple[int, str]] = []  # (window, word)
+    for i, text in enumerate(texts):
+        words = [(i, word) for word in text.split()]
+        most = math.ceil(overlaps[i - 1] * WORDS_PER_SECOND) if i else 0
+        left, right = merged[-most:] if most else [], words[:most]
+        kept, begun = _border([word for _, word in left], [word for _, word in right])
         merged = merged[: len(merged) - kept] + words[begun:]
-    return " ".join(merged)
+    return [" ".join(word for owner, word in merged if owner == i) for i in range(len(texts))]
+
+
+def merge_transcripts(texts: Sequence[str], overlaps: Sequence[float]) -> str:
+    """The texts of consecutive windows as one, see `trim_overlaps`."""
+    return " ".join(text for text in trim_overlaps(texts, overlaps) if text)
 
 
 def is_repetition(text: str) -> bool:
