@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 from gemsmith.cli.main import app
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = ("", "demo", "chat", "generate", "detect", "point", "info", "doctor", "eval")
+COMMANDS = (
+    "", "demo", "chat", "generate", "detect", "point", "transcribe", "info", "doctor", "eval",
+)  # fmt: skip
 
 
 def reference() -> str:

@@ -195,6 +195,21 @@ def point(
     _places(image, what, model, True, out, budget, device, dtype, json)
 
 
+@app.command()
+def transcribe(
+    recording: Annotated[str, typer.Argument(help="A sound or video file, of any length.")],
+    model: Model = POCKET,
+    srt: Annotated[bool, typer.Option("--srt", help="Print subtitles, with times.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Write down what is said in a recording."""
+    from gemsmith.cli import transcribe as worker
+
+    worker.run(recording, model, srt=srt, device=device, dtype=dtype, as_json=json)
+
+
 def _places(
     image: str,
     what: str,
