@@ -37,6 +37,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.prefill
 	@$(BIN)/python -m benchmarks.memory
+	@$(BIN)/python -m benchmarks.media
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

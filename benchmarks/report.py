@@ -79,6 +79,31 @@ def memory(record: Record) -> list[str]:
     ]
 
 
+def media(record: Record) -> list[str]:
+    lines = [
+        "## Media, file to model input",
+        "",
+        "| | ms, median | spread | n | of decoding alone | ours is |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for subject, found in record["subjects"].items():
+        runs = found["runs"]
+        ours, floor = runs["gemsmith"]["median"], runs["floor"]["median"]
+        for name, run in runs.items():
+            least, median, most = (run[key] * 1e3 for key in ("min", "median", "max"))
+            peer = name not in ("gemsmith", "floor")
+            ratio = f"{run['median'] / ours:.2f}x as fast" if peer else ""
+            lines.append(
+                f"| {subject}: {'decoding alone' if name == 'floor' else name} | {median:.1f} | "
+                f"{least:.1f} - {most:.1f} | {run['n']} | {run['median'] / floor:.2f} | "
+                f"{ratio} |"
+            )
+        lines += [
+            f"| {subject}: {name} | {why} | | | | |" for name, why in found["missing"].items()
+        ]
+    return lines
+
+
 def provenance(record: Record) -> str:
     about = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -89,7 +114,7 @@ def provenance(record: Record) -> str:
     )
 
 
-SECTIONS = {"prefill": prefill, "memory": memory}
+SECTIONS = {"prefill": prefill, "memory": memory, "media": media}
 
 
 def page(records: list[Record]) -> str:

@@ -95,6 +95,21 @@ def test_page_shows_the_latest_record_of_each_machine(tmp_path: Path) -> None:
     assert "Another (avx2), 2 threads, 24.0 GiB, load before 0.1; torch 2; commit abc" in page
 
 
+def test_media_stand_beside_decoding_alone_and_their_peers(tmp_path: Path) -> None:
+    def run(seconds: float) -> dict[str, float]:
+        return {"median": seconds, "min": seconds / 2, "max": seconds * 2, "n": 5}
+
+    runs = {"gemsmith": run(0.2), "Transformers": run(0.5), "floor": run(0.1)}
+    subjects = {"photo": {"runs": runs, "missing": {"torchvision": "not installed"}}}
+    made = record(name="media", model="any", subjects=subjects)
+    (tmp_path / "media.jsonl").write_text(json.dumps(made) + "\n")
+    page = report.page(report.latest(tmp_path))
+    assert "| photo: gemsmith | 200.0 | 100.0 - 400.0 | 5 | 2.00 |  |" in page
+    assert "| photo: Transformers | 500.0 | 250.0 - 1000.0 | 5 | 5.00 | 2.50x as fast |" in page
+    assert "| photo: decoding alone | 100.0 | 50.0 - 200.0 | 5 | 1.00 |  |" in page
+    assert "| photo: torchvision | not installed |" in page
+
+
 def test_the_page_of_numbers_is_what_its_records_say() -> None:
     page = measure.NUMBERS.with_suffix(".md").read_text(encoding="utf-8")
     assert page == report.page(report.latest(measure.NUMBERS))
