@@ -151,8 +151,9 @@ def locate(source: object, kind: str) -> tuple[bytes | Path, str]:
         name = _short(os.fspath(source))
         return _file(source, name, kind), name
     else:
+        array = ", or an array" if kind == "sound" else ""
         raise MediaError(
-            f"a {kind} is given as a path, bytes, a data URL or an array, not as "
+            f"a {kind} is given as a path, bytes or a data URL{array}, not as "
             f"{type(source).__name__}"
         )
     if not found:
