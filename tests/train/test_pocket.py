@@ -3,20 +3,28 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from recipes.pocket import train
-from recipes.pocket.train import POCKET, TEXT, export, init_weights
+from recipes.pocket.train import POCKET, TEXT, export, init_towers, init_weights
+from tests.train.copying import write_set
 from torch import Tensor
 
+import gemsmith.pocket
 from gemsmith.cache.none import NoCache
-from gemsmith.config import Gemma4Config
+from gemsmith.config import Gemma4Config, text_only
 from gemsmith.errors import TrainError
+from gemsmith.media import audio, image
 from gemsmith.model.text import TextModel
-from gemsmith.weights.load import load_model
+from gemsmith.model.towers import Towers
+from gemsmith.train.media import SOUND, MediaWriter, pcm
+from gemsmith.weights.load import load_model, load_towers
 from gemsmith.weights.save import save_model
 
-MAX_BYTES = 16_000_000
+MAX_BYTES, MAX_BYTES_WITH_TOWERS = 16_000_000, 24_000_000
+TOKENIZER = Path(gemsmith.pocket.__path__[0]) / "checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +98,46 @@ def test_export_is_a_small_checkpoint_with_the_same_logits(
     assert sum(path.stat().st_size for path in out.iterdir()) < MAX_BYTES
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1, 106, 50]
     config, loaded = load_model(out, dtype=torch.float32, ple="memory")
-    assert config == Gemma4Config.load(out) == POCKET
+    assert config == Gemma4Config.load(out) == text_only(POCKET)
     for name, wanted in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], wanted.bfloat16().float()), name
+
+
+@pytest.fixture(scope="module")
+def towers() -> Towers:
+    towers = Towers(POCKET)
+    init_towers(towers, seed=0)
+    return towers
+
+
+def test_export_with_towers_is_small_and_keeps_them(
+    model: TextModel, towers: Towers, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    run.mkdir()
+    state = {"model": model.state_dict(), "towers": towers.state_dict()}
+    torch.save(state, run / "checkpoint-1.pt")
+    export(run, TOKENIZER, out)
+    assert sum(path.stat().st_size for path in out.iterdir()) < MAX_BYTES_WITH_TOWERS
+    config, _ = load_model(out, dtype=torch.float32, ple="memory")
+    assert config == POCKET
+    loaded = load_towers(out, config, device="cpu", dtype=torch.float32).state_dict()
+    for name, wanted in towers.state_dict().items():
+        assert torch.equal(loaded[name], wanted.bfloat16().float()), name
+
+
+@torch.no_grad()
+def test_first_towers_give_rows_like_embeddings(towers: Towers) -> None:
+    rng = np.random.default_rng(0)
+    made = image.patches(Image.fromarray(rng.integers(0, 256, (90, 120, 3), np.uint8)), 70)
+    seen = towers.see(
+        torch.from_numpy(made.values), torch.from_numpy(made.positions), [len(made.values)]
+    )
+    mel, valid = audio.mel(0.1 * rng.standard_normal(16_000).astype(np.float32))
+    heard = towers.hear(torch.from_numpy(mel), torch.from_numpy(valid))
+    for rows in (seen, heard):
+        assert 0.8 < rows.pow(2).mean().sqrt() < 1.2  # embeddings: 1
+        assert rows.std(0).mean() > 0.2  # places and times differ
 
 
 def test_export_of_an_untrained_run_says_so(tmp_path: Path) -> None:
@@ -100,25 +145,61 @@ def test_export_of_an_untrained_run_says_so(tmp_path: Path) -> None:
         export(tmp_path, tmp_path, tmp_path / "out")
 
 
-def test_a_run_may_begin_with_the_weights_of_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun: list[torch.Tensor] = []
+class Stopped(Exception):
+    pass
 
-    class Stopped(Exception):
-        pass
 
-    def trainer(model: TextModel, *_: object, **__: object) -> None:
-        begun.append(model.embed_tokens.weight.detach().clone())
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TextModel, Towers | None]]:
+    """What a run begins with, in place of running it."""
+    made: list[tuple[TextModel, Towers | None]] = []
+
+    def trainer(model: TextModel, *_: object, towers: Towers | None, **__: object) -> None:
+        made.append((model, towers))
         raise Stopped
 
     monkeypatch.setattr(train, "Trainer", trainer)
-    monkeypatch.setattr(train, "TokenSet", lambda *_: None)
+    return made
+
+
+def begin(data: Path, start: Path | None) -> None:
+    with pytest.raises(Stopped):
+        train.fit(data, data / "run", minutes=None, decay=False, start=start)
+
+
+def test_a_run_may_begin_with_the_weights_of_a_checkpoint(
+    begun: list[tuple[TextModel, Towers | None]], tmp_path: Path
+) -> None:
     saved = TextModel(TEXT)
     init_weights(saved, seed=5)
     save_model(saved, POCKET, tmp_path, dtype=torch.float32)
+    write_set(tmp_path, "train", [([2, 5, 1], [0, 0, 1])])
     for start in (tmp_path, None):
-        with pytest.raises(Stopped):
-            train.fit(tmp_path, tmp_path / "run", minutes=None, decay=False, start=start)
-    assert torch.equal(begun[0], saved.embed_tokens.weight)
-    assert not torch.equal(begun[1], saved.embed_tokens.weight)
+        begin(tmp_path, start)
+    assert torch.equal(begun[0][0].embed_tokens.weight, saved.embed_tokens.weight)
+    assert not torch.equal(begun[1][0].embed_tokens.weight, saved.embed_tokens.weight)
+    assert begun[0][1] is begun[1][1] is None
+
+
+def test_data_with_media_begin_towers_fresh_or_those_of_a_checkpoint(
+    begun: list[tuple[TextModel, Towers | None]], model: TextModel, tmp_path: Path
+) -> None:
+    saved = Towers(POCKET)
+    init_towers(saved, seed=5)
+    save_model(model, POCKET, tmp_path / "blind", dtype=torch.float32)
+    save_model(model, POCKET, tmp_path / "seeing", towers=saved, dtype=torch.float32)
+    samples = np.zeros(3200, np.float32)
+    tokens = audio.soft_tokens(len(samples))
+    write_set(tmp_path, "train", [([2] + [4092] * tokens, [0] * (tokens + 1))])
+    writer = MediaWriter(tmp_path, "train")
+    writer.add(SOUND, pcm(samples), at=1, tokens=tokens)
+    writer.close()
+    for name in ("blind", "seeing"):
+        begin(tmp_path, tmp_path / name)
+    for (_, towers), fresh in zip(begun, (True, False), strict=True):
+        assert towers is not None
+        same = [
+            torch.equal(p, q) for p, q in zip(towers.parameters(), saved.parameters(), strict=True)
+        ]
+        assert all(same) != fresh
+        assert all(p.requires_grad for p in towers.parameters())

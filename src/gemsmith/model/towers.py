@@ -40,6 +40,7 @@ class Towers(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         D = config.text_config.hidden_size
         vision, audio = config.vision_config, config.audio_config
+        self.config = config
         self.sees, self.hears = vision is not None, audio is not None
         if isinstance(vision, VisionConfig):
             self.vision_tower = VisionTower(vision, **where)
@@ -68,3 +69,18 @@ class Towers(nn.Module):
         if isinstance(self.embed_audio, UnifiedAudio):
             return self.embed_audio(features_TF)
         return self.embed_audio(self.audio_tower(features_TF, valid_T))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fill with random weights for training: normal(0, 0.02) matrices and tables, unit norms.
+
+        Bounds of linear layers stay infinite, standardization does nothing, biases and the scales
+        of the audio tower's queries are 0.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("bias") or "per_dim_scale" in name:
+                p.zero_()
+            elif "norm" in name or "_ln" in name:
+                p.fill_(1.0)
+            else:
+                p.normal_(0.0, 0.02, generator=generator)

@@ -5,10 +5,13 @@ A data set is four flat files a split, memory-mapped, written once by a recipe:
   {split}.mask.npy     uint8 [N]             1 where the token is to be predicted
   {split}.offsets.npy  int64 [C + 1]         conversation c is ids[offsets[c]:offsets[c + 1]]
   {split}.kinds.json   (optional)            {"names": [...], "kinds": [C indices into names]}
+and two more where conversations have pictures or sounds; see train.media.
 
 A batch is `batch_tokens` packed tokens: whole conversations and, in the little room that is left,
 padding as a sequence of its own. Its size never changes, which torch.compile needs. Tokenizing
 and rendering happen elsewhere.
+
+Its pictures have at most MAX_PATCHES patches, so that steps stay even in memory and time.
 
 Shapes: T packed tokens of a batch, R rows whose next token is learned, C conversations.
 """
@@ -22,9 +25,13 @@ import numpy as np
 import torch
 
 from gemsmith.errors import TrainError
+from gemsmith.train.media import MediaSet, SoftInputs
 
 OPEN_BINS = 16
 """Batches filled side by side; more waste less padding and shuffle a little less."""
+MAX_PATCHES = 10_080
+"""Patches of a batch: one picture of the largest budget, 1120 soft tokens, or 16 of the smallest,
+which with their questions fill 4096 tokens."""
 
 
 def model_turn_mask(
@@ -88,6 +95,11 @@ class TokenSet:
                 f"to {ends} do not belong together; build the data set again"
             )
         self.lengths = np.diff(self.offsets)
+        media = (folder / f"{split}.{part}" for part in ("media.bin", "media_index.npy"))
+        self.media: MediaSet | None = None
+        if any(path.exists() for path in media):
+            self.media = MediaSet(folder, split, self.ids, self.offsets)
+        self.patches = self.media.patches if self.media else np.zeros(len(self), np.int64)
         self.kind_names: list[str] = ["all"]
         self.kinds = np.zeros(len(self), np.int64)
         kinds = folder / f"{split}.kinds.json"
@@ -118,13 +130,16 @@ class Batch:
     """int64 [R], ascending: positions in T whose next token is learned, and a few that are not."""
     targets_R: torch.Tensor
     """int64 [R]: the next token, or -100 at rows that only round R up."""
+    soft: SoftInputs | None = None
+    """Pictures and sounds; None where the batch has none."""
 
     def to(self, device: torch.device) -> "Batch":
         ids, positions, rows, targets = (
             t.to(device, non_blocking=True)
             for t in (self.ids_T, self.positions_T, self.rows_R, self.targets_R)
         )
-        return Batch(ids, positions, self.lengths, rows, targets)
+        soft = self.soft.to(device) if self.soft else None
+        return Batch(ids, positions, self.lengths, rows, targets, soft)
 
 
 def make_batch(
@@ -149,6 +164,8 @@ def make_batch(
         positions[at : at + n] = np.arange(n)
         lengths.append(n)
         at += n
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    soft = data.media.soft_inputs(conversations, starts) if data.media and lengths else None
     if at < batch_tokens:
         positions[at:] = np.arange(batch_tokens - at)
         lengths.append(batch_tokens - at)
@@ -164,37 +181,52 @@ def make_batch(
         tuple(lengths),
         torch.from_numpy(rows),
         torch.from_numpy(targets),
+        soft,
     )
 
 
-def plan_epoch(lengths: np.ndarray, *, batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+def plan_epoch(
+    lengths: np.ndarray,
+    *,
+    batch_tokens: int,
+    seed: int,
+    epoch: int,
+    patches: np.ndarray | None = None,
+) -> list[list[int]]:
     """Conversations of each batch of one epoch: each conversation once, in an order of its own.
 
-    Best fit over a few open batches, so that little padding is left.
+    Best fit over a few open batches, so that little padding is left. lengths, patches: tokens and
+    patches of each conversation; a batch has at most MAX_PATCHES.
 
     Raises:
-      TrainError: a conversation is longer than a batch.
+      TrainError: a conversation is longer than a batch, or has more patches.
     """
+    patches = np.zeros_like(lengths) if patches is None else patches
     if len(lengths) and int(lengths.max()) > batch_tokens:
         raise TrainError(
             f"conversation {int(lengths.argmax())} has {int(lengths.max())} tokens but a batch "
             f"holds {batch_tokens}; raise batch_tokens or cut the conversation"
         )
+    if len(patches) and int(patches.max()) > MAX_PATCHES:
+        raise TrainError(
+            f"conversation {int(patches.argmax())} has {int(patches.max())} patches but a batch "
+            f"holds {MAX_PATCHES}; give its pictures smaller budgets or leave some out"
+        )
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     plan: list[list[int]] = []
-    bins: list[tuple[int, list[int]]] = []  # room left, conversations
+    bins: list[tuple[int, int, list[int]]] = []  # room left for tokens, for patches; conversations
     for c in order.tolist():
-        n = int(lengths[c])
-        fits = [i for i, (room, _) in enumerate(bins) if room >= n]
+        n, p = int(lengths[c]), int(patches[c])
+        fits = [i for i, (room, area, _) in enumerate(bins) if room >= n and area >= p]
         if fits:
             i = min(fits, key=lambda i: bins[i][0])
-            room, members = bins[i]
-            bins[i] = (room - n, [*members, c])
+            room, area, members = bins[i]
+            bins[i] = (room - n, area - p, [*members, c])
             continue
         if len(bins) == OPEN_BINS:
-            plan.append(bins.pop(min(range(OPEN_BINS), key=lambda i: bins[i][0]))[1])
-        bins.append((batch_tokens - n, [c]))
-    return plan + [members for _, members in bins]
+            plan.append(bins.pop(min(range(OPEN_BINS), key=lambda i: bins[i][0]))[-1])
+        bins.append((batch_tokens - n, MAX_PATCHES - p, [c]))
+    return plan + [members for *_, members in bins]
 
 
 class Packer:
@@ -216,7 +248,11 @@ class Packer:
         """Go to batch `cursor` of `epoch`."""
         self._epoch, self._cursor = epoch, cursor
         self._plan = plan_epoch(
-            self.data.lengths, batch_tokens=self.batch_tokens, seed=self.seed, epoch=epoch
+            self.data.lengths,
+            batch_tokens=self.batch_tokens,
+            seed=self.seed,
+            epoch=epoch,
+            patches=self.data.patches,
         )
 
     def __iter__(self) -> Iterator[Batch]:

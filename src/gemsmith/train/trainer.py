@@ -2,8 +2,9 @@
 
 A run folder holds:
   run.json              what the run is; a resumed run must say the same
-  checkpoint-{step}.pt  weights, optimizer state, place in the data; the newest two are kept, and
-                        the one at which a decay began, so that a longer run can go on from there
+  checkpoint-{step}.pt  weights (of towers too, if there are any), optimizer state, place in the
+                        data; the newest two are kept, and the one at which a decay began, so that a
+                        longer run can go on from there
   log.jsonl             one line every few steps and one for each evaluation
   loss.png              drawn from log.jsonl where matplotlib is installed
 
@@ -28,9 +29,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from gemsmith.cache.none import NoCache
 from gemsmith.errors import TrainError
 from gemsmith.model.text import DecoderLayer, TextModel
+from gemsmith.model.towers import Towers
 from gemsmith.ops.linear import cpu_multiplies_bfloat16
 from gemsmith.train.data import Batch, Packer, TokenSet, make_batch, plan_epoch
 from gemsmith.train.loss import backward_in_chunks, chunk_rows, sum_cross_entropy
+from gemsmith.train.media import IMAGE, SOUND, SoftInputs
 from gemsmith.train.optim import Decay, lr_scale, make_optimizers, set_lr
 
 LOG_STEPS = 10
@@ -77,7 +80,11 @@ def compile_layers(model: TextModel) -> None:
 
 
 class Trainer:
-    """Trains `model` in the run folder `run`, from its newest checkpoint if it has one."""
+    """Trains `model` in the run folder `run`, from its newest checkpoint if it has one.
+
+    With `towers`, they are trained with it, by what the pictures and sounds of the data are good
+    for. They run as they are: their shapes change with every batch.
+    """
 
     def __init__(
         self,
@@ -86,6 +93,7 @@ class Trainer:
         train: TokenSet,
         run: str | Path,
         *,
+        towers: Towers | None = None,
         heldout: TokenSet | None = None,
         compiled: bool = False,
         decay: bool = False,
@@ -96,9 +104,12 @@ class Trainer:
           it the run resumes from the newest checkpoint that no decay has touched.
 
         Raises:
-          TrainError: the run folder belongs to a run of another kind.
+          TrainError: the run folder belongs to a run of another kind, or the data has pictures or
+            sounds for which there is no tower.
         """
-        self.model, self.config, self.heldout = model, config, heldout
+        self.model, self.towers, self.config, self.heldout = model, towers, config, heldout
+        for data in (train, heldout):
+            _check_towers(data, towers)
         self.run_folder = Path(run)
         self.device = model.embed_tokens.weight.device
         self.dtype = training_dtype(self.device)
@@ -108,8 +119,9 @@ class Trainer:
             seed=config.seed,
             row_multiple=config.row_multiple,
         )
+        self.trained = model if towers is None else torch.nn.ModuleList((model, towers))
         self.optimizers = make_optimizers(
-            model, lr=config.lr, weight_decay=config.weight_decay, muon=config.muon
+            self.trained, lr=config.lr, weight_decay=config.weight_decay, muon=config.muon
         )
         self.step, self.seconds_per_step = 0, 0.0
         self.decay: Decay | None = None
@@ -189,7 +201,7 @@ class Trainer:
         with self._autocast():
             hidden_RD = self._hidden(batch)
             loss = backward_in_chunks(self._head, hidden_RD, batch.targets_R, chunk=chunk)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.grad_clip)
         if not bool(torch.isfinite(norm)):
             raise TrainError(
                 f"step {self.step}: loss {loss.item()}, gradient norm {norm.item()}; resume from "
@@ -209,7 +221,13 @@ class Trainer:
         data = self.heldout
         if data is None:
             return {}
-        plan = plan_epoch(data.lengths, batch_tokens=self.config.batch_tokens, seed=0, epoch=0)
+        plan = plan_epoch(
+            data.lengths,
+            batch_tokens=self.config.batch_tokens,
+            seed=0,
+            epoch=0,
+            patches=data.patches,
+        )
         total = torch.zeros(len(data.kind_names))
         count = torch.zeros(len(data.kind_names))
         for members in plan[:batches]:
@@ -238,8 +256,23 @@ class Trainer:
         }
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
-        kv = NoCache(self.model.config, batch.lengths)
-        return self.model(batch.ids_T, batch.positions_T, kv, rows_R=batch.rows_R)
+        soft, blocks_T = None, None
+        if batch.soft is not None:
+            soft = batch.soft.at_S, self._soft_rows(batch.soft)
+            if self.model.config.use_bidirectional_attention == "vision":
+                blocks_T = torch.full_like(batch.ids_T, -1)
+                blocks_T[batch.soft.at_S] = batch.soft.image_S
+        kv = NoCache(self.model.config, batch.lengths, blocks_T)
+        return self.model(batch.ids_T, batch.positions_T, kv, rows_R=batch.rows_R, soft=soft)
+
+    def _soft_rows(self, inputs: SoftInputs) -> torch.Tensor:
+        """Rows [S, D] of the towers, in the order of `inputs.at_S`."""
+        assert self.towers is not None, "_check_towers lets no media pass without towers"
+        rows = [self.towers.hear(*clip) for clip in inputs.clips]
+        if inputs.lengths:
+            seen = self.towers.see(inputs.values_PC, inputs.positions_P2, inputs.lengths)
+            rows = [seen, *rows]
+        return torch.cat(rows)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
@@ -259,6 +292,8 @@ class Trainer:
             "decay": (self.decay.start, self.decay.steps) if self.decay else None,
             "seconds_per_step": self.seconds_per_step,
         }
+        if self.towers is not None:
+            state["towers"] = self.towers.state_dict()
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             torch.save(state, file)
@@ -272,10 +307,13 @@ class Trainer:
         return path
 
     def _open_run(self) -> None:
-        identity = {
+        identity: dict[str, dict[str, Any]] = {
             "train": asdict(self.config),
             "model": self.model.config.to_dict(),
         }
+        if self.towers is not None:
+            config = self.towers.config.to_dict()
+            identity["towers"] = {key: config[key] for key in ("vision_config", "audio_config")}
         identity = json.loads(json.dumps(identity))
         path = self.run_folder / "run.json"
         self.run_folder.mkdir(parents=True, exist_ok=True)
@@ -284,6 +322,11 @@ class Trainer:
             return
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
+            if ("towers" in there) != ("towers" in identity):
+                raise TrainError(
+                    f"{self.run_folder} holds a run {'with' if 'towers' in there else 'without'} "
+                    "towers, and this one is not; train with data like its own, or in a new folder"
+                )
             changes = [
                 f"{part}.{key} is {there[part].get(key)!r} there and {value!r} here"
                 for part, values in identity.items()
@@ -305,6 +348,8 @@ class Trainer:
                 if state["decay"] is not None and not decay:
                     continue
                 self.model.load_state_dict(state["model"])
+                if self.towers is not None:
+                    self.towers.load_state_dict(state["towers"])
                 for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
                     optimizer.load_state_dict(its_state)
             except (RuntimeError, ValueError, LookupError, EOFError, TypeError) as error:
@@ -354,6 +399,20 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _check_towers(data: TokenSet | None, towers: Towers | None) -> None:
+    if data is None or data.media is None:
+        return
+    for kind, name, has in (
+        (IMAGE, "pictures", towers is not None and towers.sees),
+        (SOUND, "sounds", towers is not None and towers.hears),
+    ):
+        if kind in data.media.kinds and not has:
+            raise TrainError(
+                f"{data.name} has {name} but there is no tower to take them; give the trainer "
+                "towers whose config has one, or leave them out of the data"
+            )
 
 
 def checkpoints(run: str | Path) -> list[Path]:
