@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from gemsmith.engine.engine import LM
+from gemsmith.engine.media import collect, expand
 from gemsmith.errors import MediaError
 from gemsmith.media.image import merged_patches, patches
 from gemsmith.testing import (
@@ -204,3 +206,73 @@ def test_models_without_towers_refuse_media_and_say_why(size, seeing, tokenizer)
     lm = LM(random_model(config), tokenizer, config, end_ids=[tokenizer.special.turn_close])
     with pytest.raises(MediaError, match="this model takes no images"):
         lm.generate(asked(picture()))
+
+
+def film(path, seconds: int, *, sound: bool = True, width: int = 64, height: int = 48):
+    """Eight frames a second, each of one grey that says its number; sound: a hum."""
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        shown = container.add_stream("mpeg4", rate=8)
+        shown.width, shown.height, shown.pix_fmt = width, height, "yuv420p"
+        heard = container.add_stream("aac", rate=16000, layout="mono") if sound else None
+        for n in range(8 * seconds):
+            pixels = np.full((height, width, 3), n * 3, np.uint8)
+            for packet in shown.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in shown.encode():
+            container.mux(packet)
+        if heard is not None:
+            hum = (0.3 * np.sin(np.arange(16000 * seconds) / 20)).astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(hum[None], format="fltp", layout="mono")
+            frame.sample_rate = 16000
+            for packet in [*heard.encode(frame), *heard.encode()]:
+                container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("size", ["E2B", "12B", "31B"])
+def test_a_video_is_frames_with_times_and_its_sound_where_the_model_hears(size, seeing, tmp_path):
+    lm = seeing(size)
+    path = film(tmp_path / "film.mp4", 3)
+    part = {"type": "video", "video": str(path), "frames": 3}
+    reply = lm.generate(asked(part), temperature=0, max_tokens=1)
+    tokens = 63  # a 4:3 frame within 70
+    assert reply.usage.video_tokens == 3 * tokens
+    assert reply.usage.image_tokens == 0
+    hears = size != "31B"
+    assert (reply.usage.audio_tokens > 70) == hears
+    ids = lm._chat_ids(asked(part), None, False, False)
+    prompt = expand(ids, collect(asked(part), lm.config, image_budget=70), lm.config, lm.tokenizer)
+    special = lm.tokenizer.special
+    text = lm.tokenizer.decode([i for i in prompt.ids if i != special.video])
+    times = "00:00 <|image><image|> 00:01 <|image><image|> 00:02 <|image><image|>"
+    assert times in text
+    assert ("<|audio>" in text) == hears
+    assert prompt.ids.count(special.audio) == reply.usage.audio_tokens
+
+
+def test_damage_in_a_video_is_told_with_the_reply(seeing, tmp_path):
+    path = film(tmp_path / "film.mp4", 4, sound=False)
+    data = path.read_bytes()
+    part = {"type": "video", "video": data[: len(data) * 2 // 3], "frames": 2}
+    reply = seeing("31B").generate(asked(part), temperature=0, max_tokens=1)
+    assert reply.usage.video_tokens == 2 * 63
+    assert reply.notes
+    whole = seeing("31B").generate(asked(part | {"video": data}), temperature=0, max_tokens=1)
+    assert whole.notes == ()
+
+
+def test_a_clip_is_heard_and_counted(seeing):
+    lm = seeing("E2B")
+    samples = (0.1 * np.sin(np.arange(16000) / 9)).astype(np.float32)
+    part = {"type": "audio", "audio": samples, "sample_rate": 16000}
+    assert lm.generate(asked(part), temperature=0, max_tokens=1).usage.audio_tokens == 25
+    first = first_logprobs(lm, asked(part))
+    assert first_logprobs(lm, asked(part | {"audio": samples[::-1].copy()})) != first
+
+
+def test_a_clip_longer_than_the_tower_hears_is_refused_not_cut(seeing):
+    part = {"type": "audio", "audio": np.zeros(16000 * 31, np.float32), "sample_rate": 16000}
+    with pytest.raises(MediaError, match=r"31\.0 s long .* hears 30 s .* in pieces, or use `tran"):
+        seeing("E2B").generate(asked(part))
+    reply = seeing("12B").generate(asked(part), temperature=0, max_tokens=1)
+    assert reply.usage.audio_tokens == 775

@@ -41,4 +41,5 @@ def facts(reply: Generation) -> dict[str, Any]:
         "problems": [asdict(problem) for problem in reply.problems],
         "finish_reason": reply.finish_reason.value,
         "usage": asdict(reply.usage),
+        "notes": reply.notes,
     }

@@ -70,9 +70,10 @@ class Talker:
                 case ToolProblem():
                     text = f"unreadable tool call: {event.problem.message}: {event.problem.raw}\n"
                     write(self.asides, text, style="red")
-                case Finished(finish_reason=FinishReason.LENGTH):
-                    write(self.asides, "(cut off: no more tokens allowed)\n", style="dim")
                 case Finished():
-                    pass
+                    for note in event.notes:
+                        write(self.asides, f"note: {note}\n", style="red")
+                    if event.finish_reason is FinishReason.LENGTH:
+                        write(self.asides, "(cut off: no more tokens allowed)\n", style="dim")
             last = type(event)
             yield event

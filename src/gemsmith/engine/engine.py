@@ -421,6 +421,7 @@ class LM:
             usage=usage,
             token_ids=tuple(reply),
             logprobs=None if params.logprobs is None else tuple(logprobs),
+            notes=prompt.notes(),
         )
 
     # -- soft tokens --------------------------------------------------------------------------
@@ -543,5 +544,6 @@ def collect(events: Iterable[Event]) -> Generation:
                     usage=event.usage,
                     token_ids=event.token_ids,
                     logprobs=event.logprobs,
+                    notes=event.notes,
                 )
     raise AssertionError("a stream ends with Finished")

@@ -9,7 +9,7 @@ Parts, beside text; SOURCE is a path, bytes, a data URL, a PIL image or an array
   {"type": "image_url", "image_url": {"url": SOURCE, "detail": "low"}}
   {"type": "audio", "audio": SOURCE}                      an array with its "sample_rate"
   {"type": "input_audio", "input_audio": {"data": BASE64}}
-  {"type": "video", "video": SOURCE, "frames": 8}         or "fps"; "budget" of each frame
+  {"type": "video", "video": SOURCE, "frames": 8}         or "fps", or "tokens"; see media.video
 "url" and "path" name a source as well.
 
 Source of the layouts: transformers 5.23, Gemma4Processor.
@@ -17,7 +17,7 @@ Source of the layouts: transformers 5.23, Gemma4Processor.
 
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -45,6 +45,8 @@ class Run:
     """Positions [P, 2] of patches; bool [T], which frames of a sound are valid."""
     before: str = ""
     """Text in front of it: a frame's time."""
+    notes: tuple[str, ...] = ()
+    """What of its medium could not be read."""
 
     @property
     def digest(self) -> bytes:
@@ -88,6 +90,10 @@ class Prompt:
             if span.run.kind != "audio":
                 blocks[span.start : span.stop] = [number] * span.run.tokens
         return blocks
+
+    def notes(self) -> tuple[str, ...]:
+        """What of the media could not be read."""
+        return tuple(note for span in self.spans for note in span.run.notes)
 
     def soft_tokens(self, kind: Kind) -> int:
         return sum(span.run.tokens for span in self.spans if span.run.kind == kind)
@@ -216,13 +222,15 @@ def _video(part: Mapping[str, Any], config: Gemma4Config, budget: int | str) -> 
     _needs(config.vision_config, "video")
     from gemsmith.media import audio, video
 
-    options = {name: part[name] for name in ("frames", "fps", "budget") if name in part}
-    film = video.load_video(_source(part, "video"), **options)
+    options = {name: part[name] for name in ("frames", "fps", "tokens", "budget") if name in part}
+    hears = config.audio_config is not None
+    film = video.load_video(_source(part, "video"), sound=hears, **options)
     runs = [
         _seen("video", frame, film.budget, config, before=f"{' ' * bool(i)}{stamp} ")
         for i, (stamp, frame) in enumerate(zip(film.stamps, film.frames, strict=True))
     ]
-    if config.audio_config is not None and film.audio is not None:
+    runs[0] = replace(runs[0], notes=tuple(film.problems))
+    if hears and film.audio is not None and len(film.audio):
         most = MAX_CLIP_SECONDS * audio.SAMPLE_RATE
         clips = (film.audio[at : at + most] for at in range(0, len(film.audio), most))
         runs += [_heard(clip, config) for clip in clips]

@@ -167,6 +167,8 @@ class Finished:
     """The reply as the model wrote it, forced tokens and the end token included."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One entry a token of `token_ids`, if asked for."""
+    notes: tuple[str, ...] = ()
+    """What of the prompt's media could not be read, such as frames of a damaged video."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +184,8 @@ class Generation:
     usage: Usage
     token_ids: tuple[int, ...] = field(default=(), repr=False)
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
+    """What of the prompt's media could not be read."""
 
     @property
     def message(self) -> dict[str, Any]:
