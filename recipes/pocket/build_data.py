@@ -1,36 +1,103 @@
-"""Writes the training set: rendered, tokenized, with a mask of what the model itself emits.
+"""Writes a data set: rendered, tokenized, with a mask of what the model itself emits.
 
-Files (see gemsmith.train.data): train.ids.npy, train.mask.npy, train.offsets.npy and
-train.kinds.json. Prints tokens per kind.
+Files: see gemsmith.train.data and gemsmith.train.media. Prints tokens and media per kind.
 
-Run: python -m recipes.pocket.build_data TOKENIZER_FOLDER OUT_FOLDER --count 60000
+Run: python -m recipes.pocket.build_data TOKENIZER_FOLDER OUT_FOLDER --count 60000 [--media]
+
+With --media a part of the conversations, see SHARES, is about pictures or heard (this needs
+espeak-ng); without it all are text.
 """
 
 import argparse
+import io
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from recipes.pocket.generator import Conversation, generate
-from recipes.pocket.words import Split
+from recipes.pocket import generator, pictures, speech
+from recipes.pocket.generator import Conversation
+from recipes.pocket.train import POCKET
+from recipes.pocket.words import Draw, Split
 
+from gemsmith.engine import media
 from gemsmith.text import chat
 from gemsmith.text.tokenizer import Tokenizer
 from gemsmith.train.data import model_turn_mask
+from gemsmith.train.media import IMAGE, SOUND, MediaWriter, pcm
 
 MAX_TOKENS = 1024
+"""Of a conversation of text; pictures and sounds may come on top."""
 SEED = 0
+GENERATORS: dict[str, Callable[[Split, int, int], Conversation]] = {
+    "text": generator.generate,
+    "picture": pictures.generate,
+    "speech": speech.generate,
+}
+SHARES = {"text": 0.35, "picture": 0.4, "speech": 0.25}
+"""Of conversations in a data set with media. By tokens, the text that the decoder knows already is
+about half, so that it is not forgotten."""
 _tokenizer: Tokenizer
 
 
+@dataclass(frozen=True)
+class Medium:
+    """A picture or sound of a conversation; fields as in `train.media.RECORD`."""
+
+    kind: int
+    data: bytes
+    at: int
+    """Counted from the conversation's first token."""
+    tokens: int
+    budget: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    kind: str
+    ids: np.ndarray
+    mask: np.ndarray
+    media: list[Medium]
+
+
 def encode(tokenizer: Tokenizer, talk: Conversation) -> list[int]:
-    """Token ids of a whole conversation."""
+    """Token ids of a whole conversation, with one placeholder for a picture or sound."""
     return tokenizer.encode(
         chat.render(talk.messages, talk.tools, variant="edge", enable_thinking=talk.enable_thinking)
     )
+
+
+def encode_media(tokenizer: Tokenizer, talk: Conversation) -> tuple[list[int], list[Medium]]:
+    """Token ids as inference makes them, soft tokens included, and what those stand for."""
+    budget = talk.budget if isinstance(talk, pictures.Picture) else 0
+    runs = media.collect(talk.messages, POCKET, image_budget=budget)
+    prompt = media.expand(encode(tokenizer, talk), runs, POCKET, tokenizer)
+    parts = [
+        part
+        for message in talk.messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] != "text"
+    ]
+    made = [
+        Medium(*_stored(part), span.start, span.run.tokens, budget)
+        for part, span in zip(parts, prompt.spans, strict=True)
+    ]
+    return prompt.ids, made
+
+
+def _stored(part: dict[str, Any]) -> tuple[int, bytes]:
+    """Kind and bytes of a picture or sound."""
+    if part["type"] == "audio":
+        return SOUND, pcm(part["audio"])
+    file = io.BytesIO()
+    part["image"].save(file, "PNG")
+    return IMAGE, file.getvalue()
 
 
 def loss_mask(tokenizer: Tokenizer, ids: Sequence[int]) -> np.ndarray:
@@ -56,48 +123,82 @@ def _start(folder: Path) -> None:
     _tokenizer = Tokenizer.load(folder)
 
 
-def _make(job: tuple[Split, int, int, int]) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    split, seed, start, stop = job
+def _make(
+    job: tuple[int, int], *, split: Split, shares: dict[str, float]
+) -> tuple[int, list[Encoded]]:
+    """Conversations of an interval of numbers, and how many of it were too long."""
     made = []
-    for index in range(start, stop):
-        talk = generate(split, seed, index)
-        ids = encode(_tokenizer, talk)
-        if len(ids) <= MAX_TOKENS:
-            made.append((talk.kind, np.array(ids, np.uint16), loss_mask(_tokenizer, ids)))
-    return made
+    for index in range(*job):
+        source = Draw(split, f"mixture/{split}/{SEED}/{index}").weighted(shares)
+        talk = GENERATORS[source](split, SEED, index)
+        ids, found = encode_media(_tokenizer, talk)
+        if len(ids) - sum(medium.tokens for medium in found) <= MAX_TOKENS:
+            mask = loss_mask(_tokenizer, ids)
+            made.append(Encoded(talk.kind, np.array(ids, np.uint16), mask, found))
+    return len(range(*job)) - len(made), made
 
 
-def build(tokenizer: Path, out: Path, *, start: int, count: int, workers: int) -> None:
-    """Writes conversations start..start+count-1 and prints their statistics."""
-    jobs: list[tuple[Split, int, int, int]] = [
-        ("train", SEED, i, min(i + 200, start + count)) for i in range(start, start + count, 200)
-    ]
-    parts: list[tuple[str, np.ndarray, np.ndarray]] = []
-    with Pool(workers, _start, (tokenizer,)) as pool:
-        for made in pool.imap(_make, jobs):
-            parts += made
+def build(
+    tokenizer: Path,
+    out: Path,
+    *,
+    start: int,
+    count: int,
+    workers: int,
+    split: Split = "train",
+    shares: dict[str, float] | None = None,
+) -> None:
+    """Writes conversations start..start+count-1 of a split and prints their statistics.
+
+    shares: as SHARES; by default all are text.
+    """
+    make = partial(_make, split=split, shares=shares or {"text": 1.0})
+    stop = start + count
+    jobs = [(i, min(i + 200, stop)) for i in range(start, stop, 200)]
     out.mkdir(parents=True, exist_ok=True)
-    offsets = np.cumsum([0] + [len(ids) for _, ids, _ in parts], dtype=np.int64)
-    np.save(out / "train.ids.npy", np.concatenate([ids for _, ids, _ in parts]))
-    np.save(out / "train.mask.npy", np.concatenate([mask for _, _, mask in parts]))
-    np.save(out / "train.offsets.npy", offsets)
-    names = sorted({kind for kind, _, _ in parts})
-    (out / "train.kinds.json").write_text(
-        json.dumps({"names": names, "kinds": [names.index(kind) for kind, _, _ in parts]})
+    writer = MediaWriter(out, split)
+    talks: list[tuple[str, np.ndarray, np.ndarray]] = []
+    rows: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)
+    at = too_long = 0
+    with Pool(workers, _start, (tokenizer,)) as pool:
+        for left_out, made in pool.imap(make, jobs):
+            too_long += left_out
+            for talk in made:
+                for medium in talk.media:
+                    writer.add(
+                        medium.kind,
+                        medium.data,
+                        at=at + medium.at,
+                        tokens=medium.tokens,
+                        budget=medium.budget,
+                    )
+                at += len(talk.ids)
+                talks.append((talk.kind, talk.ids, talk.mask))
+                soft = sum(medium.tokens for medium in talk.media)
+                row = (len(talk.ids), int(talk.mask.sum()), len(talk.media), soft)
+                rows[talk.kind].append(row)
+                rows["all"].append(row)
+    writer.close()
+    offsets = np.cumsum([0] + [len(ids) for _, ids, _ in talks], dtype=np.int64)
+    np.save(out / f"{split}.ids.npy", np.concatenate([ids for _, ids, _ in talks]))
+    np.save(out / f"{split}.mask.npy", np.concatenate([mask for _, _, mask in talks]))
+    np.save(out / f"{split}.offsets.npy", offsets)
+    names = sorted({kind for kind, _, _ in talks})
+    (out / f"{split}.kinds.json").write_text(
+        json.dumps({"names": names, "kinds": [names.index(kind) for kind, _, _ in talks]})
     )
-    table: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for kind, ids, mask in parts:
-        table[kind].append((len(ids), int(mask.sum())))
-        table["all"].append((len(ids), int(mask.sum())))
-    print(f"{'kind':22} {'talks':>7} {'tokens':>10} {'mean':>6} {'max':>5} {'learned':>8}")
-    for kind, rows in sorted(table.items(), key=lambda item: -sum(n for n, _ in item[1])):
-        tokens, learned = (sum(column) for column in zip(*rows, strict=True))
-        longest = max(n for n, _ in rows)
+    print(
+        f"{'kind':22} {'talks':>7} {'tokens':>10} {'mean':>6} {'max':>5} {'learned':>8} "
+        f"{'media':>7} {'soft':>6}"
+    )
+    for kind, sizes in sorted(rows.items(), key=lambda item: -sum(row[0] for row in item[1])):
+        tokens, learned, media_count, soft = (sum(column) for column in zip(*sizes, strict=True))
+        longest = max(row[0] for row in sizes)
         print(
-            f"{kind:22} {len(rows):7} {tokens:10} {tokens / len(rows):6.0f} {longest:5} "
-            f"{learned / tokens:8.1%}"
+            f"{kind:22} {len(sizes):7} {tokens:10} {tokens / len(sizes):6.0f} {longest:5} "
+            f"{learned / tokens:8.1%} {media_count:7} {soft / tokens:6.1%}"
         )
-    print(f"left out, longer than {MAX_TOKENS} tokens: {count - len(parts)}")
+    print(f"left out, longer than {MAX_TOKENS} tokens: {too_long}")
 
 
 if __name__ == "__main__":
@@ -107,6 +208,8 @@ if __name__ == "__main__":
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--count", type=int, default=60_000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--split", choices=("train", "heldout"), default="train")
+    parser.add_argument("--media", action="store_true", help="with pictures and speech")
     options = parser.parse_args()
     build(
         options.tokenizer,
@@ -114,4 +217,6 @@ if __name__ == "__main__":
         start=options.start,
         count=options.count,
         workers=options.workers,
+        split=options.split,
+        shares=SHARES if options.media else None,
     )

@@ -7,16 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from recipes.pocket import build_data, build_heldout, tokenizer
+from recipes.pocket import build_data, build_heldout, pictures, speech, tokenizer
 from recipes.pocket.domains import HELDOUT_TOOLS, TOOLS
 from recipes.pocket.generator import KINDS, Conversation, conversations, generate, tool_conversation
 from recipes.pocket.schemas import POOLS
 from recipes.pocket.tasks import NO_TOOL
+from recipes.pocket.train import POCKET
 from recipes.pocket.words import Draw
 
+from gemsmith.engine import media
 from gemsmith.text import chat
 from gemsmith.text.tokenizer import Tokenizer
+from gemsmith.train.data import TokenSet, make_batch
+from gemsmith.train.media import pcm
 
 COUNT = 300
 
@@ -325,3 +330,68 @@ def test_a_needle_lies_four_windows_before_the_question(words: Tokenizer) -> Non
         text = made["messages"][-1]["content"] + "<turn|>\n<|turn>model\n"
         _, after = text.split(f"{made['expected']['value']}.", 1)
         assert len(words.encode(after)) >= 4 * build_heldout.WINDOW
+
+
+def built(folder: Path, out: Path, shares: dict[str, float] | None) -> TokenSet:
+    build_data.build(folder, out, start=0, count=6, workers=1, shares=shares)
+    return TokenSet(out, "train")
+
+
+def prompt(words: Tokenizer, talk: Conversation, budget: int) -> media.Prompt:
+    """What inference makes of a whole conversation."""
+    runs = media.collect(talk.messages, POCKET, image_budget=budget)
+    return media.expand(build_data.encode(words, talk), runs, POCKET, words)
+
+
+def test_a_set_is_text_unless_media_are_asked_for(
+    folder: Path, words: Tokenizer, train: list[Conversation], tmp_path: Path
+) -> None:
+    data = built(folder, tmp_path, None)
+    assert data.media is None
+    assert data.ids.tolist() == [i for talk in train[:6] for i in build_data.encode(words, talk)]
+
+
+def test_pictures_of_a_set_are_what_inference_makes(
+    folder: Path, words: Tokenizer, tmp_path: Path
+) -> None:
+    data = built(folder, tmp_path, {"picture": 1.0})
+    for c in range(6):
+        talk = pictures.generate("train", 0, c)
+        wanted = prompt(words, talk, talk.budget)
+        n = len(wanted.ids)
+        batch = make_batch(data, [c], batch_tokens=n)
+        [span], soft = wanted.spans, batch.soft
+        assert soft is not None
+        assert batch.ids_T.tolist() == wanted.ids
+        assert soft.at_S.tolist() == list(range(span.start, span.stop))
+        assert np.array_equal(soft.values_PC, span.run.features)
+        assert np.array_equal(soft.positions_P2, span.run.places)
+
+
+@pytest.mark.skipif(not speech.available(), reason="espeak-ng is not installed")
+def test_sounds_of_a_set_are_what_inference_makes(
+    folder: Path, words: Tokenizer, tmp_path: Path
+) -> None:
+    data = built(folder, tmp_path, {"speech": 1.0})
+    for c in range(6):
+        talk = speech.generate("train", 0, c)
+        for message in talk.messages:
+            for part in message["content"] if message["role"] == "user" else ():
+                if part["type"] == "audio":  # in 16 bits, as a WAV file would be
+                    part["audio"] = np.frombuffer(pcm(part["audio"]), "<i2")
+        wanted = prompt(words, talk, 0)
+        batch = make_batch(data, [c], batch_tokens=len(wanted.ids))
+        assert batch.soft is not None
+        assert batch.ids_T.tolist() == wanted.ids
+        for (mel, valid), span in zip(batch.soft.clips, wanted.spans, strict=True):
+            assert np.array_equal(valid, span.run.places)
+            assert np.array_equal(mel, span.run.features)
+
+
+@pytest.mark.skipif(not speech.available(), reason="espeak-ng is not installed")
+def test_a_mixed_set_has_every_kind(folder: Path, tmp_path: Path) -> None:
+    build_data.build(folder, tmp_path, start=0, count=40, workers=1, shares=build_data.SHARES)
+    data = TokenSet(tmp_path, "train")
+    groups = [name.split("/")[0] for name in data.kind_names]
+    assert {"picture", "speech"} < set(groups)
+    assert set(groups) & set(KINDS)
