@@ -282,7 +282,13 @@ def test_a_file_without_sound_is_refused():
         stream.width = stream.height = 32
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
         container.mux(stream.encode(None))
-    assert error_of(file.getvalue()).endswith("has no sound: FFmpeg finds video in it")
+    assert error_of(file.getvalue()).endswith("has no sound that FFmpeg can decode; it holds video")
+
+
+def test_an_unknown_codec_is_refused():
+    data = bytearray(encoded(tone()))
+    data[20:22] = b"\x77\x77"
+    assert error_of(bytes(data)).endswith("has no sound that FFmpeg can decode; it holds audio")
 
 
 def test_a_file_without_samples_is_refused():

@@ -293,7 +293,7 @@ def test_a_file_without_video_is_refused():
         frame.sample_rate = 16_000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    assert error_of(file.getvalue()).endswith("has no video: FFmpeg finds audio in it")
+    assert error_of(file.getvalue()).endswith("has no video that FFmpeg can decode; it holds audio")
 
 
 def test_a_video_without_frames_is_refused(tmp_path: Path):
@@ -365,7 +365,7 @@ def test_a_list_of_files_opens_none_of_them(tmp_path: Path, monkeypatch: pytest.
 def test_an_unknown_codec_is_refused(tmp_path: Path):
     data = encoded(tmp_path / "film", 4, format="matroska")
     data = data.replace(b"V_MPEG4/ISO/ASP", b"V_MPEG9/ISO/ASP")
-    assert "holds video of a kind that FFmpeg cannot decode; convert it" in error_of(data)
+    assert "has no video that FFmpeg can decode; it holds video" in error_of(data)
 
 
 def damaged(data: bytes, seed: int, count: int) -> Sequence[bytes]:

@@ -193,9 +193,9 @@ def decode(container: InputContainer, name: str) -> tuple[np.ndarray, str]:
       MediaError: no sound track, no samples, or samples over the limits of this module.
     """
     stream = container.streams.best("audio")
-    if stream is None:
-        kinds = ", ".join(sorted({each.type for each in container.streams})) or "nothing"
-        raise MediaError(f"{name} has no sound: FFmpeg finds {kinds} in it")
+    if stream is None or stream.codec_context is None:
+        kinds = ", ".join(each.type for each in container.streams) or "nothing"
+        raise MediaError(f"{name} has no sound that FFmpeg can decode; it holds {kinds}")
     made, problem = _Mono(name), ""
     try:
         for frame in container.decode(stream):

@@ -383,11 +383,9 @@ def _heard(found: bytes | Path, name: str, problems: list[str]) -> np.ndarray | 
 
 def _stream(container: InputContainer, name: str) -> VideoStream:
     stream = container.streams.best("video")
-    if stream is None:
-        kinds = ", ".join(sorted({each.type for each in container.streams})) or "nothing"
-        raise MediaError(f"{name} has no video: FFmpeg finds {kinds} in it")
-    if stream.codec_context is None:
-        raise MediaError(f"{name} holds video of a kind that FFmpeg cannot decode; convert it")
+    if stream is None or stream.codec_context is None:
+        kinds = ", ".join(each.type for each in container.streams) or "nothing"
+        raise MediaError(f"{name} has no video that FFmpeg can decode; it holds {kinds}")
     return stream  # pyright: ignore[reportReturnType]
 
 
