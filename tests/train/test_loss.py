@@ -1,5 +1,8 @@
 """The chunked loss equals the plain one, value and gradients."""
 
+from copy import copy
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,9 @@ from gemsmith.train.loss import backward_in_chunks, chunk_rows
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_loss_over_rows_equals_full_logits_with_mask(copy_set: TokenSet, chunk: int) -> None:
     model = random_model(tiny_config("E2B", vocab_size=40)).requires_grad_(True)
-    batch = make_batch(copy_set, [0, 1, 2, 3], batch_tokens=64, row_multiple=16)
+    weighted = copy(copy_set)
+    weighted.mask = np.array(copy_set.mask) * (1 + np.arange(len(copy_set.mask)) % 3)
+    batch = make_batch(weighted, [0, 1, 2, 3], batch_tokens=64, row_multiple=16)
 
     kv = NoCache(model.config, batch.lengths)
     logits_TV = model.logits(model(batch.ids_T, batch.positions_T, kv))
@@ -22,9 +27,10 @@ def test_loss_over_rows_equals_full_logits_with_mask(copy_set: TokenSet, chunk: 
     for c, length in zip(range(4), batch.lengths, strict=False):
         begin = int(copy_set.offsets[c])
         for i in range(1, length):
-            if copy_set.mask[begin + i]:
-                log_p = F.log_softmax(logits_TV[start + i - 1], -1)
-                total, count = total - log_p[int(copy_set.ids[begin + i])], count + 1
+            weight = int(weighted.mask[begin + i])
+            log_p = F.log_softmax(logits_TV[start + i - 1], -1)
+            total = total - weight * log_p[int(copy_set.ids[begin + i])]
+            count += weight
         start += length
     expected = total / count
     expected.backward()
@@ -33,7 +39,7 @@ def test_loss_over_rows_equals_full_logits_with_mask(copy_set: TokenSet, chunk: 
 
     kv = NoCache(model.config, batch.lengths)
     hidden = model(batch.ids_T, batch.positions_T, kv, rows_R=batch.rows_R)
-    loss = backward_in_chunks(model.logits, hidden, batch.targets_R, chunk=chunk)
+    loss = backward_in_chunks(model.logits, hidden, batch.targets_R, batch.weights_R, chunk=chunk)
     limit = tolerance(torch.float32, 64, steps=8)
     assert_close(loss, expected.detach(), limit)
     for name, p in model.named_parameters():
@@ -47,7 +53,8 @@ def test_batch_without_targets_has_no_loss_and_no_gradient(config: TextConfig) -
     model = random_model(tiny_config("E2B", vocab_size=40)).requires_grad_(True)
     ids = torch.arange(4)
     hidden = model(ids, ids, NoCache(model.config, [4]))
-    loss = backward_in_chunks(model.logits, hidden, torch.full((4,), -100), chunk=2)
+    none = torch.full((4,), -100)
+    loss = backward_in_chunks(model.logits, hidden, none, torch.zeros(4), chunk=2)
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 

@@ -245,7 +245,7 @@ def test_gradients_reach_every_parameter_of_the_towers(
     # Without weights at zero every path counts.
     for p in t.towers.parameters():
         torch.nn.init.normal_(p, 0.5 if p.ndim == 1 else 0.0, 0.2)
-    backward_in_chunks(t.model.logits, t._hidden(batch), batch.targets_R, chunk=64)
+    backward_in_chunks(t.model.logits, t._hidden(batch), batch.targets_R, batch.weights_R, chunk=64)
     for name, p in t.towers.named_parameters():
         assert p.grad is not None, name
         assert p.grad.any(), name

@@ -2,7 +2,7 @@
 
 A data set is four flat files a split, memory-mapped, written once by a recipe:
   {split}.ids.npy      uint16 or int32 [N]   token ids, conversations one after another
-  {split}.mask.npy     uint8 [N]             1 where the token is to be predicted
+  {split}.mask.npy     uint8 [N]             weight of the token's loss, 0 where it is not learned
   {split}.offsets.npy  int64 [C + 1]         conversation c is ids[offsets[c]:offsets[c + 1]]
   {split}.kinds.json   (optional)            {"names": [...], "kinds": [C indices into names]}
 and two more where conversations have pictures or sounds; see train.media.
@@ -130,16 +130,18 @@ class Batch:
     """int64 [R], ascending: positions in T whose next token is learned, and a few that are not."""
     targets_R: torch.Tensor
     """int64 [R]: the next token, or -100 at rows that only round R up."""
+    weights_R: torch.Tensor
+    """float32 [R]: what its loss counts, 0 at rows that only round R up."""
     soft: SoftInputs | None = None
     """Pictures and sounds; None where the batch has none."""
 
     def to(self, device: torch.device) -> "Batch":
-        ids, positions, rows, targets = (
+        ids, positions, rows, targets, weights = (
             t.to(device, non_blocking=True)
-            for t in (self.ids_T, self.positions_T, self.rows_R, self.targets_R)
+            for t in (self.ids_T, self.positions_T, self.rows_R, self.targets_R, self.weights_R)
         )
         soft = self.soft.to(device) if self.soft else None
-        return Batch(ids, positions, self.lengths, rows, targets, soft)
+        return Batch(ids, positions, self.lengths, rows, targets, weights, soft)
 
 
 def make_batch(
@@ -151,7 +153,7 @@ def make_batch(
     model sees few distinct shapes.
     """
     ids = np.zeros(batch_tokens, np.int64)
-    learned = np.zeros(batch_tokens + 1, bool)
+    weights = np.zeros(batch_tokens + 1, np.float32)
     positions = np.empty(batch_tokens, np.int64)
     lengths: list[int] = []
     at = 0
@@ -160,7 +162,7 @@ def make_batch(
         n = end - begin
         ids[at : at + n] = data.ids[begin:end]
         # No row comes before a first token, so nothing can be asked to predict it.
-        learned[at + 1 : at + n] = data.mask[begin + 1 : end]
+        weights[at + 1 : at + n] = data.mask[begin + 1 : end]
         positions[at : at + n] = np.arange(n)
         lengths.append(n)
         at += n
@@ -169,18 +171,20 @@ def make_batch(
     if at < batch_tokens:
         positions[at:] = np.arange(batch_tokens - at)
         lengths.append(batch_tokens - at)
-    keep = learned[1:].copy()
+    keep = weights[1:] > 0
     spare = np.flatnonzero(~keep)
     missing = -int(keep.sum()) % row_multiple if keep.any() else row_multiple
     keep[spare[:missing]] = True
     rows = np.flatnonzero(keep)
-    targets = np.where(learned[rows + 1], np.append(ids, 0)[rows + 1], -100)
+    weights = weights[rows + 1]
+    targets = np.where(weights > 0, np.append(ids, 0)[rows + 1], -100)
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         tuple(lengths),
         torch.from_numpy(rows),
         torch.from_numpy(targets),
+        torch.from_numpy(weights),
         soft,
     )
 
@@ -217,7 +221,7 @@ def plan_epoch(
     bins: list[tuple[int, int, list[int]]] = []  # room left for tokens, for patches; conversations
     for c in order.tolist():
         n, p = int(lengths[c]), int(patches[c])
-        fits = [i for i, (room, area, _) in enumerate(bins) if room >= n and area >= p]
+        fits = [i for i, (room, area, _) in enumerate(bins) if room >= n and area >= 0]
         if fits:
             i = min(fits, key=lambda i: bins[i][0])
             room, area, members = bins[i]

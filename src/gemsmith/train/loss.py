@@ -25,23 +25,28 @@ def backward_in_chunks(
     head: Callable[[torch.Tensor], torch.Tensor],
     hidden_RD: torch.Tensor,
     targets_R: torch.Tensor,
+    weights_R: torch.Tensor,
     *,
     chunk: int,
 ) -> torch.Tensor:
-    """Mean cross entropy over rows with a target >= 0; runs the whole backward pass.
+    """Weighted mean of the cross entropy of rows; runs the whole backward pass.
+
+    Rows without a target (-100) have weight 0.
 
     `head` maps hidden states [n, D] to float32 logits [n, V]. Gradients are added to the leaves
     of `hidden_RD` and to the head's weight.
 
     Returns:
-      the loss, a detached scalar; 0 (and no gradient) where no row has a target.
+      the loss, a detached scalar; 0 (and no gradient) where no row has a weight.
     """
     leaf_RD = hidden_RD.detach().requires_grad_()
-    count = (targets_R >= 0).sum().clamp(min=1)
+    whole = weights_R.sum().clamp(min=1)
     total = torch.zeros((), device=hidden_RD.device)
     for begin in range(0, len(targets_R), chunk):
         rows = slice(begin, begin + chunk)
-        loss = sum_cross_entropy(head(leaf_RD[rows]), targets_R[rows]) / count
+        logits = head(leaf_RD[rows]).float()
+        each = F.cross_entropy(logits, targets_R[rows], ignore_index=-100, reduction="none")
+        loss = (each * weights_R[rows]).sum() / whole
         loss.backward()
         total += loss.detach()
     hidden_RD.backward(leaf_RD.grad)

@@ -200,7 +200,9 @@ class Trainer:
         chunk = min(chunk_rows(self.model.config.vocab_size), self.config.row_multiple)
         with self._autocast():
             hidden_RD = self._hidden(batch)
-            loss = backward_in_chunks(self._head, hidden_RD, batch.targets_R, chunk=chunk)
+            loss = backward_in_chunks(
+                self._head, hidden_RD, batch.targets_R, batch.weights_R, chunk=chunk
+            )
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.grad_clip)
         if not bool(torch.isfinite(norm)):
             raise TrainError(
