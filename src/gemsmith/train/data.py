@@ -221,7 +221,7 @@ def plan_epoch(
     bins: list[tuple[int, int, list[int]]] = []  # room left for tokens, for patches; conversations
     for c in order.tolist():
         n, p = int(lengths[c]), int(patches[c])
-        fits = [i for i, (room, area, _) in enumerate(bins) if room >= n and area >= 0]
+        fits = [i for i, (room, area, _) in enumerate(bins) if room >= n and area >= p]
         if fits:
             i = min(fits, key=lambda i: bins[i][0])
             room, area, members = bins[i]
