@@ -14,17 +14,20 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import av
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from benchmarks import measure
-from gemsmith.media import image
+from gemsmith.media import audio, image, video
 
 MUST_NOT_BE_SLOWER = 1.0
 PHOTO = (4000, 3000)
+CLIP_SECONDS = 30
+FILM, FILM_RATE, FILM_SECONDS = (1280, 720), 30, 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,107 @@ def check_patches(name: str, ours: image.Patches, theirs: Any) -> None:
         sys.exit(f"{name}: patches differ by {apart:.1f} of 255; nothing was timed")
 
 
-SUBJECTS: dict[str, Callable[[Path], Iterator[Subject]]] = {"images": images}
+def sounds(folder: Path) -> Iterator[Subject]:
+    """30 seconds of 44.1 kHz stereo, from an MP3 file to mel frames.
+
+    Transformers' reader of sound files needs soundfile or torchcodec; its extractor gets what ours
+    decoded, so the difference is the mel front end.
+    """
+    from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
+
+    path = folder / "clip.mp3"
+    record_clip(path, CLIP_SECONDS)
+    extractor = Gemma4AudioFeatureExtractor()
+
+    def theirs() -> Any:
+        return extractor([audio.load_audio(path)])
+
+    features, _ = audio.mel(audio.load_audio(path))
+    made = theirs()
+    check_equal("mel frames", features, made["input_features"][0][made["input_features_mask"][0]])
+    yield Subject(
+        name=f"clip of {CLIP_SECONDS} s, {path.stat().st_size / 1e6:.1f} MB",
+        ours=lambda: audio.mel(audio.load_audio(path)),
+        peers={"Transformers, our decoding": theirs},
+        floor=lambda: decode_all(path, "audio"),
+    )
+
+
+def videos(folder: Path) -> Iterator[Subject]:
+    """60 seconds of 1280 x 720, from the file to 32 frames in RGB; patches are those of images.
+
+    Transformers' video processor needs torchvision; what stands here is its reader for PyAV.
+    """
+    from transformers.video_utils import read_video_pyav
+
+    path = folder / "film.mp4"
+    record_film(path, FILM_SECONDS)
+
+    def evenly(metadata: Any, **_: Any) -> np.ndarray:
+        total = metadata.total_num_frames
+        return np.arange(0, total, total / video.DEFAULT_FRAMES).astype(int)
+
+    def theirs() -> Any:
+        return read_video_pyav(path, evenly)  # pyright: ignore[reportArgumentType]
+
+    def ours() -> video.Video:
+        return video.load_video(path, sound=False)
+
+    check_equal("frames", np.stack([np.asarray(frame) for frame in ours().frames]), theirs()[0])
+    yield Subject(
+        name=f"video of {FILM_SECONDS} s, {path.stat().st_size / 1e6:.1f} MB",
+        ours=ours,
+        peers={"Transformers, PyAV": theirs},
+        floor=lambda: decode_all(path, "video"),
+    )
+
+
+def record_clip(path: Path, seconds: int) -> None:
+    """Tones that rise and fall, on noise."""
+    rate = 44_100
+    t = np.arange(seconds * rate) / rate
+    rng = np.random.default_rng(0)
+    tones = 0.3 * np.sin(2 * np.pi * 300 * t + 40 * np.sin(3 * t)) * (np.sin(9 * t) > -0.5)
+    both = np.stack([tones, 0.8 * tones]) + rng.normal(0, 0.01, (2, len(t)))
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libmp3lame", rate=rate, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(both.astype(np.float32), "fltp", "stereo")
+        frame.sample_rate = rate
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+
+
+def record_film(path: Path, seconds: int) -> None:
+    """A window that wanders over a photo; a key frame every 8 seconds or so, as encoders do."""
+    scene = np.asarray(photo(FILM[0] * 2, FILM[1] * 2))
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=FILM_RATE, options={"preset": "veryfast"})
+        stream.width, stream.height = FILM
+        stream.pix_fmt = "yuv420p"
+        for index in range(seconds * FILM_RATE):
+            x, y = (round(side * (1 + np.sin(index / 97)) / 2) for side in FILM)
+            window = np.ascontiguousarray(scene[y : y + FILM[1], x : x + FILM[0]])
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(window, "rgb24")))
+        file.mux(stream.encode(None))
+
+
+def decode_all(path: Path, kind: Literal["audio", "video"]) -> None:
+    with av.open(str(path)) as file:
+        for _ in file.decode(file.streams.best(kind)):
+            pass
+
+
+def check_equal(name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+    """End the program unless both are equal, but for the rounding of float32."""
+    if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
+        sys.exit(f"{name} differ from those of Transformers; nothing was timed")
+
+
+SUBJECTS: dict[str, Callable[[Path], Iterator[Subject]]] = {
+    "images": images,
+    "sounds": sounds,
+    "videos": videos,
+}
 
 
 def timed(subject: Subject, repeats: int) -> dict[str, dict[str, float]]:

@@ -24,6 +24,19 @@ def test_ours_and_transformers_make_the_same_patches_of_one_photo(
         assert list(times) == ["gemsmith", *subject.peers, "floor"]
 
 
+def test_ours_and_transformers_hear_and_see_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "CLIP_SECONDS", 1)
+    monkeypatch.setattr(media, "FILM", (96, 64))
+    monkeypatch.setattr(media, "FILM_SECONDS", 2)
+    for subject in (*media.sounds(tmp_path), *media.videos(tmp_path)):
+        assert len(subject.peers) == 1
+        assert list(media.timed(subject, 1)) == ["gemsmith", *subject.peers, "floor"]
+    with pytest.raises(SystemExit, match="frames differ from those of Transformers; nothing was"):
+        media.check_equal("frames", np.zeros(3), np.ones(3))
+
+
 @pytest.mark.parametrize("wrong", ["values", "positions"])
 def test_nothing_is_timed_where_the_results_differ(wrong: str) -> None:
     ours = image.patches(media.photo(60, 40), 70)

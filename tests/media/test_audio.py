@@ -324,6 +324,14 @@ def test_samples_that_are_no_numbers_are_refused(bad: float):
     assert "infinite or not a number" in error_of(encoded(samples, codec="pcm_f32le"))
 
 
+def test_infinities_of_two_channels_do_not_cancel():
+    both = np.stack([tone(), tone()])
+    both[:, 500] = np.inf, -np.inf
+    assert "infinite or not a number" in error_of(both, sample_rate=16_000)
+    file = encoded(both, codec="pcm_f32le", layout="stereo")
+    assert "infinite or not a number" in error_of(file)
+
+
 def test_floats_that_are_integers_in_disguise_are_refused():
     assert "divide them by their full scale" in error_of(tone() * 32768, sample_rate=16_000)
 

@@ -262,8 +262,10 @@ class _Mono:
     def _keep(self, resampled: list[AudioFrame]) -> None:
         for frame in resampled:
             if frame is not None:  # what it gives at the end where there was nothing to convert
-                samples = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
-                mixed = samples if samples.shape[1] == 1 else samples.mean(axis=1)
+                channels = frame.layout.nb_channels
+                weights = np.full(channels, 1 / channels, dtype=np.float32)
+                with np.errstate(invalid="ignore"):  # infinite: `_checked` refuses it
+                    mixed = frame.to_ndarray().reshape(-1, channels) @ weights
                 self.samples += mixed.data
         if self.seconds > MAX_HOURS * 3600:
             raise MediaError(
@@ -313,7 +315,8 @@ def _mono(array: np.ndarray) -> np.ndarray:
                 f"in an array of shape {array.shape} samples and channels cannot be told apart: "
                 f"the shorter axis is that of the channels, {MAX_CHANNELS} at most"
             )
-        mono = array.mean(axis=0 if rows < columns else 1, dtype=np.float64)
+        with np.errstate(invalid="ignore"):  # infinite: `_checked` refuses it
+            mono = array.mean(axis=0 if rows < columns else 1, dtype=np.float64)
     else:
         mono = array
     mono = mono.astype(np.float32)
