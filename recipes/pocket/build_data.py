@@ -42,6 +42,10 @@ GENERATORS: dict[str, Callable[[Split, int, int], Conversation]] = {
 SHARES = {"text": 0.35, "picture": 0.4, "speech": 0.25}
 """Of conversations in a data set with media. By tokens, the text that the decoder knows already is
 about half, so that it is not forgotten."""
+DECISION_WEIGHT = 10
+"""Of the token that begins a reply where tools are declared. Each reply has one such and about 30
+others, most of them copied: at weight 1 the choice was at chance after 17 million tokens, at 10 it
+was right for 9 of 10 after 2 million more."""
 _tokenizer: Tokenizer
 
 
@@ -118,6 +122,18 @@ def loss_mask(tokenizer: Tokenizer, ids: Sequence[int]) -> np.ndarray:
     )
 
 
+def weigh_decisions(tokenizer: Tokenizer, ids: Sequence[int], mask: np.ndarray) -> None:
+    """Raise, in place, the weight of each turn's first token, or of its thought's first.
+
+    With tools declared it decides between a call, a refusal and an answer.
+    """
+    turn, thought = (tokenizer.encode(text) for text in ("<|turn>model\n", "<|channel>thought\n"))
+    for i in range(len(turn), len(ids)):
+        if list(ids[i - len(turn) : i]) == turn:
+            first = i + len(thought) if list(ids[i : i + len(thought)]) == thought else i
+            mask[first] *= DECISION_WEIGHT
+
+
 def _start(folder: Path) -> None:
     global _tokenizer
     _tokenizer = Tokenizer.load(folder)
@@ -134,6 +150,8 @@ def _make(
         ids, found = encode_media(_tokenizer, talk)
         if len(ids) - sum(medium.tokens for medium in found) <= MAX_TOKENS:
             mask = loss_mask(_tokenizer, ids)
+            if talk.tools:
+                weigh_decisions(_tokenizer, ids, mask)
             made.append(Encoded(talk.kind, np.array(ids, np.uint16), mask, found))
     return len(range(*job)) - len(made), made
 
@@ -175,7 +193,7 @@ def build(
                 at += len(talk.ids)
                 talks.append((talk.kind, talk.ids, talk.mask))
                 soft = sum(medium.tokens for medium in talk.media)
-                row = (len(talk.ids), int(talk.mask.sum()), len(talk.media), soft)
+                row = (len(talk.ids), int((talk.mask > 0).sum()), len(talk.media), soft)
                 rows[talk.kind].append(row)
                 rows["all"].append(row)
     writer.close()

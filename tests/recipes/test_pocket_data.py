@@ -265,6 +265,23 @@ def test_mask_covers_what_the_model_says_and_nothing_else(
                 assert message["content"] in learned
 
 
+def test_the_first_word_of_a_reply_weighs_more_where_tools_are_declared(
+    words: Tokenizer, train: list[Conversation]
+) -> None:
+    first: set[str] = set()
+    for talk in (t for t in train[:200] if t.tools):
+        ids = build_data.encode(words, talk)
+        mask = build_data.loss_mask(words, ids)
+        weighed = mask.copy()
+        build_data.weigh_decisions(words, ids, weighed)
+        heavy = np.flatnonzero(weighed > 1)
+        turns = words.decode(ids).count("<|turn>model\n")
+        assert len(heavy) == turns
+        assert ((weighed > 0) == (mask > 0)).all()
+        first |= {words.decode([ids[i]]) for i in heavy}
+    assert {"<|tool_call>", "None", "I"} <= first
+
+
 def test_rendered_text_survives_the_tokenizer(words: Tokenizer, train: list[Conversation]) -> None:
     for talk in train[:50]:
         text = chat.render(
