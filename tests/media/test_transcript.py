@@ -132,6 +132,7 @@ def test_a_text_cut_with_overlaps_merges_to_itself(data: st.DataObject, words: l
         (["we went, to The old", "To the old mill"], "we went, to The old mill"),
         (["we went to the old mi", "nt to the old mill today"], "we went to the old mill today"),
         (["one two three", "four five six"], "one two three four five six"),
+        (["we all win", "all win we all win now"], "we all win we all win now"),
         (["one two", ""], "one two"),
         (["", "one two"], "one two"),
         (["das ist gut", "— das ist gut so"], "das ist gut so"),
