@@ -331,7 +331,7 @@ def test_32_bit_files_are_read_where_their_range_is_known() -> None:
     values = np.array([[0.0, 0.5, 1.0]], dtype=np.float32)
     assert pixels(encoded(values, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
     with pytest.raises(
-        MediaError, match=r"the file in memory: an array of float32 must be in 0..1"
+        MediaError, match=r"the image bytes: an array of float32 must be in 0..1"
     ):
         load_image(encoded(values * 9, "TIFF"))
     with pytest.raises(MediaError, match=r"32-bit pixels from 0 to 70000: which is black"):
@@ -382,7 +382,7 @@ def test_the_image_does_not_change_with_the_array() -> None:
 @pytest.mark.parametrize("url", ["http://example.org/cat.png", "HTTPS://example.org/cat.png"])
 def test_web_addresses_are_not_fetched(url: str) -> None:
     with pytest.raises(
-        MediaError, match=rf"{url}: images are not fetched .*; download it and give"
+        MediaError, match=rf"{url}: nothing is fetched .*; download the image and give"
     ):
         load_image(url)
 
@@ -398,7 +398,7 @@ def test_web_addresses_are_not_fetched(url: str) -> None:
     ],
 )
 def test_what_people_take_for_an_image_is_named(data: bytes, what: str) -> None:
-    with pytest.raises(MediaError, match=f"the file in memory is no image but {what}"):
+    with pytest.raises(MediaError, match=f"the image bytes is no image but {what}"):
         load_image(data)
 
 
@@ -414,7 +414,7 @@ def test_empty_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "nothing.png").touch()
     for source, name in (
         (tmp_path / "nothing.png", r"nothing\.png"),
-        (b"", "the file in memory"),
+        (b"", "the image bytes"),
         ("data:image/png;base64,", "the data URL"),
     ):
         with pytest.raises(MediaError, match=rf"{name} is empty: 0 bytes"):

@@ -220,7 +220,8 @@ def _heard(samples: np.ndarray, config: Gemma4Config) -> Run:
 
 def _video(part: Mapping[str, Any], config: Gemma4Config, budget: int | str) -> list[Run]:
     _needs(config.vision_config, "video")
-    from gemsmith.media import audio, video
+    from gemsmith.media import video
+    from gemsmith.media.transcript import split_windows
 
     options = {name: part[name] for name in ("frames", "fps", "tokens", "budget") if name in part}
     hears = config.audio_config is not None
@@ -231,9 +232,9 @@ def _video(part: Mapping[str, Any], config: Gemma4Config, budget: int | str) -> 
     ]
     runs[0] = replace(runs[0], notes=tuple(film.problems))
     if hears and film.audio is not None and len(film.audio):
-        most = MAX_CLIP_SECONDS * audio.SAMPLE_RATE
-        clips = (film.audio[at : at + most] for at in range(0, len(film.audio), most))
-        runs += [_heard(clip, config) for clip in clips]
+        # In pauses where there are any: a word is in one clip or the other.
+        windows = split_windows(film.audio, max_seconds=MAX_CLIP_SECONDS, overlap_seconds=0)
+        runs += [_heard(film.audio[start:stop], config) for start, stop in windows]
     return runs
 
 

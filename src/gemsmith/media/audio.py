@@ -11,12 +11,8 @@ Source: transformers 5.23, models gemma4 and gemma4_unified. Different from it: 
 here whatever the file's type, and nothing is cut off at 30 s.
 """
 
-import base64
 import io
 import os
-import re
-import stat
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +26,7 @@ from av.audio.resampler import AudioResampler
 from av.container import InputContainer
 
 from gemsmith.errors import MediaError
+from gemsmith.media.source import locate, short
 
 SAMPLE_RATE = 16_000
 """Samples in a second, of everything that leaves `load_audio`."""
@@ -130,35 +127,6 @@ def frames(samples: np.ndarray) -> np.ndarray:
     framed = np.zeros(count * FRAME, dtype=np.float32)
     framed[: len(samples)] = samples
     return framed.reshape(count, FRAME)
-
-
-def locate(source: object, kind: str) -> tuple[bytes | Path, str]:
-    """The bytes or the path of a media file, and what to call it in an error; kind: "sound" ...
-
-    Raises:
-      MediaError: a path without a file, a damaged data URL, an http address, or something else.
-    """
-    if isinstance(source, bytes | bytearray | memoryview):
-        found, name = bytes(source), f"the {kind} bytes"
-    elif isinstance(source, str) and source[:5].lower() == "data:":
-        found, name = _from_data_url(source, kind), "the data URL"
-    elif isinstance(source, str) and re.match("[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
-        raise MediaError(
-            f"{_short(source)}: nothing is fetched from the network; download the {kind} and give "
-            "its path, its bytes or a data URL"
-        )
-    elif isinstance(source, str | os.PathLike):
-        name = _short(os.fspath(source))
-        return _file(source, name, kind), name
-    else:
-        array = ", or an array" if kind == "sound" else ""
-        raise MediaError(
-            f"a {kind} is given as a path, bytes or a data URL{array}, not as "
-            f"{type(source).__name__}"
-        )
-    if not found:
-        raise MediaError(f"{name} is empty: 0 bytes; was it saved or sent whole?")
-    return found, name
 
 
 @contextmanager
@@ -377,39 +345,5 @@ _HANN = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)).astype(np.f
 def _refuse(url: str, flags: int, options: dict[str, str]) -> NoReturn:
     """For playlists: a file that a stranger sent must not make us open others."""
     raise MediaError(
-        f"it is a list that names other files ({_short(url)}), which are not opened; give one file"
+        f"it is a list that names other files ({short(url)}), which are not opened; give one file"
     )
-
-
-def _from_data_url(url: str, kind: str) -> bytes:
-    head, _, text = url.partition(",")
-    if not head.lower().endswith(";base64"):
-        example = "data:video/mp4;base64," if kind == "video" else "data:audio/wav;base64,"
-        raise MediaError(f"data URL {_short(url)} holds no base64; it must begin like {example}")
-    try:
-        return base64.b64decode("".join(urllib.parse.unquote(text).split()), validate=True)
-    except ValueError as error:
-        raise MediaError(
-            f"the base64 of the data URL is damaged ({error}); was it sent whole?"
-        ) from error
-
-
-def _file(source: str | os.PathLike[str], name: str, kind: str) -> Path:
-    try:
-        found = os.stat(source)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        why = error.strerror if isinstance(error, OSError) else error
-        raise MediaError(f"{name} cannot be read: {why}; give the path of a {kind} file") from error
-    # A pipe or a device may never end.
-    if not stat.S_ISREG(found.st_mode):
-        what = "a folder" if stat.S_ISDIR(found.st_mode) else "not a file"
-        raise MediaError(f"{name} is {what}; give the path of a {kind} file")
-    if not found.st_size:
-        raise MediaError(f"{name} is empty: 0 bytes; was it saved or sent whole?")
-    return Path(os.fsdecode(source))
-
-
-def _short(text: str | bytes) -> str:
-    """A name for an error's one line, whatever a caller took for a path."""
-    text = os.fsdecode(text)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"

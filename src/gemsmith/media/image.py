@@ -11,22 +11,19 @@ Source: transformers 5.23, models gemma4 and gemma4_unified, `convert_to_rgb`. P
 except where noted below: 16-bit images are scaled to 8 bits, not cut off at 255.
 """
 
-import base64
 import io
 import math
 import os
 import re
-import stat
 import threading
-import urllib.parse
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from gemsmith.errors import MediaError
+from gemsmith.media.source import locate
 
 BUDGETS = (70, 140, 280, 560, 1120)
 """Soft tokens that the models were trained to spend on an image, at most."""
@@ -250,61 +247,11 @@ def _cut(image: Image.Image, budget: int, *, patch: int, pool: int, side: int) -
 
 def _read(source: object) -> tuple[bytes, str]:
     """Bytes of a file, and what to call it in an error."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        data, name = bytes(source), "the file in memory"
-    elif isinstance(source, str) and source[:5].lower() == "data:":
-        data, name = _from_data_url(source), "the data URL"
-    elif isinstance(source, str) and re.match("https?://", source, re.IGNORECASE):
-        raise MediaError(
-            f"{_short(source)}: images are not fetched from the network; download it and give "
-            "its path, its bytes or a data URL"
-        )
-    elif isinstance(source, str | os.PathLike):
-        name = _short(os.fspath(source))
-        data = _from_file(source, name)
-    else:
-        raise MediaError(
-            "an image is given as a path, bytes, a data URL, a PIL image or a numpy array, not as "
-            f"{type(source).__name__}"
-        )
-    if not data:
-        raise MediaError(f"{name} is empty: 0 bytes; was it saved or sent whole?")
-    _check_bytes(len(data), name)
-    return data, name
-
-
-def _from_file(source: str | os.PathLike[str], name: str) -> bytes:
+    found, name = locate(source, "image", max_bytes=MAX_BYTES)
     try:
-        found = os.stat(source)
-        # A pipe or a device may never end.
-        if not stat.S_ISREG(found.st_mode):
-            what = "a folder" if stat.S_ISDIR(found.st_mode) else "not a file"
-            raise MediaError(f"{name} is {what}; give the path of an image file")
-        _check_bytes(found.st_size, name)
-        return Path(source).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if isinstance(error, MediaError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise MediaError(
-            f"{name} cannot be read: {reason}; give the path of an image file "
-            "(base64 text needs data:image/png;base64, in front)"
-        ) from error
-
-
-def _from_data_url(url: str) -> bytes:
-    head, comma, text = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise MediaError(
-            f"data URL {_short(url)} holds no base64; it must begin like data:image/png;base64,"
-        )
-    _check_bytes(len(text) * 3 // 4, "the data URL")
-    try:
-        return base64.b64decode("".join(urllib.parse.unquote(text).split()), validate=True)
-    except ValueError as error:
-        raise MediaError(
-            f"the base64 of the data URL is damaged ({error}); was it sent whole?"
-        ) from error
+        return found if isinstance(found, bytes) else found.read_bytes(), name
+    except OSError as error:
+        raise MediaError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def _open(data: bytes, name: str) -> Image.Image:
@@ -415,14 +362,6 @@ def _levels(array: np.ndarray) -> np.ndarray:
     return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
 
 
-def _check_bytes(size: int, name: str) -> None:
-    if size > MAX_BYTES:
-        raise MediaError(
-            f"{name} has {size / 2**20:.1f} MiB, more than the {MAX_BYTES // 2**20} MiB that are "
-            "read; scale it down or save it as JPEG"
-        )
-
-
 def _check_sides(width: int, height: int, name: str) -> None:
     if min(width, height) < 1:
         raise MediaError(f"{name} has no pixels: it is {width} x {height}")
@@ -439,11 +378,6 @@ def _too_large(pixels: str, name: str) -> MediaError:
         f"{name} has {pixels} pixels, more than the {MAX_PIXELS:,} that are read; scale it down "
         "(the models see 2.6 million at most)"
     )
-
-
-def _short(text: str) -> str:
-    """A name for an error's one line, whatever a caller took for a path."""
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def _reason(error: Exception) -> str:

@@ -36,12 +36,12 @@ from gemsmith.media.audio import (
     MAX_PIXELS,
     SAMPLE_RATE,
     decode,
-    locate,
     opened,
     reason,
     soft_tokens,
 )
 from gemsmith.media.image import load_image, target_size
+from gemsmith.media.source import locate
 
 Source = str | os.PathLike[str] | bytes
 

@@ -66,7 +66,8 @@ def clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     if x.device.type == "cpu":
         # Bounds given as numbers are four times faster here, which saves a tenth of the tower's
         # time. On other devices reading them would wait for the work before.
-        return x.clamp(low.item(), high.item())
+        least, most = low.item(), high.item()
+        return x if (least, most) == (-math.inf, math.inf) else x.clamp(least, most)
     return x.clamp(low, high)
 
 
