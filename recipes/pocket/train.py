@@ -142,7 +142,6 @@ def fit(
 
     With towers if the training set has pictures or sounds.
     """
-    torch.set_flush_denormal(True)  # sharp attention makes many, and they are slow
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(TRAIN.seed)
     train = TokenSet(data, "train")
@@ -222,6 +221,7 @@ def main() -> None:
     command.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "fit":
+        torch.set_flush_denormal(True)  # sharp attention makes many, and they are slow
         fit(args.data, args.run, minutes=args.minutes, decay=args.decay_now, start=args.start)
     else:
         export(args.run, args.tokenizer, args.out)

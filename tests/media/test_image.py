@@ -330,9 +330,7 @@ def test_16_bits_are_scaled_and_not_cut_off(format: str) -> None:
 def test_32_bit_files_are_read_where_their_range_is_known() -> None:
     values = np.array([[0.0, 0.5, 1.0]], dtype=np.float32)
     assert pixels(encoded(values, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
-    with pytest.raises(
-        MediaError, match=r"the image bytes: an array of float32 must be in 0..1"
-    ):
+    with pytest.raises(MediaError, match=r"the image bytes: an array of float32 must be in 0..1"):
         load_image(encoded(values * 9, "TIFF"))
     with pytest.raises(MediaError, match=r"32-bit pixels from 0 to 70000: which is black"):
         load_image(encoded(np.array([[0, 70_000]], dtype=np.int32), "TIFF"))
