@@ -11,6 +11,7 @@ espeak-ng); without it all are text.
 import argparse
 import io
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ DECISION_WEIGHT = 10
 """Of the token that begins a reply where tools are declared. Each reply has one such and about 30
 others, most of them copied: at weight 1 the choice was at chance after 17 million tokens, at 10 it
 was right for 9 of 10 after 2 million more."""
+VALUE_WEIGHT = 4
+"""Of the token that begins an argument's value: which part of the request belongs there."""
 _tokenizer: Tokenizer
 
 
@@ -123,15 +126,39 @@ def loss_mask(tokenizer: Tokenizer, ids: Sequence[int]) -> np.ndarray:
 
 
 def weigh_decisions(tokenizer: Tokenizer, ids: Sequence[int], mask: np.ndarray) -> None:
-    """Raise, in place, the weight of each turn's first token, or of its thought's first.
+    """Raise, in place, the weight of the tokens in which something is chosen, not copied.
 
-    With tools declared it decides between a call, a refusal and an answer.
+    With tools declared these are the first of each turn (or of its thought), which decides between
+    a call, a refusal and an answer; the first of a called tool's name; the first of each value.
     """
+    special = tokenizer.special
     turn, thought = (tokenizer.encode(text) for text in ("<|turn>model\n", "<|channel>thought\n"))
     for i in range(len(turn), len(ids)):
         if list(ids[i - len(turn) : i]) == turn:
             first = i + len(thought) if list(ids[i : i + len(thought)]) == thought else i
             mask[first] *= DECISION_WEIGHT
+        if ids[i] == special.tool_call_open and mask[i]:
+            _weigh_call(tokenizer, ids, mask, i + 1)
+
+
+def _weigh_call(tokenizer: Tokenizer, ids: Sequence[int], mask: np.ndarray, start: int) -> None:
+    """The same inside one call, whose `call:` begins at token `start`."""
+    special = tokenizer.special
+    stop = next(i for i in range(start, len(ids)) if ids[i] == special.tool_call_close)
+    quoted, before = False, ""
+    for i in range(start, stop):
+        if ids[i] == special.quote:
+            quoted = not quoted
+            before = before if quoted else ""
+            continue
+        if before == "call:":
+            mask[i] *= DECISION_WEIGHT
+        elif before.endswith(":"):
+            mask[i] *= VALUE_WEIGHT
+        piece = tokenizer.decode([int(ids[i])])
+        before = "" if quoted else (before + piece)[-40:]
+        if "{" in piece or "," in piece:
+            before = re.split("[{,]", before)[-1]
 
 
 def _start(folder: Path) -> None:

@@ -265,21 +265,28 @@ def test_mask_covers_what_the_model_says_and_nothing_else(
                 assert message["content"] in learned
 
 
-def test_the_first_word_of_a_reply_weighs_more_where_tools_are_declared(
+def test_what_is_chosen_weighs_more_than_what_is_copied(
     words: Tokenizer, train: list[Conversation]
 ) -> None:
-    first: set[str] = set()
+    begun: set[str] = set()
     for talk in (t for t in train[:200] if t.tools):
         ids = build_data.encode(words, talk)
         mask = build_data.loss_mask(words, ids)
         weighed = mask.copy()
         build_data.weigh_decisions(words, ids, weighed)
-        heavy = np.flatnonzero(weighed > 1)
-        turns = words.decode(ids).count("<|turn>model\n")
-        assert len(heavy) == turns
         assert ((weighed > 0) == (mask > 0)).all()
-        first |= {words.decode([ids[i]]) for i in heavy}
-    assert {"<|tool_call>", "None", "I"} <= first
+        heavy = [(int(weighed[i]), i) for i in np.flatnonzero(weighed > 1)]
+        ten = [i for weight, i in heavy if weight == build_data.DECISION_WEIGHT]
+        turns, made = words.decode(ids).count("<|turn>model\n"), list(calls(talk))
+        assert len(ten) == turns + len(made)
+        begun |= {words.decode([ids[i]]) for i in ten}
+        named = [i for i in ten if words.decode(ids[i - 2 : i]).endswith("call:")]
+        for i, call in zip(named, made, strict=True):
+            assert call["name"].startswith(words.decode([ids[i]]))
+        four = [words.decode([ids[i]]) for weight, i in heavy if weight == build_data.VALUE_WEIGHT]
+        plain = [v for c in made for v in c["arguments"].values() if isinstance(v, str | int)]
+        assert len(four) >= len(plain)
+    assert {"<|tool_call>", "None", "I"} <= begun
 
 
 def test_rendered_text_survives_the_tokenizer(words: Tokenizer, train: list[Conversation]) -> None:
