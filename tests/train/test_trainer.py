@@ -83,6 +83,26 @@ def test_interrupted_decay_equals_uninterrupted_decay_and_can_be_undone(
         assert torch.equal(a, weights["parts"][name]), name
 
 
+def test_a_run_goes_on_from_before_a_decay_and_decays_again(
+    config: TextConfig, copy_set: TokenSet, tmp_path: Path
+) -> None:
+    t = trainer(config, copy_set, tmp_path)
+    t.train(steps=3)
+    t.begin_decay(6)
+    t.train()
+    assert t.step == 9
+    t = trainer(config, copy_set, tmp_path)
+    assert t.step == 3
+    t.train(steps=1)
+    t = trainer(config, copy_set, tmp_path, decay=True)
+    assert (t.step, t.decay) == (4, None)
+    t.begin_decay(2)
+    t.train()
+    assert t.step == 6
+    names = sorted(path.name for path in tmp_path.glob("*.pt"))
+    assert names == ["checkpoint-4.pt", "checkpoint-6.pt", "decayed-9.pt"]
+
+
 def test_run_of_another_shape_or_recipe_is_refused(
     config: TextConfig, copy_set: TokenSet, tmp_path: Path
 ) -> None:

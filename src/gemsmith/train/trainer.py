@@ -362,6 +362,10 @@ class Trainer:
             self.step, self.seconds_per_step = state["step"], state["seconds_per_step"]
             self.packer.seek(*state["data"])
             self.decay = Decay(*state["decay"]) if state["decay"] else None
+            for passed in checkpoints(self.run_folder):
+                # Of a decay that is not gone on with: else it would count as newer than this.
+                if _step_of(passed) > self.step:
+                    passed.replace(passed.with_name(f"decayed-{_step_of(passed)}.pt"))
             return
 
     def _log(self, **values: Any) -> None:
