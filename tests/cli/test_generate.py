@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import gemsmith
 from gemsmith.cli.main import app
+from gemsmith.config import PRESETS
 from gemsmith.errors import RequestError
 from gemsmith.text.calls import Problem, ToolCall
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
@@ -110,9 +111,21 @@ def test_what_the_engine_refuses_is_one_error(generate: Any):
     assert result.stderr == "error: top_p 2.0: must be a number from 1e-06 to 1\n"
 
 
-def test_files_stand_beside_the_text_pictures_first_and_sounds_last(generate: Any):
+def test_files_stand_beside_the_text_pictures_first_and_sounds_last(
+    generate: Any, monkeypatch: pytest.MonkeyPatch
+):
+    asked_plans: list[tuple[str, bool]] = []
+
+    def plan(source: str, *, sound: bool) -> str:
+        asked_plans.append((source, sound))
+        return "32 frames x 66 tokens = 2112 tokens"
+
+    monkeypatch.setattr("gemsmith.media.video.plan", plan)
+    monkeypatch.setattr(FakeLM, "config", PRESETS["31B"], raising=False)
     files = ("--image", "a.png", "--image", "b.png", "--audio", "c.wav", "--video", "d.mp4")
-    _, asked = generate([Content("x")], "Hi", *files, "--budget", "auto")
+    result, asked = generate([Content("x")], "Hi", *files, "--budget", "auto")
+    assert result.stderr.startswith("d.mp4: 32 frames x 66 tokens = 2112 tokens\n")
+    assert asked_plans == [("d.mp4", False)]
     [(messages, options)] = asked
     assert messages == [
         {
