@@ -45,8 +45,8 @@ SHARES = {"text": 0.35, "picture": 0.4, "speech": 0.25}
 about half, so that it is not forgotten."""
 DECISION_WEIGHT = 10
 """Of the token that begins a reply where tools are declared. Each reply has one such and about 30
-others, most of them copied: at weight 1 the choice was at chance after 17 million tokens, at 10 it
-was right for 9 of 10 after 2 million more."""
+others, most of them copied. Held out, a call had probability 0.55 where no tool fits and 0.69 where
+one does after 17 million tokens at weight 1; 0.19 and 0.83 after 2.6 million more at 10."""
 VALUE_WEIGHT = 4
 """Of the token that begins an argument's value: which part of the request belongs there."""
 _tokenizer: Tokenizer

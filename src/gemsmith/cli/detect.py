@@ -1,7 +1,6 @@
 """`gemsmith detect` and `gemsmith point`: ask where something is, and draw the answer on a copy."""
 
 import json
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,9 @@ def draw(picture: Image.Image, places: Places) -> Image.Image:
     pen = ImageDraw.Draw(made)
     size = max(12, min(made.size) // 30)
     font, width = ImageFont.load_default(size), max(2, size // 6)
-    labels = list(Counter(place.label for place in [*places.boxes, *places.points]))
-    for place in [*places.boxes, *places.points]:
+    found = [*places.boxes, *places.points]
+    labels = list(dict.fromkeys(place.label for place in found))
+    for place in found:
         color = COLORS[labels.index(place.label) % len(COLORS)]
         if isinstance(place, Box):
             left, top, right, bottom = place.pixels(*made.size)
@@ -123,9 +123,10 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def show(places: Places, size: tuple[int, int], saved: Path | None, console: Console) -> None:
-    if places.boxes or places.points:
+    found = [*places.boxes, *places.points]
+    if found:
         table = Table("label", "left", "top", "right", "bottom", title="pixels")
-        for place in [*places.boxes, *places.points]:
+        for place in found:
             corners = place.pixels(*size)
             label = Text(harmless(place.label[:60]))
             table.add_row(label, *(f"{value:.0f}" for value in corners))

@@ -50,17 +50,20 @@ def read_messages(prompt: str | None, file: str | None, system: str | None) -> l
 def with_media(
     messages: list[dict[str, Any]], *, images: list[str], audio: list[str], videos: list[str]
 ) -> list[dict[str, Any]]:
-    """The last message with files beside its text: pictures before it, sounds after it.
-
-    That order is the one that the model card advises.
-    """
-    if not (images or audio or videos):
+    """The last message with files beside its text."""
+    named = (("image", images), ("video", videos), ("audio", audio))
+    parts = [{"type": kind, kind: name} for kind, names in named for name in names]
+    if not parts:
         return messages
-    text = {"type": "text", "text": messages[-1]["content"]}
-    content: list[dict[str, Any]] = [{"type": "image", "image": name} for name in images]
-    content += [{"type": "video", "video": name} for name in videos]
-    content += [text, *({"type": "audio", "audio": name} for name in audio)]
+    content = _beside(messages[-1]["content"], parts)
     return [*messages[:-1], {**messages[-1], "content": content}]
+
+
+def _beside(text: str, parts: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Pictures before the text, sounds after it: the order that the model card advises."""
+    seen = [part for part in parts if part["type"] != "audio"]
+    heard = [part for part in parts if part["type"] == "audio"]
+    return [*seen, *([{"type": "text", "text": text}] if text else []), *heard]
 
 
 def with_dropped_files(text: str) -> str | list[dict[str, Any]]:
@@ -69,7 +72,7 @@ def with_dropped_files(text: str) -> str | list[dict[str, Any]]:
     A file dragged onto a terminal is typed as its path, in quotes or with backslashes where it
     holds spaces.
     """
-    parts: list[dict[str, Any]] = []
+    parts: list[dict[str, str]] = []
     rest = text
     for match in _WORD.finditer(text):
         word = match[0]
@@ -79,12 +82,7 @@ def with_dropped_files(text: str) -> str | list[dict[str, Any]]:
             if kind and Path(name).expanduser().is_file():
                 parts.append({"type": kind, kind: str(Path(name).expanduser())})
                 rest = rest.replace(word, "", 1)
-    if not parts:
-        return text
-    said = [{"type": "text", "text": " ".join(rest.split())}] if rest.strip() else []
-    seen = [part for part in parts if part["type"] != "audio"]
-    heard = [part for part in parts if part["type"] == "audio"]
-    return [*seen, *said, *heard]
+    return _beside(" ".join(rest.split()), parts) if parts else text
 
 
 def decode(data: bytes, source: str) -> str:

@@ -3,7 +3,7 @@
 An audio tower hears 30 s at a time. A longer recording is cut in pauses (media.transcript), each
 window is transcribed with the end of the text before it as context, and where windows had to
 overlap the words that both heard are kept once. A window in which the model repeats itself without
-end is asked again; if that does not help its text is kept up to the loop and the loop is reported.
+end is asked again; if that does not help its text is kept as it is and the loop is reported.
 """
 
 from collections.abc import Callable, Iterator

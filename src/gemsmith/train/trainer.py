@@ -5,6 +5,7 @@ A run folder holds:
   checkpoint-{step}.pt  weights (of towers too, if there are any), optimizer state, place in the
                         data; the newest two are kept, and the one at which a decay began, so that a
                         longer run can go on from there
+  decayed-{step}.pt     what a decay ended with, set aside when the run went on from before it
   log.jsonl             one line every few steps and one for each evaluation
   loss.png              drawn from log.jsonl where matplotlib is installed
 
