@@ -75,6 +75,26 @@ def test_aliases_are_read():
     assert Gemma4Config.from_dict(data) == tiny_config("26B-A4B")
 
 
+@pytest.mark.parametrize("size", ["E2B", "12B"])
+def test_the_budget_of_an_image_is_read_under_both_names(size, tmp_path):
+    data = json_of(size)
+    data["vision_config"] = {"patch_size": 16}
+    assert Gemma4Config.from_dict(data).vision_config.default_output_length == 280
+    data["vision_soft_tokens_per_image"] = 70
+    config = Gemma4Config.from_dict(data)
+    assert config.vision_config.default_output_length == 70
+    config.save(tmp_path)
+    assert Gemma4Config.load(tmp_path) == config
+    data["vision_config"] = {"default_output_length": 140}
+    with pytest.raises(ConfigError, match="per_image 70 contradicts default_output_length 140 of"):
+        Gemma4Config.from_dict(data)
+    for wrong in (0, "70", True):
+        data["vision_config"] = {"default_output_length": wrong}
+        data["vision_soft_tokens_per_image"] = wrong
+        with pytest.raises(ConfigError, match=f"default_output_length is {wrong!r}; must be an in"):
+            Gemma4Config.from_dict(data)
+
+
 BAD = [
     ({"hidden_sise": 64}, r"unknown key 'hidden_sise'. Did you mean hidden_size"),
     ({"zzz": 1}, r"unknown key 'zzz'. No known key is near it"),

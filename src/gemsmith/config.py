@@ -8,8 +8,9 @@ Nothing here computes with tensors.
 config.json comes in two spellings of the full-attention overrides, and both are read:
   flat       "global_head_dim": 512, "num_global_key_value_heads": 4
   per layer  "per_layer_config": {"5": {"head_dim": 512, "num_key_value_heads": 4}, ...}
-also `expert_intermediate_size` for `moe_intermediate_size` and `eoa_token_id` for
-`eoa_token_index`. The flat spelling is written.
+also `expert_intermediate_size` for `moe_intermediate_size`, `eoa_token_id` for `eoa_token_index`
+and `vision_soft_tokens_per_image`, beside `vision_config`, for its `default_output_length`. The
+flat spelling is written.
 
 Sources: transformers 5.23 configuration_gemma4.py and configuration_gemma4_unified.py;
 google-deepmind/gemma gemma/gm/nn/gemma4/_config.py (per-layer plans as data).
@@ -451,6 +452,8 @@ class VisionConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 100.0
     max_position_embeddings: int = 131_072
+    default_output_length: int = _size(280)
+    """Soft tokens that an image may cost unless a request says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -484,6 +487,8 @@ class UnifiedVisionConfig:
     mm_posemb_size: int = _size(1120)
     output_proj_dims: int = _size(3840, high=1 << 16)
     rms_norm_eps: float = 1e-6
+    default_output_length: int = _size(280)
+    """As in VisionConfig."""
 
     @property
     def patch_values(self) -> int:
@@ -550,6 +555,15 @@ class Gemma4Config:
                 f"config.json: eoa_token_id {eoa} contradicts eoa_token_index "
                 f"{data['eoa_token_index']}; keep one"
             )
+        budget, seen = data.pop("vision_soft_tokens_per_image", None), data.get("vision_config")
+        if budget is not None and isinstance(seen, dict):
+            data["vision_config"] = seen = {"default_output_length": budget} | seen
+            if seen["default_output_length"] != budget:
+                raise ConfigError(
+                    f"config.json: vision_soft_tokens_per_image {budget} contradicts "
+                    f"default_output_length {seen['default_output_length']} of vision_config; "
+                    "keep one"
+                )
         text = data.get("text_config")
         if isinstance(text, dict) and data.get("eos_token_id") is None:
             data["eos_token_id"] = text.get("eos_token_id", 1)

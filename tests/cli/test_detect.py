@@ -49,6 +49,11 @@ def test_boxes_are_printed_in_pixels_and_drawn_on_a_copy(command, tmp_path):
     assert (np.asarray(Image.open(tmp_path / "photo.png")) == 0x88).all()
 
 
+def test_the_budget_is_left_to_the_checkpoint(command):
+    _, asked = command(FOUND, "detect", "photo.png", "red kettle")
+    assert asked[0][1] == {"temperature": 0, "image_budget": None}
+
+
 def test_json_has_places_pixels_problems_and_the_picture(command, tmp_path):
     reply = '[{"point": [500, 250], "label": "Save"}, {"point": [5000, 1]}]'
     result, asked = command(reply, "point", "photo.png", "Save button", "--json", "--out", "x.png")

@@ -175,6 +175,18 @@ def test_the_budget_is_per_request_and_per_part(seeing):
         lm.generate(asked(image), image_budget=100)
 
 
+def test_the_budget_is_the_checkpoint_s_where_nobody_says_another(seeing):
+    options = {"temperature": 0, "max_tokens": 1}
+    for size in ("31B", "12B"):
+        lm = seeing(size)
+        lm.config = replace(
+            lm.config, vision_config=replace(lm.config.vision_config, default_output_length=70)
+        )
+        image = picture(0, 640, 480)
+        assert lm.generate(asked(image), **options).usage.image_tokens == 63
+        assert lm.generate(asked(image), image_budget=280, **options).usage.image_tokens == 266
+
+
 def test_markers_that_a_user_types_are_not_places_for_media(seeing):
     lm = seeing("E2B")
     reply = lm.generate("what is <|image|>?", temperature=0, max_tokens=1)

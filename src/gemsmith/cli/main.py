@@ -24,7 +24,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Think = Annotated[bool, typer.Option("--think", help="Let the model think first.")]
 Out = Annotated[str | None, typer.Option(help="Where to save the drawing.")]
 Budget = Annotated[
-    str, typer.Option(help="Soft tokens a picture may cost: 70, 140, 280, 560, 1120, or auto.")
+    str | None,
+    typer.Option(
+        help="Soft tokens a picture may cost: 70, 140, 280, 560, 1120, or auto; if not given, what "
+        "the checkpoint says."
+    ),
 ]
 System = Annotated[str | None, typer.Option(help="A system message to begin with.")]
 
@@ -125,7 +129,7 @@ def generate(
     image: Annotated[list[str] | None, typer.Option(help="Show a picture; repeatable.")] = None,
     audio: Annotated[list[str] | None, typer.Option(help="Play a sound; repeatable.")] = None,
     video: Annotated[list[str] | None, typer.Option(help="Show a video; repeatable.")] = None,
-    budget: Budget = "280",
+    budget: Budget = None,
     system: System = None,
     think: Think = False,
     tools: Annotated[
@@ -157,7 +161,7 @@ def generate(
     }  # fmt: skip
     sampling = {name: value for name, value in chosen.items() if value is not None}
     asked = {"tools": declared, "enable_thinking": think, **sampling}
-    if image:
+    if budget is not None:
         asked["image_budget"] = _budget(budget)
 
     from gemsmith.cli import generate as worker
@@ -171,7 +175,7 @@ def detect(
     what: Annotated[str, typer.Argument(help='What to find, such as "red kettle".')],
     model: Model = POCKET,
     out: Out = None,
-    budget: Budget = "280",
+    budget: Budget = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
@@ -186,7 +190,7 @@ def point(
     what: Annotated[str, typer.Argument(help='What to point to, such as "Save button".')],
     model: Model = POCKET,
     out: Out = None,
-    budget: Budget = "280",
+    budget: Budget = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
@@ -216,7 +220,7 @@ def _places(
     model: str,
     point: bool,
     out: str | None,
-    budget: str,
+    budget: str | None,
     device: str,
     dtype: str,
     as_json: bool,
@@ -275,8 +279,8 @@ def evaluate(
     worker.run(name, model, limit=limit, failures=failures, as_json=json)
 
 
-def _budget(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+def _budget(text: str | None) -> int | str | None:
+    return int(text) if text and text.isdecimal() else text
 
 
 def _report(facts: dict[str, Any], show: Any, as_json: bool) -> None:

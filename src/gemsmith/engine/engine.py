@@ -34,7 +34,6 @@ from gemsmith.engine.sampler import Sampler, token_logprob
 from gemsmith.engine.stop import StopStrings
 from gemsmith.engine.thinking import Thought
 from gemsmith.errors import ConfigError, MediaError, RequestError, TokenizerError
-from gemsmith.media.image import DEFAULT_BUDGET
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.text import chat
@@ -178,14 +177,15 @@ class LM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool = False,
         preserve_thinking: bool = False,
-        image_budget: int | str = DEFAULT_BUDGET,
+        image_budget: int | str | None = None,
         sampling: SamplingParams | None = None,
         **options: object,
     ) -> Generation:
         """The whole reply to a conversation, or to one user message given as text.
 
         Images, sounds and videos are content parts, see `engine.media`. image_budget: soft tokens
-        an image may cost (70, 140, 280, 560, 1120, or "auto"), where its part says nothing else.
+        an image may cost (70, 140, 280, 560, 1120, or "auto"), where its part says nothing else; by
+        default what the checkpoint's config says.
         sampling: all sampling parameters, in place of `self.sampling`. options: single ones, by
         their `SamplingParams` names; `temperature=0` gives the likeliest reply. A base model goes
         on with the text.
@@ -214,7 +214,7 @@ class LM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool = False,
         preserve_thinking: bool = False,
-        image_budget: int | str = DEFAULT_BUDGET,
+        image_budget: int | str | None = None,
         sampling: SamplingParams | None = None,
         **options: object,
     ) -> Iterator[Event]:

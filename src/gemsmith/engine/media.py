@@ -100,13 +100,20 @@ class Prompt:
 
 
 def collect(
-    messages: Sequence[Mapping[str, Any]], config: Gemma4Config, *, image_budget: int | str
+    messages: Sequence[Mapping[str, Any]],
+    config: Gemma4Config,
+    *,
+    image_budget: int | str | None = None,
 ) -> list[list[Run]]:
     """The runs of each medium of the messages, in the order in which the prompt names them.
+
+    image_budget: of images whose part says nothing else; None leaves it to the config.
 
     Raises:
       MediaError: a medium that cannot be read, or that this model has no input for.
     """
+    if image_budget is None and config.vision_config is not None:
+        image_budget = config.vision_config.default_output_length
     media: list[list[Run]] = []
     for index, message in enumerate(messages):
         content = message.get("content")
@@ -173,7 +180,7 @@ def _markers(run: Run, config: Gemma4Config) -> tuple[int, int, int]:
     return ids  # pyright: ignore[reportReturnType]
 
 
-def _image(part: Mapping[str, Any], config: Gemma4Config, budget: int | str) -> list[Run]:
+def _image(part: Mapping[str, Any], config: Gemma4Config, budget: int | str | None) -> list[Run]:
     _needs(config.vision_config, "images")
     source, detail = _source(part, "image"), None
     if isinstance(source, Mapping):
@@ -191,7 +198,7 @@ def _seen(kind: Kind, picture: Any, budget: int, config: Gemma4Config, before: s
     return Run(kind, made.soft_tokens, made.values, made.positions, before=before)
 
 
-def _audio(part: Mapping[str, Any], config: Gemma4Config, budget: int | str) -> list[Run]:
+def _audio(part: Mapping[str, Any], config: Gemma4Config, budget: int | str | None) -> list[Run]:
     _needs(config.audio_config, "sound")
     from gemsmith.media import audio
 
@@ -218,7 +225,7 @@ def _heard(samples: np.ndarray, config: Gemma4Config) -> Run:
     return Run("audio", len(framed), framed, np.ones(len(framed), bool))
 
 
-def _video(part: Mapping[str, Any], config: Gemma4Config, budget: int | str) -> list[Run]:
+def _video(part: Mapping[str, Any], config: Gemma4Config, budget: int | str | None) -> list[Run]:
     _needs(config.vision_config, "video")
     from gemsmith.media import video
     from gemsmith.media.transcript import split_windows
@@ -259,7 +266,7 @@ def _listed(kinds: Sequence[str]) -> str:
     return ", ".join(kinds) or "none"
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any], Gemma4Config, int | str], list[Run]]] = {
+_READERS: dict[str, Callable[[Mapping[str, Any], Gemma4Config, int | str | None], list[Run]]] = {
     "image": _image,
     "image_url": _image,
     "audio": _audio,
