@@ -114,6 +114,7 @@ def test_what_the_engine_refuses_is_one_error(generate: Any):
 def test_files_stand_beside_the_text_pictures_first_and_sounds_last(
     generate: Any, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("gemsmith.media.video.survey", lambda source: f"survey of {source}")
     asked_plans: list[tuple[str, bool]] = []
 
     def plan(source: str, *, sound: bool) -> str:
@@ -125,7 +126,7 @@ def test_files_stand_beside_the_text_pictures_first_and_sounds_last(
     files = ("--image", "a.png", "--image", "b.png", "--audio", "c.wav", "--video", "d.mp4")
     result, asked = generate([Content("x")], "Hi", *files, "--budget", "auto")
     assert result.stderr.startswith("d.mp4: 32 frames x 66 tokens = 2112 tokens\n")
-    assert asked_plans == [("d.mp4", False)]
+    assert asked_plans == [("survey of d.mp4", False)]
     [(messages, options)] = asked
     assert messages == [
         {
@@ -133,7 +134,7 @@ def test_files_stand_beside_the_text_pictures_first_and_sounds_last(
             "content": [
                 {"type": "image", "image": "a.png"},
                 {"type": "image", "image": "b.png"},
-                {"type": "video", "video": "d.mp4"},
+                {"type": "video", "video": "survey of d.mp4"},
                 {"type": "text", "text": "Hi"},
                 {"type": "audio", "audio": "c.wav"},
             ],

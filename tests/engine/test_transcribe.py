@@ -107,5 +107,5 @@ def test_a_window_that_stays_lost_is_kept_and_reported():
 def test_models_without_audio_input_refuse():
     lm: Any = Listener()
     lm.config = PRESETS["31B"]
-    with pytest.raises(MediaError, match=r"takes no sound; E2B, E4B and 12B do"):
+    with pytest.raises(MediaError, match=r"takes no sound; E2B, E4B and 12B take"):
         transcribe(lm, recording(6, None), sample_rate=SAMPLE_RATE)

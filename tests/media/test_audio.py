@@ -14,6 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from tests.media.damage import damaged
 
 from gemsmith.errors import MediaError
 from gemsmith.media import audio
@@ -385,25 +386,6 @@ def test_a_recording_over_the_limit_is_refused_not_cut(monkeypatch: pytest.Monke
     assert "hours long and" in error_of(tone(seconds=2.1), sample_rate=16_000)
 
 
-def variants(data: bytes, seed: int, count: int) -> list[bytes]:
-    """Cut, with bytes changed, and with a stretch of noise."""
-    random = np.random.default_rng(seed)
-    made = []
-    for index in range(count):
-        changed = bytearray(data)
-        if index % 3 == 0:
-            del changed[int(random.integers(1, len(data))) :]
-        elif index % 3 == 1:
-            reach = len(data) if index % 2 else min(200, len(data))  # headers are where it hurts
-            for place in random.integers(0, reach, random.integers(1, 12)):
-                changed[place] = random.integers(256)
-        else:
-            start = int(random.integers(0, len(data)))
-            changed[start : start + 64] = random.bytes(64)
-        made.append(bytes(changed))
-    return made
-
-
 @pytest.mark.parametrize(
     ("format", "codec", "rate"),
     [
@@ -417,7 +399,7 @@ def variants(data: bytes, seed: int, count: int) -> list[bytes]:
 def test_damaged_files_decode_or_raise_media_error(format: str, codec: str, rate: int):
     data = encoded(tone(rate, 2), rate, format=format, codec=codec)
     outcomes = set()
-    for changed in variants(data, 7, 60):
+    for changed in damaged(data, 7, 60):
         try:
             samples = load_audio(changed)
         except MediaError:
@@ -433,7 +415,7 @@ def test_ffmpeg_itself_prints_nothing(tmp_path: Path):
     """What libraries print goes past Python's streams, so this looks at a process of its own."""
     path = tmp_path / "cut.mp3"
     data = encoded(tone(44_100), 44_100, format="mp3", codec="libmp3lame")
-    path.write_bytes(variants(data, 3, 3)[2] + b"\xff\xfb" * 500)
+    path.write_bytes(damaged(data, 3, 3)[2] + b"\xff\xfb" * 500)
     script = (
         "import sys; from gemsmith.errors import MediaError\n"
         "from gemsmith.media.audio import load_audio\n"

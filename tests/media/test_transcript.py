@@ -1,5 +1,6 @@
 """Windows of long recordings and the texts put together again."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -14,9 +15,9 @@ from gemsmith.media.transcript import (
     WORDS_PER_SECOND,
     Segment,
     is_repetition,
-    merge_transcripts,
     split_windows,
     to_srt,
+    trim_overlaps,
 )
 
 
@@ -31,6 +32,10 @@ def speech(*stretches: float, noise: float = 0.001, seed: int = 0) -> np.ndarray
     )
     sound = loud * random.standard_normal(len(loud)) + noise * random.standard_normal(len(loud))
     return sound.astype(np.float32)
+
+
+def merged(texts: Sequence[str], overlaps: Sequence[float]) -> str:
+    return " ".join(text for text in trim_overlaps(texts, overlaps) if text)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.001, 0.05])
@@ -122,11 +127,11 @@ def test_a_text_cut_with_overlaps_merges_to_itself(data: st.DataObject, words: l
     # A window may be shorter than what it shares; then the one before it holds all of it.
     if all(start <= after for start, after in pairwise(starts)):
         overlaps = [2.0 if n else 0.0 for n in shared]
-        assert merge_transcripts(texts, overlaps) == " ".join(names)
+        assert merged(texts, overlaps) == " ".join(names)
 
 
 @pytest.mark.parametrize(
-    ("texts", "merged"),
+    ("texts", "whole"),
     [
         (["We went to the", "to the old mill."], "We went to the old mill."),
         (["we went, to The old", "To the old mill"], "we went, to The old mill"),
@@ -138,23 +143,23 @@ def test_a_text_cut_with_overlaps_merges_to_itself(data: st.DataObject, words: l
         (["das ist gut", "— das ist gut so"], "das ist gut so"),
     ],
 )
-def test_overlapping_texts_are_joined_at_what_both_heard(texts: list[str], merged: str):
-    assert merge_transcripts(texts, [1.5]) == merged
+def test_overlapping_texts_are_joined_at_what_both_heard(texts: list[str], whole: str):
+    assert merged(texts, [1.5]) == whole
 
 
 def test_windows_that_only_touch_keep_a_word_said_twice():
-    assert merge_transcripts(["it was very", "very good"], [0]) == "it was very very good"
+    assert merged(["it was very", "very good"], [0]) == "it was very very good"
 
 
 def test_words_are_sought_no_further_than_the_overlap_reaches():
     far = "alpha beta gamma " + " ".join(f"x{i}" for i in range(7))
-    assert merge_transcripts([far, "alpha beta gamma"], [1.0]) == far + " alpha beta gamma"
+    assert merged([far, "alpha beta gamma"], [1.0]) == far + " alpha beta gamma"
 
 
 def test_texts_and_overlaps_must_fit():
     with pytest.raises(MediaError, match="3 texts have 2 borders, not 1"):
-        merge_transcripts(["a", "b", "c"], [1.0])
-    assert merge_transcripts([], []) == ""
+        merged(["a", "b", "c"], [1.0])
+    assert merged([], []) == ""
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ Every frame drawn here tells its number in eight bars, so that a test sees which
 import base64
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from tests.media.damage import damaged
 
 from gemsmith.errors import MediaError
 from gemsmith.media import audio, video
-from gemsmith.media.video import Plan, Video, load_video, plan, prompt_text
+from gemsmith.media.video import Plan, Video, load_video, plan, survey
 
 DATA = Path(__file__).parents[1] / "data"
 VECTORS = json.loads((DATA / "video_vectors.json").read_text("utf-8"))
@@ -202,7 +202,7 @@ def test_only_packets_that_chosen_frames_need_are_decoded(tmp_path: Path):
     options = {"x264-params": "keyint=10:min-keyint=10:bframes=2:scenecut=0"}
     path = tmp_path / "film"
     encoded(path, 200, codec="libx264", options=options)
-    reel = video._survey(path, "film")
+    reel = survey(path)
     runs, _ = video._runs(reel, [0, 101, 150])
     assert len(runs) == 3
     assert sum(last - first + 1 for first, last in runs) < 10
@@ -240,10 +240,11 @@ def test_the_sound_comes_with_the_frames(tmp_path: Path):
     assert load_video(data, frames=2, sound=False).audio is None
 
 
-def test_the_prompt_names_each_frame_s_time_and_tokens():
-    seen = "<|image><|video|><|video|><|video|><image|>"
-    assert prompt_text(["00:00", "01:05"], 3) == f"00:00 {seen} 01:05 {seen}"
-    assert prompt_text([], 3) == ""
+def test_a_video_is_surveyed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reel = survey(encoded(tmp_path / "film"))
+    monkeypatch.setattr(video, "locate", None)
+    assert plan(reel, frames=3).frames == 3
+    assert numbers(load_video(reel, frames=3)) == [0, 13, 26]
 
 
 def test_a_path_bytes_and_a_data_url_are_the_same_video(tmp_path: Path):
@@ -366,24 +367,6 @@ def test_an_unknown_codec_is_refused(tmp_path: Path):
     data = encoded(tmp_path / "film", 4, format="matroska")
     data = data.replace(b"V_MPEG4/ISO/ASP", b"V_MPEG9/ISO/ASP")
     assert "has no video that FFmpeg can decode; it holds video" in error_of(data)
-
-
-def damaged(data: bytes, seed: int, count: int) -> Sequence[bytes]:
-    """Cut, with bytes changed, and with a stretch of noise."""
-    random = np.random.default_rng(seed)
-    made = []
-    for index in range(count):
-        changed = bytearray(data)
-        if index % 3 == 0:
-            del changed[int(random.integers(1, len(data))) :]
-        elif index % 3 == 1:
-            for place in random.integers(0, len(data), random.integers(1, 12)):
-                changed[place] = random.integers(256)
-        else:
-            start = int(random.integers(0, len(data)))
-            changed[start : start + 64] = random.bytes(64)
-        made.append(bytes(changed))
-    return made
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,14 @@ def run(
 
 
 def show_plans(messages: list[dict[str, Any]], lm: LM, asides: Console) -> None:
-    """What each video will cost, told before the work."""
+    """What each video will cost, told before the work; it goes on surveyed."""
     for part in messages[-1]["content"]:
         if isinstance(part, dict) and part["type"] == "video":
-            from gemsmith.media.video import plan
+            from gemsmith.media.video import plan, survey
 
+            name, part["video"] = part["video"], survey(part["video"])
             planned = plan(part["video"], sound=lm.config.audio_config is not None)
-            write(asides, f"{part['video']}: {planned}\n", style="dim")
+            write(asides, f"{name}: {planned}\n", style="dim")
 
 
 def facts(reply: Generation) -> dict[str, Any]:

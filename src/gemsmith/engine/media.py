@@ -9,7 +9,8 @@ Parts, beside text; SOURCE is a path, bytes, a data URL, a PIL image or an array
   {"type": "image_url", "image_url": {"url": SOURCE, "detail": "low"}}
   {"type": "audio", "audio": SOURCE}                      an array with its "sample_rate"
   {"type": "input_audio", "input_audio": {"data": BASE64}}
-  {"type": "video", "video": SOURCE, "frames": 8}         or "fps", or "tokens"; see media.video
+  {"type": "video", "video": SOURCE, "frames": 8}         or "fps", or "tokens"; see media.video,
+                                                          whose `survey` is a source, too
 "url" and "path" name a source as well.
 
 Source of the layouts: transformers 5.23, Gemma4Processor.
@@ -168,6 +169,19 @@ def expand(
     return Prompt(expanded, spans)
 
 
+def require(tower: object, what: str) -> None:
+    """Refuses media that a model has no input for.
+
+    Raises:
+      MediaError: tower, the part of its config that takes them, is None.
+    """
+    if tower is None:
+        raise MediaError(
+            f"this model takes no {what}; E2B, E4B and 12B take images and sound, 26B-A4B and 31B "
+            "images"
+        )
+
+
 def _markers(run: Run, config: Gemma4Config) -> tuple[int, int, int]:
     """Ids of the opening marker, the soft token and the closing marker of a run."""
     ids = {
@@ -181,7 +195,7 @@ def _markers(run: Run, config: Gemma4Config) -> tuple[int, int, int]:
 
 
 def _image(part: Mapping[str, Any], config: Gemma4Config, budget: int | str | None) -> list[Run]:
-    _needs(config.vision_config, "images")
+    require(config.vision_config, "images")
     source, detail = _source(part, "image"), None
     if isinstance(source, Mapping):
         source, detail = _source(source, "url"), source.get("detail")
@@ -199,7 +213,7 @@ def _seen(kind: Kind, picture: Any, budget: int, config: Gemma4Config, before: s
 
 
 def _audio(part: Mapping[str, Any], config: Gemma4Config, budget: int | str | None) -> list[Run]:
-    _needs(config.audio_config, "sound")
+    require(config.audio_config, "sound")
     from gemsmith.media import audio
 
     source = _source(part, "audio")
@@ -226,7 +240,7 @@ def _heard(samples: np.ndarray, config: Gemma4Config) -> Run:
 
 
 def _video(part: Mapping[str, Any], config: Gemma4Config, budget: int | str | None) -> list[Run]:
-    _needs(config.vision_config, "video")
+    require(config.vision_config, "video")
     from gemsmith.media import video
     from gemsmith.media.transcript import split_windows
 
@@ -252,14 +266,6 @@ def _source(part: Mapping[str, Any], key: str) -> Any:
     raise MediaError(
         f"a part of type {part.get('type')!r} needs {key!r}: a path, bytes or data URL"
     )
-
-
-def _needs(tower: object, what: str) -> None:
-    if tower is None:
-        raise MediaError(
-            f"this model takes no {what}; E2B, E4B and 12B take images and sound, 26B-A4B and 31B "
-            "images"
-        )
 
 
 def _listed(kinds: Sequence[str]) -> str:

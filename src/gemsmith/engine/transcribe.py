@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from gemsmith.config import Gemma4Config
 from gemsmith.engine.engine import LM
+from gemsmith.engine.media import require
 from gemsmith.engine.request import FinishReason
-from gemsmith.errors import MediaError
 from gemsmith.media.audio import SAMPLE_RATE, load_audio
 from gemsmith.media.transcript import Segment, is_repetition, split_windows, trim_overlaps
 
@@ -63,7 +62,7 @@ def transcribe(
     Raises:
       MediaError: a recording that cannot be read, or a model without audio input.
     """
-    _needs_ears(lm.config)
+    require(lm.config.audio_config, "sound")
     samples = load_audio(source, sample_rate=sample_rate)
     windows = split_windows(samples)
     segments: list[Segment] = []
@@ -107,8 +106,3 @@ def _requests(before: str, options: dict[str, Any], seconds: float) -> Iterator[
         yield request | {"text": f"{REQUEST} {CONTEXT.format(before)}"}
     yield dict(request)
     yield request | {"repetition_penalty": REPETITION_PENALTY}
-
-
-def _needs_ears(config: Gemma4Config) -> None:
-    if config.audio_config is None:
-        raise MediaError("this model takes no sound; E2B, E4B and 12B do")

@@ -107,11 +107,6 @@ def trim_overlaps(texts: Sequence[str], overlaps: Sequence[float]) -> list[str]:
     return [" ".join(word for owner, word in merged if owner == i) for i in range(len(texts))]
 
 
-def merge_transcripts(texts: Sequence[str], overlaps: Sequence[float]) -> str:
-    """The texts of consecutive windows as one, see `trim_overlaps`."""
-    return " ".join(text for text in trim_overlaps(texts, overlaps) if text)
-
-
 def is_repetition(text: str) -> bool:
     """Whether a model got into a loop: one phrase at least 4 times in a row, 12 words in all.
 

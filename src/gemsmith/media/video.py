@@ -3,9 +3,9 @@
 What becomes of the frames is in image.py, of the sound in audio.py. Nothing is fetched from the
 network.
 
-A file is read up to three times: once without decoding, to number its frames and to say what they
-will cost (`plan`); once to decode the frames that were chosen, and of the others only those that
-they are predicted from; once for the sound.
+A file is read up to three times: once without decoding, to number its frames (`survey`), which is
+enough to say what they will cost (`plan`); once to decode the frames that were chosen, and of the
+others only those that they are predicted from; once for the sound.
 
 Legend: a packet is a compressed frame, in the order of decoding; a key packet needs no other; pts
 is when a packet is shown, in ticks of the stream. Frames are numbered as they are shown, from 0.
@@ -18,7 +18,7 @@ import bisect
 import io
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +42,6 @@ from gemsmith.media.audio import (
 )
 from gemsmith.media.image import load_image, target_size
 from gemsmith.media.source import locate
-
-Source = str | os.PathLike[str] | bytes
 
 DEFAULT_FRAMES = 32
 DEFAULT_BUDGET = 70
@@ -102,6 +100,33 @@ class Video:
         return [f"{int(second) // 60:02d}:{int(second) % 60:02d}" for second in self.seconds]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Survey:
+    """What is known of a video before it is decoded."""
+
+    found: bytes | Path
+    """The file."""
+    name: str
+    """What errors call it."""
+    width: int
+    height: int
+    total: int
+    """Frames."""
+    fps: float
+    audio_seconds: float | None
+    problems: list[str]
+    pts: list[int | None]
+    """Of each packet."""
+    keys: list[int]
+    """Numbers of the key packets."""
+    trusted: bool
+    """Whether pts tell which frame is which."""
+    by_pillow: bool = False
+
+
+Source = str | os.PathLike[str] | bytes | Survey
+
+
 def load_video(
     source: Source,
     *,
@@ -113,8 +138,8 @@ def load_video(
 ) -> Video:
     """Some frames of a video, evenly spaced from the first on, and its sound.
 
-    source: a path; the bytes of a file; or a `data:` URL with base64. Animations (GIF, PNG, WebP,
-      AVIF) are videos too, and an image is a video of one frame.
+    source: a path; the bytes of a file; a `data:` URL with base64; or the `survey` of one of them.
+      Animations (GIF, PNG, WebP, AVIF) are videos too, and an image is a video of one frame.
     frames, fps, tokens: how many frames; or how many for each second; or as many as cost no more
       than so many soft tokens, the sound's included. At most one of them; 32 frames otherwise. If
       there are fewer frames than that, each comes once.
@@ -125,9 +150,8 @@ def load_video(
       MediaError: no video in it, no frame that can be decoded, too large, too long, too many frames
         for MAX_MEMORY, a budget too small for one frame; and as `audio.load_audio` for the source.
     """
-    found, name = locate(source, "video")
-    reel = _survey(found, name)
-    planned = _planned(reel, name, frames, fps, tokens, budget, sound)
+    reel = survey(source)
+    planned = plan(reel, frames=frames, fps=fps, tokens=tokens, budget=budget, sound=sound)
     size = reel.width * reel.height * 3
     if planned.frames * size > MAX_MEMORY:
         raise MediaError(
@@ -137,13 +161,13 @@ def load_video(
         )
     wanted = _spread(reel.total, planned.frames)
     problems = list(reel.problems)
-    decoded = _decoded(found, name, reel, wanted, problems)
+    decoded = _decoded(reel, wanted, problems)
     heard = None
     if sound and reel.audio_seconds is not None:
-        heard = _heard(found, name, problems)
+        heard = _heard(reel, problems)
     if not decoded:
         raise MediaError(
-            f"{name}: none of {len(wanted)} frames can be decoded ({'; '.join(problems)}); "
+            f"{reel.name}: none of {len(wanted)} frames can be decoded ({'; '.join(problems)}); "
             "send the original"
         )
     if len(decoded) < len(wanted):
@@ -158,47 +182,11 @@ def load_video(
     )
 
 
-def plan(
-    source: Source,
-    *,
-    frames: int | None = None,
-    fps: float | None = None,
-    tokens: int | None = None,
-    budget: int = DEFAULT_BUDGET,
-    sound: bool = True,
-) -> Plan:
-    """What `load_video` would take, found without decoding; arguments and errors are the same."""
+def survey(source: Source) -> Survey:
+    """Numbers the frames without decoding them; raises as `load_video`."""
+    if isinstance(source, Survey):
+        return source
     found, name = locate(source, "video")
-    return _planned(_survey(found, name), name, frames, fps, tokens, budget, sound)
-
-
-def prompt_text(stamps: Sequence[str], soft_tokens: int) -> str:
-    """What stands in the prompt for a video, each of whose frames has so many soft tokens."""
-    seen = "<|image>" + "<|video|>" * soft_tokens + "<image|>"
-    return " ".join(f"{stamp} {seen}" for stamp in stamps)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Reel:
-    """What is known of a video before it is decoded."""
-
-    width: int
-    height: int
-    total: int
-    fps: float
-    audio_seconds: float | None
-    problems: list[str]
-    pts: list[int | None]
-    """Of each packet."""
-    keys: list[int]
-    """Numbers of the key packets."""
-    trusted: bool
-    """Whether pts tell which frame is which."""
-    by_pillow: bool = False
-
-
-def _survey(found: bytes | Path, name: str) -> _Reel:
-    """Numbers the frames."""
     animation = _animation(found, name)
     if animation is not None:
         return animation
@@ -234,7 +222,9 @@ def _survey(found: bytes | Path, name: str) -> _Reel:
         fps = float(stream.average_rate or 0) or DEFAULT_FPS
         total = len(shown) if trusted else len(pts)
         _check_length(total / fps, name)
-        return _Reel(
+        return Survey(
+            found=found,
+            name=name,
             width=width,
             height=height,
             total=total,
@@ -247,15 +237,17 @@ def _survey(found: bytes | Path, name: str) -> _Reel:
         )
 
 
-def _planned(
-    reel: _Reel,
-    name: str,
-    frames: int | None,
-    fps: float | None,
-    tokens: int | None,
-    budget: int,
-    sound: bool,
+def plan(
+    source: Source,
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    tokens: int | None = None,
+    budget: int = DEFAULT_BUDGET,
+    sound: bool = True,
 ) -> Plan:
+    """What `load_video` would take, found without decoding; arguments and errors are the same."""
+    reel = survey(source)
     given = {"frames": frames, "fps": fps, "tokens": tokens}
     asked = {key: value for key, value in given.items() if value is not None}
     if len(asked) > 1:
@@ -272,8 +264,8 @@ def _planned(
         count = (int(tokens) - audio_tokens) // frame_tokens
         if count < 1:
             raise MediaError(
-                f"{tokens} tokens are too few for {name}: a frame costs {frame_tokens} and the "
-                f"sound {audio_tokens}; raise it, lower the budget of a frame (now {budget}), or "
+                f"{tokens} tokens are too few for {reel.name}: a frame costs {frame_tokens} and "
+                f"the sound {audio_tokens}; raise it, lower the budget of a frame (now {budget}), or "
                 "leave the sound out"
             )
     elif fps is not None:
@@ -288,23 +280,21 @@ def _spread(total: int, count: int) -> list[int]:
     return [k * total // count for k in range(count)]
 
 
-def _decoded(
-    found: bytes | Path, name: str, reel: _Reel, wanted: list[int], problems: list[str]
-) -> dict[int, Image.Image]:
+def _decoded(reel: Survey, wanted: list[int], problems: list[str]) -> dict[int, Image.Image]:
     """The frames of these numbers, as far as they can be decoded."""
     if reel.by_pillow:
-        return _from_animation(found, name, wanted, problems)
+        return _from_animation(reel, wanted, problems)
     made: dict[int, Image.Image] = {}
     runs, number_of = _runs(reel, wanted)
-    with opened(found, name) as container:
-        stream = _stream(container, name)
+    with opened(reel.found, reel.name) as container:
+        stream = _stream(container, reel.name)
         stream.thread_type = "AUTO"  # pyright: ignore[reportAttributeAccessIssue]
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         try:
             for order, frame in enumerate(_frames(container, stream, runs, problems)):
                 number = number_of.get(frame.pts if reel.trusted else order)
                 if number is not None and number not in made:
-                    made[number] = _upright(frame, name)
+                    made[number] = _upright(frame, reel.name)
                     if len(made) == len(wanted):
                         break
         except av.error.FFmpegError as error:
@@ -312,7 +302,7 @@ def _decoded(
     return made
 
 
-def _runs(reel: _Reel, wanted: list[int]) -> tuple[list[tuple[int, int]], dict[int | None, int]]:
+def _runs(reel: Survey, wanted: list[int]) -> tuple[list[tuple[int, int]], dict[int | None, int]]:
     """Stretches of packets to decode, first and last, and the number of a frame by its pts.
 
     A frame needs what stands from the last key packet that is shown no later than it up to itself;
@@ -369,10 +359,10 @@ def _upright(frame: VideoFrame, name: str) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _heard(found: bytes | Path, name: str, problems: list[str]) -> np.ndarray | None:
+def _heard(reel: Survey, problems: list[str]) -> np.ndarray | None:
     try:
-        with opened(found, name) as container:
-            samples, problem = decode(container, name)
+        with opened(reel.found, reel.name) as container:
+            samples, problem = decode(container, reel.name)
     except MediaError as error:
         problems.append(f"no sound: {error}")
         return None
@@ -398,7 +388,7 @@ def _audio_seconds(container: InputContainer, otherwise: float) -> float | None:
     return container.duration / 1e6 if container.duration else otherwise
 
 
-def _animation(found: bytes | Path, name: str) -> _Reel | None:
+def _animation(found: bytes | Path, name: str) -> Survey | None:
     """WebP and AVIF, of which FFmpeg sees the first frame or nothing; None if it is neither."""
     with io.BytesIO(found) if isinstance(found, bytes) else found.open("rb") as file:
         head = file.read(16)
@@ -411,7 +401,9 @@ def _animation(found: bytes | Path, name: str) -> _Reel | None:
         milliseconds = image.info.get("duration") or 0
         fps = 1000 / milliseconds if total > 1 and milliseconds > 0 else DEFAULT_FPS
         _check_length(total / fps, name)
-        return _Reel(
+        return Survey(
+            found=found,
+            name=name,
             width=image.width,
             height=image.height,
             total=total,
@@ -425,11 +417,9 @@ def _animation(found: bytes | Path, name: str) -> _Reel | None:
         )
 
 
-def _from_animation(
-    found: bytes | Path, name: str, wanted: list[int], problems: list[str]
-) -> dict[int, Image.Image]:
+def _from_animation(reel: Survey, wanted: list[int], problems: list[str]) -> dict[int, Image.Image]:
     made: dict[int, Image.Image] = {}
-    with _by_pillow(found, name) as image:
+    with _by_pillow(reel.found, reel.name) as image:
         for number in wanted:
             try:
                 image.seek(number)
