@@ -83,26 +83,26 @@ def write_media_set(
 ) -> None:
     """Talks of ids, pictures and sounds; their last token is learned."""
     folder.mkdir(exist_ok=True)
-    writer, sequences, at = MediaWriter(folder, split), [], 0
-    for talk in talks:
-        ids: list[int] = []
-        for part in talk:
-            if isinstance(part, int):
-                ids.append(part)
-                continue
-            if isinstance(part, Image.Image):
-                kind, data, budget = IMAGE, png(part), 70
-                tokens = image.patches(part, budget).soft_tokens
-                soft = CONFIG.image_token_id
-            else:
-                kind, data, budget = SOUND, pcm(part), 0
-                tokens, soft = audio.soft_tokens(len(part)), CONFIG.audio_token_id
-            writer.add(kind, data, at=at + len(ids), tokens=tokens, budget=budget)
-            assert soft is not None
-            ids += [soft] * tokens
-        sequences.append((ids, [0] * (len(ids) - 1) + [1]))
-        at += len(ids)
-    writer.close()
+    sequences, at = [], 0
+    with MediaWriter(folder, split) as writer:
+        for talk in talks:
+            ids: list[int] = []
+            for part in talk:
+                if isinstance(part, int):
+                    ids.append(part)
+                    continue
+                if isinstance(part, Image.Image):
+                    kind, data, budget = IMAGE, png(part), 70
+                    tokens = image.patches(part, budget).soft_tokens
+                    soft = CONFIG.image_token_id
+                else:
+                    kind, data, budget = SOUND, pcm(part), 0
+                    tokens, soft = audio.soft_tokens(len(part)), CONFIG.audio_token_id
+                writer.add(kind, data, at=at + len(ids), tokens=tokens, budget=budget)
+                assert soft is not None
+                ids += [soft] * tokens
+            sequences.append((ids, [0] * (len(ids) - 1) + [1]))
+            at += len(ids)
     write_set(folder, split, sequences)
 
 
@@ -466,13 +466,33 @@ def test_damaged_picture_is_named(riddle_set: TokenSet) -> None:
 def test_soft_tokens_that_the_towers_would_not_make_are_refused(tmp_path: Path) -> None:
     picture = square(10, np.random.default_rng(0))
     write_set(tmp_path, "train", [([2] + [34] * 63 + [7], [0] * 65)])
-    writer = MediaWriter(tmp_path, "train")
-    writer.add(IMAGE, png(picture), at=1, tokens=63, budget=70)
-    writer.close()
+    with MediaWriter(tmp_path, "train") as writer:
+        writer.add(IMAGE, png(picture), at=1, tokens=63, budget=70)
     with pytest.raises(TrainError, match="medium 0 makes 64 soft tokens, its index says 63"):
         make_batch(TokenSet(tmp_path, "train"), [0], batch_tokens=128)
-    writer = MediaWriter(tmp_path, "train")
-    writer.add(IMAGE, png(picture), at=1, tokens=64, budget=70)
-    writer.close()
+    with MediaWriter(tmp_path, "train") as writer:
+        writer.add(IMAGE, png(picture), at=1, tokens=64, budget=70)
     with pytest.raises(TrainError, match="64 soft tokens, its index says 64 of 2 ids"):
         make_batch(TokenSet(tmp_path, "train"), [0], batch_tokens=128)
+
+
+def test_writing_begins_anew_and_leaves_no_set_where_it_failed(tmp_path: Path) -> None:
+    sound = pcm(np.zeros(800, np.float32))
+    blob, index = tmp_path / "train.media.bin", tmp_path / "train.media_index.npy"
+    for _ in range(2):
+        with MediaWriter(tmp_path, "train") as writer:
+            for number in range(3):
+                writer.add(SOUND, sound, at=5 * number, tokens=2)
+    assert blob.read_bytes() == 3 * sound
+    assert np.load(index)["end"].tolist() == [1600, 3200, 4800]
+
+    def add_and_fail(writer: MediaWriter) -> None:
+        writer.add(SOUND, sound, at=0, tokens=2)
+        raise KeyError
+
+    with pytest.raises(KeyError), MediaWriter(tmp_path, "train") as writer:
+        add_and_fail(writer)
+    assert [path.name for path in tmp_path.iterdir()] == [blob.name]
+    with MediaWriter(tmp_path, "train"):
+        pass
+    assert list(tmp_path.iterdir()) == []

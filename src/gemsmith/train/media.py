@@ -14,6 +14,7 @@ Shapes: M media, C conversations, T packed tokens of a batch, P patches, S soft 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Self
 
 import numpy as np
 import torch
@@ -179,24 +180,39 @@ class MediaSet:
 
 
 class MediaWriter:
-    """Writes the two files of a split; of a split without media, none."""
+    """Writes the two files of a split anew; of a split without media, none.
+
+    A context manager; a block that fails leaves no index, and so no set that can be opened.
+    """
 
     def __init__(self, folder: Path, split: str) -> None:
         self._index, self._blob = folder / f"{split}.media_index.npy", folder / f"{split}.media.bin"
         self._records: list[tuple[int, ...]] = []
+        self._file: BinaryIO | None = None
         for path in (self._index, self._blob):
             path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif self._file is not None:
+            self._file.close()
 
     def add(self, kind: int, data: bytes, *, at: int, tokens: int, budget: int = 0) -> None:
         """Append one medium, in the order of `at`; see RECORD."""
         begin = self._records[-1][3] if self._records else 0
         self._records.append((at, tokens, begin, begin + len(data), kind, budget))
-        with self._blob.open("ab") as file:
-            file.write(data)
+        if self._file is None:
+            self._file = self._blob.open("wb")
+        self._file.write(data)
 
     def close(self) -> None:
-        """Write the index."""
-        if self._records:
+        """Write the index. Nothing can be added after that."""
+        if self._file is not None:
+            self._file.close()
             np.save(self._index, np.array(self._records, RECORD))
 
 
