@@ -265,8 +265,8 @@ def plan(
         if count < 1:
             raise MediaError(
                 f"{tokens} tokens are too few for {reel.name}: a frame costs {frame_tokens} and "
-                f"the sound {audio_tokens}; raise it, lower the budget of a frame (now {budget}), or "
-                "leave the sound out"
+                f"the sound {audio_tokens}; raise it, lower the budget of a frame (now {budget}), "
+                "or leave the sound out"
             )
     elif fps is not None:
         count = max(1, int(reel.total / reel.fps * fps))
