@@ -13,16 +13,18 @@ from recipes.pocket import talk, tasks
 from recipes.pocket.tasks import Check
 from recipes.pocket.words import Draw, Split
 
-# Share of conversations. Tool talks are longest, so they have about three quarters of the tokens.
+# Share of conversations. Those with tools are longest: they have four fifths of the tokens.
 KINDS = {
-    "tools": 0.60,
+    "tools": 0.36,
+    "choices": 0.14,
+    "which": 0.20,
     "needle": 0.03,
-    "lookup": 0.04,
-    "copying": 0.04,
-    "json": 0.07,
-    "thinking_arithmetic": 0.14,
-    "direct_arithmetic": 0.03,
-    "chat": 0.05,
+    "lookup": 0.03,
+    "copying": 0.03,
+    "json": 0.06,
+    "thinking_arithmetic": 0.11,
+    "direct_arithmetic": 0.02,
+    "chat": 0.02,
 }
 PLAIN = {
     "needle": talk.needle,
@@ -59,6 +61,10 @@ def generate(split: Split, seed: int, index: int, *, kind: str | None = None) ->
     kind = kind or d.weighted(KINDS)
     if kind == "tools":
         return tool_conversation(d)
+    if kind == "choices":
+        return _with_tools(d, kind, tasks.choices(d, thinking=d.chance(0.1)))
+    if kind == "which":
+        return _with_tools(d, kind, tasks.which(d))
     made = PLAIN[kind](d)
     thinking = kind == "thinking_arithmetic"
     if kind in EASY and d.chance(0.1):
@@ -85,8 +91,12 @@ def tool_conversation(
     if style == "invented" and "chained" in steps:
         style = "replaced"
     made = tasks.conversation(d, steps, style, thinking=thinking, count=d.weighted(DECLARED))
+    return _with_tools(d, f"tools/{steps[0]}", made)
+
+
+def _with_tools(d: Draw, kind: str, made: tasks.Talk) -> Conversation:
     tools = [t.schema(d) for t in made.tools]
-    return Conversation(f"tools/{steps[0]}", made.messages, tools, thinking, tuple(made.checks))
+    return Conversation(kind, made.messages, tools, made.thinking, tuple(made.checks))
 
 
 def conversations(split: Split, seed: int, start: int, stop: int) -> Iterator[Conversation]:

@@ -61,20 +61,19 @@ class Declared:
     tool: Tool
     name: str
     text: str
-    params: tuple[Names, ...]
+    params: tuple[Names, ...] | None
+    """None: the declaration says nothing of parameters."""
 
     def schema(self, d: Draw) -> dict[str, Any]:
         """The OpenAI-style declaration."""
-        function = {
-            "name": self.name,
-            "description": self.text,
-            "parameters": _object(d, self.params, None),
-        }
+        function: dict[str, Any] = {"name": self.name, "description": self.text}
+        if self.params is not None:
+            function["parameters"] = _object(d, self.params, None)
         return {"type": "function", "function": function}
 
     def arguments(self, values: dict[str, Any]) -> dict[str, Any]:
         """Values keyed by the tool's own parameter names -> keyed by the declared names."""
-        return _rename(self.params, values)
+        return _rename(self.params or (), values)
 
 
 def _rename(params: tuple[Names, ...], values: dict[str, Any]) -> dict[str, Any]:
@@ -133,8 +132,8 @@ def as_is(d: Draw, tool: Tool, *, bare: bool = False) -> Declared:
     return Declared(tool, tool.name, d.pick(tool.texts), tuple(map(keep, tool.params)))
 
 
-def replaced(d: Draw, tool: Tool) -> Declared:
-    """The tool under other names."""
+def replaced(d: Draw, tool: Tool, *, opaque: bool = False) -> Declared:
+    """The tool under other names; opaque: its name is an invented word, so it says nothing."""
     taken: set[str] = set()
 
     def fresh(make: Any) -> str:
@@ -148,7 +147,7 @@ def replaced(d: Draw, tool: Tool) -> Declared:
         name = fresh(lambda: _param_name(d, param.name))
         return Names(param, name, param.text, tuple(map(other, param.fields)))
 
-    name = d.until(lambda: _tool_name(d, tool.name))
+    name = d.until(d.invented if opaque else lambda: _tool_name(d, tool.name))
     return Declared(tool, name, d.pick(tool.texts), tuple(map(other, tool.params)))
 
 
@@ -190,18 +189,23 @@ PREPOSITIONS = (
 )
 
 
-def invented_tool(d: Draw, verb: str | None = None, noun: str | None = None) -> Tool:
-    """A tool whose subject is made up: only the words of its description can identify it."""
+def invented_tool(
+    d: Draw, verb: str | None = None, noun: str | None = None, *, lean: bool = False
+) -> Tool:
+    """A tool whose subject is made up: only the words of its description can identify it.
+
+    lean: at most one parameter.
+    """
     verb = verb or d.invented()
     noun = noun or d.invented()
     params: list[Param] = []
     request = f"{verb} the {noun}"
-    if d.chance(0.35):
+    if not lean and d.chance(0.35):
         unit = d.invented()
         kind, of = d.pick((("int", "a {} of {}"), ("number", "a {} of {}"), ("word", "the {} {}")))
         params.append(Param(unit, kind, f"The {unit}"))
         request += " with " + of.format(unit, "{" + unit + "}")
-    for kind, text, said in d.some(PREPOSITIONS, d.pick((0, 1, 1, 2))):
+    for kind, text, said in d.some(PREPOSITIONS, d.pick((0, 0, 0, 1) if lean else (0, 1, 1, 2))):
         name = text.lower()
         params.append(Param(name, kind, text))
         request += " " + said.format("{" + name + "}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from recipes.pocket.domains import HELDOUT_TOOLS, TOOLS, Tool
 from recipes.pocket.schemas import Declared, as_is, fill, invented_tool, listed, replaced, value_of
-from recipes.pocket.words import Draw
+from recipes.pocket.words import NOUNS, VERBS, Draw
 
 NO_TOOL = "None of the available tools can do that."
 SYSTEMS = (
@@ -36,6 +36,7 @@ GREETINGS = (
     ("Goodbye, see you", "Goodbye!"),
 )
 BY_NAME = {tool.name: tool for tool in TOOLS}
+SHORT = [tool for tool in TOOLS if len(tool.params) <= 1]
 
 # Chains: what is asked first, the field of its result that is used, and what it is called.
 FIRSTS = (
@@ -244,17 +245,77 @@ def conversation(d: Draw, steps: list[str], style: str, *, thinking: bool, count
 
 def _any_tool(d: Draw, style: str, chosen: list[Tool]) -> Tool:
     if style == "invented":
-        near = d.pick(chosen) if chosen and d.chance(0.5) else None
-        verb, noun = near.group.split() if near and " " in near.group else (None, None)
-        return invented_tool(d, verb, None) if d.chance(0.5) else invented_tool(d, None, noun)
+        return _near(d, chosen)
     if style == "replaced" and d.split == "heldout" and d.chance(0.3):
         return d.pick(HELDOUT_TOOLS)
     return d.pick(TOOLS)
 
 
-def _single(talk: Talk) -> None:
+ABOUT = {"made-up": 0.3, "everyday": 0.35, "own": 0.35}
+"""What the tools of `choices` and `which` do: invented words, everyday words, or the domains."""
+WHICH = ("Which tool can {}?", "What tool do I need to {}?", "Name the tool to {}.", "{}?")
+
+
+def choices(d: Draw, *, thinking: bool) -> Talk:
+    """Tools whose names say nothing, so that only a description tells which of them to call.
+
+    Other conversations teach this too slowly: there a name often betrays its tool, or an earlier
+    call does, and choices are few. After 22 million tokens the first call among opaque names was
+    right in 44 of 100, where chance is 38.
+    """
+    talk = Talk(d, "replaced", thinking)
+    chosen = _opaque(d, d.between(2, 7), d.weighted(ABOUT), SHORT)
+    talk.tools = [replaced(d, tool, opaque=True) for tool in chosen]
+    for _ in range(1 if thinking else len(chosen)):
+        if d.chance(0.12):
+            _no_tool(talk)
+        _single(talk, d.pick(chosen))
+    return talk
+
+
+def which(d: Draw) -> Talk:
+    """The choice of `choices` at a third of its tokens: which tool does what; nothing is called."""
+    talk = Talk(d, "replaced", thinking=False)
+    about = d.weighted(ABOUT)
+    chosen = _opaque(d, d.between(3, 8), about, TOOLS)
+    for tool in chosen:
+        name = d.own(NOUNS) if d.chance(0.4) else d.invented()
+        talk.tools.append(Declared(tool, name, d.pick(tool.texts), None))
+    if len({t.name for t in talk.tools}) < len(chosen):
+        return which(d)
+    d.rng.shuffle(chosen)
+    if d.chance(0.3):
+        chosen += d.some(chosen, 2)
+    for tool in chosen:
+        words = d.pick(tool.texts) if about == "own" else tool.group.replace(" ", " the ")
+        talk.say("user", d.pick(WHICH).format(words[0].lower() + words[1:]))
+        talk.say("assistant", talk.declared(tool).name)
+    return talk
+
+
+def _opaque(d: Draw, count: int, about: str, own: list[Tool]) -> list[Tool]:
+    """Different tools; half of the made-up ones share a verb or noun with one before."""
+    chosen: list[Tool] = []
+    while len(chosen) < count:
+        tool = d.pick(own) if about == "own" else _near(d, chosen, about)
+        if all(tool.group != t.group for t in chosen):
+            chosen.append(tool)
+    return chosen
+
+
+def _near(d: Draw, chosen: list[Tool], about: str = "") -> Tool:
+    """An invented tool, half the time near one of the chosen; lean where it is about something."""
+    near = d.pick(chosen) if chosen and d.chance(0.5) else None
+    verb, noun = near.group.split() if near and " " in near.group else (None, None)
+    kept = (verb, None) if d.chance(0.5) else (None, noun)
+    if about == "everyday":
+        kept = kept[0] or d.pick(VERBS), kept[1] or d.own(NOUNS)
+    return invented_tool(d, *kept, lean=bool(about))
+
+
+def _single(talk: Talk, tool: Tool | None = None) -> None:
     d = talk.d
-    tool = d.pick(talk.tools).tool
+    tool = tool or d.pick(talk.tools).tool
     values, said = fill(d, tool.params)
     talk.say("user", polite(d, asked(d, tool, said)))
     category = "tool_seen_domain" if talk.style == "seen" else "tool_unseen_schema"

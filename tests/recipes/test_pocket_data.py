@@ -24,6 +24,7 @@ from gemsmith.train.data import TokenSet, make_batch
 from gemsmith.train.media import pcm
 
 COUNT = 300
+NOTHING: dict[str, Any] = {"properties": {}}
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +100,31 @@ def test_same_seed_and_index_make_the_same_conversation(train: list[Conversation
 
 def test_calls_match_the_declared_schema(both: list[Conversation]) -> None:
     for talk in both:
-        declared = {t["function"]["name"]: t["function"]["parameters"] for t in talk.tools or ()}
+        declared = {
+            t["function"]["name"]: t["function"].get("parameters") for t in talk.tools or ()
+        }
         assert len(declared) == len(talk.tools or ())
         for call in calls(talk):
             assert matches(call["arguments"], declared[call["name"]]), call
+
+
+@pytest.mark.parametrize("kind", ["choices", "which"])
+def test_only_the_description_tells_which_opaque_tool_is_meant(kind: str) -> None:
+    seen = 0
+    for index in range(60):
+        talk = generate("train", 0, index, kind=kind)
+        texts = {t["function"]["name"]: t["function"]["description"] for t in talk.tools or ()}
+        for name, text in texts.items():
+            assert name.lower() not in text.lower().split()
+        meant = {n: re.findall(r"(?:Can|Used to) (\w+) the (\w+)$", t) for n, t in texts.items()}
+        for asked, reply in zip(talk.messages, talk.messages[1:], strict=False):
+            called = [c["function"]["name"] for c in reply.get("tool_calls", ())]
+            name = called[0] if called else reply["content"]
+            if asked["role"] == "user" and meant.get(name):
+                said = set(re.findall(r"\w+", asked["content"]))
+                assert [n for n, m in meant.items() if m and set(m[0]) <= said] == [name]
+                seen += 1
+    assert seen > 50
 
 
 def test_every_argument_stands_in_the_text_before_it(both: list[Conversation]) -> None:
@@ -181,7 +203,7 @@ def test_held_out_values_do_not_occur_in_training(
             enums = {
                 e
                 for t in talk.tools or ()
-                for p in t["function"]["parameters"]["properties"].values()
+                for p in t["function"].get("parameters", NOTHING)["properties"].values()
                 for e in p.get("enum", ())
             }
             for call in calls(talk):
