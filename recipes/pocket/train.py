@@ -66,6 +66,7 @@ VISION = VisionConfig(
     head_dim=64,
     position_embedding_size=512,
     use_clipped_linears=True,
+    default_output_length=70,
 )
 
 AUDIO = AudioConfig(
