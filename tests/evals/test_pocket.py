@@ -1,6 +1,7 @@
-import gzip
+"""Asking the held-out items and reporting what came back."""
+
 import io
-import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,15 @@ import pytest
 from rich.console import Console
 
 from benchmarks import random_checkpoint
+from gemsmith.cli import evaluate as cli_evaluate
 from gemsmith.engine.engine import LM
 from gemsmith.errors import HubError, RequestError
 from gemsmith.evals import pocket
-from gemsmith.evals.pocket import (
-    Item,
-    Reply,
-    evaluate,
-    evaluate_in_processes,
-    judge,
-    read_items,
-    same_json,
-    wilson,
-)
+from gemsmith.evals.items import Item, read_items
+from gemsmith.evals.pocket import Report, evaluate, evaluate_in_processes
 from gemsmith.text.tools import Problem, ToolCall
 
 SINE = {"name": "sine", "arguments": {"x": 1, "loud": True}}
-WAVE = {"name": "wave", "arguments": {"to": ["a", "b"]}}
 
 
 def item(kind: str, wanted: Any, *, name: str = "1", category: str = "no_tool") -> Item:
@@ -33,10 +26,6 @@ def item(kind: str, wanted: Any, *, name: str = "1", category: str = "no_tool") 
     return Item(
         name, category, [{"role": "user", "content": f"item {name}"}], None, False, expected
     )
-
-
-def calls(*made: dict[str, Any]) -> Reply:
-    return Reply(calls=tuple((call["name"], call["arguments"]) for call in made))
 
 
 @dataclass
@@ -60,116 +49,6 @@ class ScriptedModel:
         if isinstance(reply, BaseException):
             raise reply
         return reply
-
-
-# -- what is right ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("made", "right"),
-    [
-        ((SINE, WAVE), True),
-        ((WAVE, SINE), True),
-        ((SINE,), False),
-        ((SINE, WAVE, WAVE), False),
-        ((SINE, SINE), False),
-        ((SINE, {"name": "wave", "arguments": {"to": ["b", "a"]}}), False),
-        ((SINE, {"name": "wave", "arguments": {"to": ["a", "b"], "more": None}}), False),
-        ((SINE, {"name": "wavy", "arguments": {"to": ["a", "b"]}}), False),
-        ((), False),
-    ],
-)
-def test_calls_must_be_equal_in_any_order(made: tuple[dict[str, Any], ...], right: bool) -> None:
-    assert (judge(item("calls", [SINE, WAVE]), calls(*made)) is None) == right
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "same"),
-    [
-        (1, 1.0, True),
-        (1, True, False),
-        (0, False, False),
-        (True, True, True),
-        ("1", 1, False),
-        (None, 0, False),
-        ([1, 2], [2, 1], False),
-        ({"a": 1, "b": [True]}, {"b": [True], "a": 1.0}, True),
-        ({"a": 1, "b": [1]}, {"b": [True], "a": 1}, False),
-        ({"a": {}}, {"a": []}, False),
-    ],
-)
-def test_json_values_compare_as_json_does(a: Any, b: Any, same: bool) -> None:
-    assert same_json(a, b) is same
-    assert same_json(b, a) is same
-
-
-@pytest.mark.parametrize(
-    ("value", "text", "right"),
-    [
-        (849, "The answer is 849.", True),
-        (849, "849", True),
-        (-5, "That makes -5.", True),
-        (5, "12-5", True),
-        (849, "849 or 850", False),
-        (849, "The answer is 8490.", False),
-        (849, "The answer is 849.5", False),
-        (849, "The answer is -849.", False),
-        (1860, "1,860", False),
-        ("22:00", "It leaves at 22:00.", True),
-        ("22", "It leaves at 22:00.", False),
-        ("00", "It leaves at 22:00.", False),
-        ("4", "There are 4.", True),
-        ("4", "There are 14 and 4.5.", False),
-        ("purple peaf", "The secret is the purple peaf.", True),
-        ("peaf", "The secret is the purple peafowl.", False),
-        ("peaf", "Peaf.", False),
-        ("c++ (new)", "It is c++ (new).", True),
-    ],
-)
-def test_an_answer_holds_the_value_as_a_whole(value: Any, text: str, right: bool) -> None:
-    assert (judge(item("answer", value), Reply(text)) is None) == right
-
-
-def test_a_recital_of_the_prompt_is_no_answer() -> None:
-    text = "There is a lot of filler here. " * 30 + "The code is 8955."
-    assert judge(item("answer", "8955"), Reply(text)) == "other answer"
-
-
-def test_no_tool_is_missed_when_a_tool_is_called_or_something_else_is_said() -> None:
-    sentence = "None of the available tools can do that."
-    wanted = item("no_tool", sentence)
-    assert judge(wanted, Reply(sentence)) is None
-    assert judge(wanted, Reply("Hello! What can I do for you?")) == "other words"
-    assert judge(wanted, Reply(f"{sentence} But here is a poem.")) == "other words"
-    assert judge(wanted, Reply(sentence, calls=(("sine", {}),))) == "called sine"
-
-
-def test_json_replies_are_json_and_nothing_else() -> None:
-    wanted = item("json", {"a": 1, "b": ["x"]})
-    assert judge(wanted, Reply('{"b":["x"], "a":1}')) is None
-    assert judge(wanted, Reply('Here: {"a":1,"b":["x"]}')) == "not JSON"
-    assert judge(wanted, Reply('{"a":true,"b":["x"]}')) == "other JSON"
-    assert judge(wanted, Reply("[" * 100_000)) == "not JSON"
-
-
-def test_a_right_call_beside_an_unreadable_one_is_wrong() -> None:
-    reply = Reply(calls=(("sine", SINE["arguments"]),), problems=("truncated: ...",))
-    assert judge(item("calls", [SINE]), reply) == "unreadable call: truncated: ..."
-
-
-def test_a_reply_cut_by_the_token_limit_is_wrong() -> None:
-    reply = Reply("The answer is 7.", finish_reason="length")
-    assert judge(item("answer", 7), reply) == "no end within 384 tokens"
-
-
-def test_wilson_interval_of_known_counts() -> None:
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-    assert wilson(29, 29) == pytest.approx((0.8830, 1.0), abs=1e-4)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-# -- running ----------------------------------------------------------------------------------
 
 
 def test_items_are_asked_greedily_with_their_tools_and_thinking() -> None:
@@ -262,61 +141,105 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_error() -> None:
         evaluate_in_processes("./nowhere", [item("answer", 7)], workers=1)
 
 
-# -- items ------------------------------------------------------------------------------------
+# -- pictures and speech ----------------------------------------------------------------------
 
 
-def test_items_come_in_one_mixed_order(tmp_path: Path) -> None:
-    rows = [
-        {
-            "id": str(n),
-            "category": "copy",
-            "messages": [],
-            "tools": None,
-            "enable_thinking": False,
-            "expected": {"type": "answer", "value": n},
-        }
-        for n in range(50)
+def test_reading_is_reported_over_budgets_in_their_order() -> None:
+    texts = {70: "X7", 140: "X8", 1120: "K7"}
+    items = [item("text", "K7", name=str(b), category=f"picture_read_{b}") for b in texts]
+    report = evaluate(ScriptedModel(*map(Generation, texts.values())), items[::-1])
+    assert report.to_dict()["read_by_budget"] == {70: 1.0, 140: 0.0, 1120: 0.0}
+    report = evaluate(ScriptedModel(*map(Generation, texts.values())), items)
+    assert list(report.to_dict()["read_by_budget"].items()) == [(70, 0.0), (140, 0.0), (1120, 1.0)]
+    assert report.to_dict()["categories"]["picture_read_1120"]["met"] is True
+    text = io.StringIO()
+    pocket.show(report, Console(file=text, width=100))
+    assert "read exactly, by soft tokens: 70: 0%, 140: 0%, 1120: 100%" in text.getvalue()
+
+
+def test_word_errors_of_all_clips_are_counted_together() -> None:
+    items = [
+        item("transcript", "the lamp is red", name="1", category="speech_sentence"),
+        item("transcript", "1 2 3 4 5 6", name="2", category="speech_digits"),
     ]
-    path = tmp_path / "items.jsonl.gz"
-    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    first = [i.id for i in read_items(path)]
-    assert first == [i.id for i in read_items(path)]
-    assert sorted(first, key=int) == [str(n) for n in range(50)]
-    assert first != sorted(first, key=int)
-    assert [i.id for i in read_items(path, limit=7)] == first[:7]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"plain", "not a gzipped text file"),
-        (gzip.compress(b'{"id": "1"}'), "items.jsonl.gz:1: not an item .KeyError: 'category'"),
-        (gzip.compress(b"[1]"), "1: not an item"),
-        (gzip.compress(b"\xff"), "not a gzipped text file"),
-        (gzip.compress(b"{}")[:-6], "not a gzipped text file"),
-    ],
-)
-def test_damaged_items_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "items.jsonl.gz"
-    path.write_bytes(content)
-    with pytest.raises(RequestError, match=message):
-        read_items(path)
-
-
-def test_unknown_kinds_missing_files_and_empty_limits_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "items.jsonl.gz"
-    row = {
-        "id": "1",
-        "category": "copy",
-        "messages": [],
-        "tools": None,
-        "enable_thinking": False,
-        "expected": {"type": "essay", "value": 1},
+    report = evaluate(ScriptedModel(Generation("The lamp is red."), Generation("1 2 3 4 5")), items)
+    made = report.to_dict()["words"]
+    assert made["speech"] == {"count": 10, "errors": 1, "rate": 0.1, "target": 0.1, "met": True}
+    assert made["speech_digits"] == {
+        "count": 6,
+        "errors": 1,
+        "rate": 0.1667,
+        "target": None,
+        "met": None,
     }
-    path.write_bytes(gzip.compress(json.dumps(row).encode()))
-    with pytest.raises(RequestError, match="expected type 'essay'; allowed are calls, answer"):
-        read_items(path)
-    with pytest.raises(RequestError, match=r"nothing\.gz does not exist"):
-        read_items(tmp_path / "nothing.gz")
-    with pytest.raises(RequestError, match="limit 0: at least one item"):
-        read_items(path, limit=0)
+    assert [o.wrong for o in report.outcomes] == [None, "1 word errors in 6 words"]
+    text = io.StringIO()
+    pocket.show(report, Console(file=text, width=100))
+    assert "at most 10% ✓" in text.getvalue()
+
+
+def test_a_reply_cut_off_counts_with_all_its_words() -> None:
+    one = item("transcript", "yes", category="speech_sentence")
+    report = evaluate(ScriptedModel(Generation("no " * 9, finish_reason="length")), [one])
+    assert report.to_dict()["words"]["speech"]["errors"] == 9
+    assert report.outcomes[0].wrong == "no end within 384 tokens"
+
+
+def test_the_reading_is_heard_window_after_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemsmith.engine import transcribe
+    from gemsmith.media.transcript import Segment
+
+    heard: list[Any] = []
+
+    def fake(lm: Any, source: Any) -> transcribe.Transcript:
+        heard.append(source)
+        texts = ("a b c d e f", "h i j k")
+        return transcribe.Transcript(tuple(Segment(0, 1, text) for text in texts))
+
+    monkeypatch.setattr(transcribe, "transcribe", fake)
+    content = [{"type": "audio", "audio": b"sound"}]
+    expected = {"type": "reading", "value": "a b c d e f g h i j k"}
+    one = Item("1", "speech_reading", [{"role": "user", "content": content}], None, False, expected)
+    report = evaluate(ScriptedModel(), [one])
+    assert heard == [b"sound"]
+    assert report.outcomes[0].wrong is None
+    made = report.to_dict()["words"]
+    assert (made["speech_reading"]["errors"], made["speech_reading"]["count"]) == (1, 11)
+    borders = made["speech_reading_borders"]
+    assert (borders["errors"], borders["count"]) == (1, 10)
+    assert "speech" not in made
+
+
+def test_what_was_left_out_and_what_was_shown_are_said() -> None:
+    part = {"type": "image", "image": b"x", "budget": 70}
+    content = [part, {"type": "text", "text": "What shape is red?"}]
+    expected = {"type": "answer", "value": "star"}
+    one = Item("1", "picture_shape", [{"role": "user", "content": content}], None, False, expected)
+    report = evaluate(ScriptedModel(Generation("The circle is red.")), [one])
+    report.left_out = {"audio": 3}
+    text = io.StringIO()
+    pocket.show(report, Console(file=text, width=100), failures=1)
+    assert "not asked, as this model has no tower for it: 3 with audio" in text.getvalue()
+    assert "[image] What shape is red?" in text.getvalue()
+    assert report.to_dict()["left_out"] == {"audio": 3}
+    assert Report().to_dict()["left_out"] == {}
+
+
+def test_a_checkpoint_without_towers_is_asked_text_alone_and_the_report_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = random_checkpoint.write(random_checkpoint.config_of("tiny-E2B"), tmp_path / "random")
+    asked: list[Item] = []
+
+    def unasked(model: str, items: list[Item], on_outcome: Any) -> Report:
+        asked.extend(items)
+        return Report(complete=True)
+
+    monkeypatch.setattr(pocket, "evaluate_in_processes", unasked)
+    cli_evaluate.run("pocket", str(folder), limit=None, failures=0, as_json=False)
+    assert len(asked) == len(read_items())
+    assert not any(item.media for item in asked)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"not asked, as this model has no tower for it: \d+ with image, \d+ with a", shown
+    )

@@ -10,7 +10,7 @@ import torch
 import gemsmith.pocket
 from benchmarks import random_checkpoint
 from gemsmith.engine.engine import LM
-from gemsmith.evals.pocket import read_items
+from gemsmith.evals.items import read_items
 from gemsmith.text import chat
 
 transformers = pytest.importorskip("transformers")

@@ -6,8 +6,11 @@ from contextlib import nullcontext
 from rich.console import Console
 from rich.progress import Progress
 
+from gemsmith.config import Gemma4Config
 from gemsmith.errors import RequestError
 from gemsmith.evals import pocket
+from gemsmith.evals.items import held_out
+from gemsmith.weights.hub import resolve
 
 
 def run(name: str, model: str, *, limit: int | None, failures: int, as_json: bool) -> None:
@@ -15,10 +18,12 @@ def run(name: str, model: str, *, limit: int | None, failures: int, as_json: boo
 
     Raises:
       RequestError: no such items.
+      HubError, ConfigError, WeightsError, TokenizerError: the model cannot be loaded.
     """
     if name != "pocket":
         raise RequestError(f"no evaluation {name!r}; there is pocket")
-    items = pocket.read_items(limit=limit)
+    config = Gemma4Config.load(resolve(model))
+    items, left_out = held_out(config, limit=limit)
     errors = Console(stderr=True)
     with Progress(console=errors) if errors.is_terminal else nullcontext() as progress:
         task = progress.add_task(f"{len(items)} items", total=len(items)) if progress else None
@@ -28,6 +33,7 @@ def run(name: str, model: str, *, limit: int | None, failures: int, as_json: boo
                 progress.advance(task)
 
         report = pocket.evaluate_in_processes(model, items, advance)
+    report.left_out = left_out
     if as_json:
         print(json.dumps(report.to_dict()))
     else:

@@ -1,41 +1,40 @@
-"""The held-out test of the embedded model: tool calls, answers, JSON, and when no tool fits.
+"""The held-out test of the embedded model: it is asked, and what it can do is counted.
 
-Each item is a prompt (messages, tools, thinking or not) and what must come next. The model answers
-greedily; a reply is right or wrong, nothing between. Not a general benchmark: items come from the
-same generator as the training data, with names, values and schemas that training never saw.
+Text: tool calls, answers, JSON, and when no tool fits. Pictures: what they show, how many, where,
+and what they say, the last at every budget of soft tokens. Speech: transcripts, spoken commands,
+and one reading of four minutes. The model answers greedily; a reply is right or wrong, nothing
+between (scoring.py says when), and words are counted beside. A model without eyes or ears is not
+asked what it cannot take, and the report says so.
 
-What is right, by the kind of `expected`:
-  calls    the same calls with equal names and arguments as JSON values, in any order; no problems
-  answer   no call; the value stands in the reply as a whole word or number (an integer: is the last
-           number of it), and the reply is short enough not to be a recital of the prompt
-  no_tool  no call; the reply is the sentence that says so
-  json     no call; the whole reply is JSON and equals the value
-A reply that ran into the token limit is wrong.
-
-Intervals are Wilson's, 95 %.
+Not a general benchmark: items come from the same generator as the training data, with names,
+values, schemas, texts and voices that training never met.
 """
 
-import gzip
 import json
-import math
 import os
-import random
-import re
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.resources import files
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from rich.console import Console
 from rich.table import Table
 
-from gemsmith.errors import GemsmithError, RequestError
+from gemsmith.errors import GemsmithError
+from gemsmith.evals.items import Item
+from gemsmith.evals.scoring import (
+    MAX_TOKENS,
+    Reply,
+    WordErrors,
+    border_errors,
+    judge,
+    wilson,
+    word_errors,
+)
 
 TARGETS = {
     "tool_seen_domain": 0.95,
@@ -43,35 +42,17 @@ TARGETS = {
     "no_tool": 0.90,
     "thinking_arithmetic": 0.90,
     "needle_4x": 0.90,
+    "picture_shape": 0.95,
+    "picture_box": 0.90,
+    "picture_read_1120": 0.90,
+    "speech_call": 0.85,
+    "speech_reading": 1.0,
 }
-MAX_TOKENS = 384
-"""Most tokens of one reply; the longest right one (a word problem worked out) has half as many."""
-SLACK = 160
-"""Characters that an answer may have beyond the value asked for."""
-KINDS = ("calls", "answer", "no_tool", "json")
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One prompt and what must come next."""
-
-    id: str
-    category: str
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
-    enable_thinking: bool
-    expected: dict[str, Any]
-    """`type` (one of KINDS) with `calls` or `value`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What the model did, as far as scoring needs it. Travels between processes."""
-
-    text: str = ""
-    calls: tuple[tuple[str, dict[str, Any]], ...] = ()
-    problems: tuple[str, ...] = ()
-    finish_reason: str = "stop"
+"""Right replies of all, at least."""
+WORD_TARGETS = {"speech": 0.10}
+"""Word errors of all words, at most; `speech` is all transcripts of clips together."""
+READ = "picture_read_"
+"""Begins the categories of texts to read; the soft tokens that the picture has come after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +85,8 @@ class Report:
 
     outcomes: list[Outcome] = field(default_factory=list)
     complete: bool = False
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Items that this model has no tower for, by medium."""
 
     def scores(self) -> dict[str, Score]:
         """By category: those with a target first, then the others by name."""
@@ -112,13 +95,40 @@ class Report:
         order = [c for c in TARGETS if c in counts] + sorted(set(counts) - set(TARGETS))
         return {name: Score(counts[name], right[name]) for name in order}
 
+    def curve(self) -> dict[int, Score]:
+        """Texts read exactly, by the soft tokens that each picture may have."""
+        budgets = {
+            int(name.removeprefix(READ)): score
+            for name, score in self.scores().items()
+            if name.startswith(READ)
+        }
+        return dict(sorted(budgets.items()))
+
+    def word_errors(self) -> dict[str, WordErrors]:
+        """By category of transcripts, of all clips together, and of the reading and its borders."""
+        counted: dict[str, WordErrors] = {}
+
+        def add(name: str, errors: WordErrors) -> None:
+            counted[name] = counted.get(name, WordErrors(0, 0)) + errors
+
+        for outcome in self.outcomes:
+            item, reply = outcome.item, outcome.reply
+            kind, said = item.expected["type"], item.expected.get("value", "")
+            if kind == "transcript":
+                add(item.category, word_errors(said, reply.text))
+                add("speech", word_errors(said, reply.text))
+            elif kind == "reading":
+                add(item.category, word_errors(said, reply.text))
+                add(f"{item.category}_borders", border_errors(said, reply.segments))
+        return {name: score for name, score in sorted(counted.items()) if score.count}
+
     def failures(self, most: int) -> list[Outcome]:
         """The first `most` wrong outcomes, by item id, so that two runs show the same ones."""
         wrong = (o for o in self.outcomes if o.wrong is not None)
         return sorted(wrong, key=lambda o: o.item.id)[:most]
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs: per category count, correct, rate, interval, target, met."""
+        """For programs: what `show` shows, unrounded counts and rates to four digits."""
         categories: dict[str, Any] = {}
         for name, score in self.scores().items():
             low, high = score.interval
@@ -130,7 +140,23 @@ class Report:
                 "target": TARGETS.get(name),
                 "met": score.rate >= TARGETS[name] if name in TARGETS else None,
             }
-        return {"name": "pocket", "complete": self.complete, "categories": categories}
+        words: dict[str, Any] = {}
+        for name, errors in self.word_errors().items():
+            words[name] = {
+                "count": errors.count,
+                "errors": errors.errors,
+                "rate": round(errors.rate, 4),
+                "target": WORD_TARGETS.get(name),
+                "met": errors.rate <= WORD_TARGETS[name] if name in WORD_TARGETS else None,
+            }
+        return {
+            "name": "pocket",
+            "complete": self.complete,
+            "categories": categories,
+            "words": words,
+            "read_by_budget": {budget: round(s.rate, 4) for budget, s in self.curve().items()},
+            "left_out": self.left_out,
+        }
 
 
 class LanguageModel(Protocol):
@@ -139,128 +165,14 @@ class LanguageModel(Protocol):
     def generate(self, prompt: Any, /, **options: Any) -> Any: ...
 
 
-# -- items ------------------------------------------------------------------------------------
-
-
-def read_items(path: str | Path | None = None, *, limit: int | None = None) -> list[Item]:
-    """Items of a gzipped JSON-lines file, by default the one shipped with the package, shuffled.
-
-    The order is always the same and mixes the categories, so that the first `limit` of them, or
-    those before an interruption, stand for all.
-
-    Raises:
-      RequestError: the file is missing, damaged, or a line is no item.
-    """
-    source = (
-        Path(str(files("gemsmith.pocket") / "heldout.jsonl.gz")) if path is None else Path(path)
-    )
-    if limit is not None and limit < 1:
-        raise RequestError(f"limit {limit}: at least one item has to be asked")
-    try:
-        with gzip.open(source, "rt", encoding="utf-8") as lines:
-            items = [_item(line, f"{source}:{n}") for n, line in enumerate(lines, 1)]
-    except FileNotFoundError:
-        raise RequestError(f"{source} does not exist; there are no items to ask") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise RequestError(f"{source}: not a gzipped text file ({error})") from None
-    random.Random(0).shuffle(items)
-    return items[:limit]
-
-
-def _item(line: str, where: str) -> Item:
-    try:
-        data = json.loads(line)
-        item = Item(**{name: data[name] for name in Item.__slots__})
-        kind = item.expected["type"]
-        wanted = item.expected["calls" if kind == "calls" else "value"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{where}: not an item ({type(error).__name__}: {error})") from None
-    if kind not in KINDS or (kind == "calls" and not isinstance(wanted, list)):
-        raise RequestError(f"{where}: expected type {kind!r}; allowed are {', '.join(KINDS)}")
-    return item
-
-
-# -- scoring ----------------------------------------------------------------------------------
-
-
-def judge(item: Item, reply: Reply) -> str | None:
-    """None if the reply is what the item expects, otherwise why not, in one line."""
-    expected, kind = item.expected, item.expected["type"]
-    if reply.finish_reason == "length":
-        return f"no end within {MAX_TOKENS} tokens"
-    if reply.problems:
-        return "unreadable call: " + "; ".join(reply.problems)
-    if kind == "calls":
-        wanted = [(call["name"], call["arguments"]) for call in expected["calls"]]
-        return None if _same_calls(wanted, reply.calls) else "other calls"
-    if reply.calls:
-        return f"called {', '.join(name for name, _ in reply.calls)}"
-    if kind == "json":
-        try:
-            value = json.loads(reply.text)
-        except (ValueError, RecursionError):
-            return "not JSON"
-        return None if same_json(value, expected["value"]) else "other JSON"
-    if kind == "no_tool":
-        return None if reply.text.strip() == expected["value"] else "other words"
-    return None if _answers(reply.text, expected["value"]) else "other answer"
-
-
-def _same_calls(
-    wanted: Sequence[tuple[str, Any]], made: Sequence[tuple[str, Mapping[str, Any]]]
-) -> bool:
-    left = list(made)
-    for name, arguments in wanted:
-        for call in left:
-            if call[0] == name and same_json(call[1], arguments):
-                left.remove(call)
-                break
-        else:
-            return False
-    return not left
-
-
-def same_json(a: Any, b: Any) -> bool:
-    """Equality of JSON values: 1 is 1.0 but not true, order counts in lists and not in objects."""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(same_json, a, b))
-    return a == b
-
-
-def _answers(text: str, value: Any) -> bool:
-    if len(text) > len(str(value)) + SLACK:
-        return False
-    if isinstance(value, int):
-        numbers = re.findall(r"(?<!\d)-?\d+(?:[.,]\d+)*", text)
-        return bool(numbers) and numbers[-1] == str(value)
-    # As a whole: 4 is not in 14, 4.5, 4:30 or x4, but is in "4." and "(4)".
-    whole = rf"(?<![\w])(?<!\d[.,:-]){re.escape(str(value))}(?!\w)(?![.,:-]\d)"
-    return re.search(whole, text) is not None
-
-
-def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a rate, 95 % unless z says otherwise; (0, 1) where nothing was counted.
-
-    Source: E. B. Wilson, Journal of the American Statistical Association 22 (1927), 209.
-    """
-    if count == 0:
-        return 0.0, 1.0
-    rate, shrink = correct / count, 1 + z * z / count
-    centre = (rate + z * z / (2 * count)) / shrink
-    half = z / shrink * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 # -- asking -----------------------------------------------------------------------------------
 
 
 def ask(lm: LanguageModel, item: Item) -> Reply:
     """The model's greedy reply. An error that the engine raises on purpose is a wrong reply."""
     try:
+        if item.expected["type"] == "reading":
+            return _listen(lm, item)
         made = lm.generate(
             item.messages,
             tools=item.tools,
@@ -276,6 +188,15 @@ def ask(lm: LanguageModel, item: Item) -> Reply:
         problems=tuple(f"{problem.kind}: {problem.message}" for problem in made.problems),
         finish_reason=made.finish_reason,
     )
+
+
+def _listen(lm: LanguageModel, item: Item) -> Reply:
+    """A recording longer than the tower hears at a time, window after window."""
+    from gemsmith.engine.engine import LM
+    from gemsmith.engine.transcribe import transcribe
+
+    made = transcribe(cast(LM, lm), item.media[0]["audio"])
+    return Reply(made.text, segments=tuple(segment.text for segment in made.segments))
 
 
 def evaluate(
@@ -347,7 +268,7 @@ def _collect(
 
 
 def show(report: Report, console: Console, *, failures: int = 0) -> None:
-    """Print the table, then the first `failures` wrong replies beside what was expected."""
+    """Print the tables, then the first `failures` wrong replies beside what was expected."""
     whole = "" if report.complete else f" (stopped after {len(report.outcomes)} items)"
     table = Table(title=f"pocket, held-out items{whole}", title_justify="left")
     table.add_column("category")
@@ -366,12 +287,42 @@ def show(report: Report, console: Console, *, failures: int = 0) -> None:
             reached,
         )
     console.print(table)
+    _show_words(report, console)
+    if curve := report.curve():
+        shares = ", ".join(f"{budget}: {score.rate:.0%}" for budget, score in curve.items())
+        console.print(f"read exactly, by soft tokens: {shares}", highlight=False)
+    if report.left_out:
+        counts = ", ".join(f"{count} with {kind}" for kind, count in report.left_out.items())
+        console.print(f"not asked, as this model has no tower for it: {counts}", highlight=False)
     for outcome in report.failures(failures):
-        item, reply = outcome.item, outcome.reply
-        asked = next((m["content"] for m in reversed(item.messages) if m["role"] == "user"), "")
-        got = [{"name": name, "arguments": values} for name, values in reply.calls] or reply.text
-        console.print(f"\n{item.category} {item.id}: {outcome.wrong}", style="bold", markup=False)
-        for label, value in (("asked", asked), ("wanted", item.expected), ("got", got)):
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            shown = text if len(text) <= 600 else f"{text[:200]} ... {text[-400:]}"
-            console.print(f"  {label:7}{shown}", markup=False, highlight=False, soft_wrap=True)
+        _show_failure(outcome, console)
+
+
+def _show_words(report: Report, console: Console) -> None:
+    counted = report.word_errors()
+    if not counted:
+        return
+    table = Table(title="word errors", title_justify="left")
+    table.add_column("transcripts")
+    for name in ("errors", "words", "percent", "target"):
+        table.add_column(name, justify="right")
+    for name, score in counted.items():
+        most = WORD_TARGETS.get(name)
+        reached = "" if most is None else f"at most {most:.0%} {'✓' if score.rate <= most else '✗'}"
+        table.add_row(name, str(score.errors), str(score.count), f"{score.rate:.1%}", reached)
+    console.print(table)
+
+
+def _show_failure(outcome: Outcome, console: Console) -> None:
+    item, reply = outcome.item, outcome.reply
+    last = next((m["content"] for m in reversed(item.messages) if m["role"] == "user"), "")
+    parts = [{"type": "text", "text": last}] if isinstance(last, str) else last
+    asked = " ".join(
+        part["text"] if part["type"] == "text" else f"[{part['type']}]" for part in parts
+    )
+    got = [{"name": name, "arguments": values} for name, values in reply.calls] or reply.text
+    console.print(f"\n{item.category} {item.id}: {outcome.wrong}", style="bold", markup=False)
+    for label, value in (("asked", asked), ("wanted", item.expected), ("got", got)):
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        shown = text if len(text) <= 600 else f"{text[:200]} ... {text[-400:]}"
+        console.print(f"  {label:7}{shown}", markup=False, highlight=False, soft_wrap=True)
