@@ -1,18 +1,26 @@
 """`gemsmith demo`: what is right gets a tick, what is wrong does not, and the tool loop decides."""
 
+import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 from tests.cli.fake import FakeLM, Reply
 from typer.testing import CliRunner
 
 import gemsmith
 from gemsmith.cli.main import app
-from gemsmith.cli.tour import ERRANDS, long_text
-from gemsmith.errors import CapacityError
-from gemsmith.testing import tiny_config
+from gemsmith.cli.tour import ERRANDS, SAMPLES, Tour, long_text
+from gemsmith.engine.engine import LM
+from gemsmith.errors import CapacityError, MediaError
+from gemsmith.testing import random_towers, tiny_config, tiny_media_config
 from gemsmith.text.calls import ToolCall
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent
 
@@ -46,17 +54,37 @@ LOOP: list[Reply] = [
 ]
 
 
-@pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Run `gemsmith demo` over scripted replies."""
+FACTS = json.loads((SAMPLES / "samples.json").read_text("utf-8"))
+SCENE, FILM = FACTS["scene.png"], FACTS["film.mp4"]
 
-    def run(talks: list[Reply], errands: list[Reply]) -> Any:
-        lm: Any = FakeLM(*talks, *errands)
-        lm.config = tiny_config("E2B")
+
+def detected(*boxes: list[int]) -> Reply:
+    return say(f"```json\n{json.dumps([{'box_2d': box, 'label': 'it'} for box in boxes])}\n```")
+
+
+MEDIA: list[Reply] = [
+    say(f"The {SCENE[0]['shape']} is {SCENE[0]['color']}."),
+    *(detected(fact["box_2d"]) for fact in SCENE),
+    say(FACTS["text.png"]),
+    say(f"The {FILM[-1]['shape']} is {FILM[-1]['color']}."),
+    call("list_events", date=FACTS["command.wav"]["date"]),
+    say("Events on Monday (1): water the roses at 16:00."),
+]
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Run `gemsmith demo` over scripted replies; media: those of a model with towers."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def run(talks: list[Reply], errands: list[Reply], media: list[Reply] | None = None) -> Any:
+        lm: Any = FakeLM(*talks, *errands, *(media or []))
+        lm.config = tiny_config("E2B") if media is None else tiny_media_config("E2B")
         lm.tokenizer = SimpleNamespace(encode=str.split)
         monkeypatch.setattr(gemsmith, "load", lambda name, **given: lm)
         result = CliRunner().invoke(app, ["--debug", "demo"])
         assert lm.replies == [], f"not asked for: {lm.replies}\n{result.output}"
+        result.asked = lm.asked
         return result
 
     return run
@@ -67,6 +95,7 @@ def test_a_model_that_is_right_passes(demo: Any):
     assert result.exit_code == 0, result.output
     assert "6 of 6 right" in result.output
     assert "In the calendar now: 'plant the olive tree' on June 12 at 09:30" in result.output
+    assert "generated text to speak" in " ".join(result.output.split())
 
 
 def test_calls_and_real_results_are_shown(demo: Any):
@@ -120,6 +149,107 @@ def test_an_error_in_the_loop_fails_the_tour(demo: Any):
     result = demo(TALKS, [LOOP[0], [CapacityError("no memory")]])
     assert result.exit_code == 1
     assert "error: no memory" in result.output
+
+
+def test_a_model_with_towers_is_shown_and_told_the_samples(demo: Any):
+    result = demo(TALKS, LOOP, MEDIA)
+    assert result.exit_code == 0, result.output
+    assert "9 of 9 right" in result.output
+    assert "film.mp4: 3 frames x 63 tokens = 189 tokens" in result.output
+    assert "> [command.wav] (a voice: what is on my calendar on Monday)" in result.output
+    assert '<- {"count": 1, "events": ["water the roses at 16:00"]}' in result.output
+    assert "generated text, pictures and speech" in " ".join(result.output.split())
+    contents = [messages[0]["content"] for messages, _ in result.asked]
+    shown = [content for content in contents if isinstance(content, list)]
+    scene = {"type": "image", "image": SAMPLES / "scene.png"}
+    assert shown[:2] == [
+        [scene, {"type": "text", "text": f"What color is the {SCENE[0]['shape']}?"}],
+        [scene, {"type": "text", "text": f"Detect the {SCENE[0]['color']} {SCENE[0]['shape']}."}],
+    ]
+    assert shown[4][0] == {"type": "image", "image": SAMPLES / "text.png"}
+    assert shown[5][0] == {"type": "video", "video": SAMPLES / "film.mp4", "frames": 3}
+    assert shown[6] == [{"type": "audio", "audio": SAMPLES / "command.wav"}]
+
+
+def test_the_boxes_are_drawn_on_a_copy_that_stays_and_replaces_nothing(demo: Any, tmp_path: Path):
+    original = np.asarray(Image.open(SAMPLES / "scene.png"))
+    for _ in range(2):
+        output = demo(TALKS, LOOP, MEDIA).output
+        named = re.search(r"drawn on a copy, which stays: (.+)\n", output)
+        assert named is not None
+        drawn = np.asarray(Image.open(named[1]))
+        for fact in SCENE:
+            y0, x0, _, x1 = fact["box_2d"]
+            row, columns = y0 * 300 // 1000, slice(x0 * 400 // 1000, x1 * 400 // 1000)
+            assert (drawn[row, columns] != original[row, columns]).any(-1).all()
+    assert len(list(tmp_path.glob("gemsmith-demo-*.png"))) == 2
+    assert (np.asarray(Image.open(SAMPLES / "scene.png")) == original).all()
+
+
+@pytest.mark.parametrize(
+    ("at", "replies", "truth"),
+    [
+        (0, [say("The square is black.")], "✗ it is red"),
+        (0, [say("It is red or pink.")], "✗ it is red"),
+        (2, [detected([0, 0, 300, 300])], "✗ the box is [200, 510, 480, 720]"),
+        (2, [detected(SCENE[1]["box_2d"], SCENE[0]["box_2d"])], "✗ the box is [200, 510, 480"),
+        (2, [say("There is none.")], "✗ the box is [200, 510, 480, 720]"),
+        (4, [say("CPC")], "✗ it says CPCV"),
+        (5, [say(f"The square is {FILM[0]['color']}.")], "✗ it is orange"),
+        (6, [call("list_events", date="Sunday")], "✗ the answer does not name water the roses"),
+    ],
+)
+def test_what_was_seen_or_heard_wrong_is_told_and_forgiven(
+    demo: Any, at: int, replies: list[Reply], truth: str
+):
+    media = [*MEDIA[:at], *replies, *MEDIA[at + len(replies) :]]
+    if at == 6:
+        media[-1] = say("Events on Sunday (0): none.")
+    result = demo(TALKS, LOOP, media)
+    assert truth in result.output
+    assert "8 of 9 right" in result.output
+    assert result.exit_code == 0
+
+
+def test_an_error_over_a_sample_is_told_and_the_tour_goes_on(demo: Any):
+    result = demo(TALKS, LOOP, [[MediaError("no towers")], *MEDIA[5:]])
+    assert "error: no towers" in result.output
+    assert "8 of 9 right" in result.output
+    assert result.exit_code == 0
+
+
+def test_nothing_found_draws_nothing(demo: Any, tmp_path: Path):
+    media = [MEDIA[0], say("none"), say("[]"), say("?"), *MEDIA[4:]]
+    output = demo(TALKS, LOOP, media).output
+    assert "No box was found: nothing is drawn." in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_untrained_towers_are_wrong_and_nothing_else():
+    """The samples go through the real engine: read, cut, counted, and answered without sense."""
+    pocket = gemsmith.load("pocket", device="cpu")
+    special, tiny = pocket.tokenizer.special, tiny_media_config("E2B")
+    config = replace(
+        pocket.config,
+        vision_config=replace(tiny.vision_config, default_output_length=70),
+        audio_config=tiny.audio_config,
+        boi_token_id=special.boi,
+        eoi_token_id=special.eoi,
+        image_token_id=special.image,
+        video_token_id=special.video,
+        boa_token_id=special.boa,
+        eoa_token_index=special.eoa,
+        audio_token_id=special.audio,
+    )
+    towers = random_towers(config)
+    lm = LM(pocket.model, pocket.tokenizer, config, end_ids=pocket.end_ids, towers=lambda: towers)
+    console = Console(record=True, width=100)
+    tour = Tour(lm, console)
+    tour.talker.options["max_tokens"] = 12
+    assert [stop() for stop in (tour.picture, tour.film, tour.command)] == [False] * 3
+    output = console.export_text()
+    assert output.count("✗") >= 6
+    assert "error" not in output
 
 
 def test_the_long_text_is_as_long_as_asked_and_begins_with_the_fact():

@@ -1,18 +1,22 @@
 """`gemsmith demo`: what works, shown on the built-in model with checks that can fail.
 
 Nothing is scripted: every reply is computed here, greedily, and compared with what is right; a tick
-says that it was. The tour fails if the tools of its last stop did not really fill the calendar;
-that the small model errs elsewhere is shown and forgiven.
+says that it was. The tour fails if the tools of its longest stop did not really fill the calendar;
+that the small model errs elsewhere is shown and forgiven. What a model with towers is shown and
+told are the samples of the package; their list, samples.json, says what is in them.
 """
 
 import json
 import random
+import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.rule import Rule
 
@@ -20,10 +24,14 @@ from gemsmith.agent import loop
 from gemsmith.cli import info
 from gemsmith.cli.console import short, write
 from gemsmith.cli.desk import Desk, Event, make_folder
+from gemsmith.cli.detect import draw
 from gemsmith.cli.talk import Talker, load
 from gemsmith.engine.engine import LM
 from gemsmith.engine.request import Generation
 from gemsmith.errors import GemsmithError
+from gemsmith.evals.scoring import MIN_IOU, iou
+from gemsmith.media.video import plan
+from gemsmith.text.boxes import Box, Places, parse_boxes
 
 WEATHER = {
     "type": "function",
@@ -53,6 +61,9 @@ ERRANDS: dict[str, tuple[str, ...]] = {
 """Each errand and what its answer must name, which only the tools can tell."""
 WANTED = [Event("plant the olive tree", "June 12", "09:30")]
 DESK_TOOLS = ("add_event", "list_events", "convert_units", "list_files", "read_file")
+SPOKEN_TOOLS, CHORE = ("list_events", "convert_units"), "water the roses"
+"""What a spoken question about the calendar may use, and what it finds there."""
+SAMPLES = Path(str(resources.files("gemsmith"))) / "pocket" / "samples"
 
 
 class Tour:
@@ -63,6 +74,8 @@ class Tour:
         self.talker = Talker(lm, console, temperature=0, max_tokens=200)
         self.events: list[Event] = []
         """The calendar that the tools have filled."""
+        self.facts: dict[str, Any] = json.loads((SAMPLES / "samples.json").read_text("utf-8"))
+        """What is in each of the samples."""
 
     def run(self) -> bool:
         """All stops; False if the tool loop did not do its work."""
@@ -72,6 +85,10 @@ class Tour:
             self.greeting, self.arithmetic, self.json_answer, self.needle, self.single_call,
             self.tool_loop,
         ]  # fmt: skip
+        if self.lm.config.vision_config is not None:
+            stops += [self.picture, self.film]
+        if self.lm.config.audio_config is not None:
+            stops.append(self.command)
         right: list[bool] = []
         for stop in stops:
             title = (stop.__doc__ or "").splitlines()[0]
@@ -94,11 +111,12 @@ class Tour:
     def introduce(self) -> None:
         facts = info.describe("pocket", self.lm.config)
         memory = self.lm.memory()
+        made = "text, pictures and speech" if self.lm.config.vision_config else "text"
         self.console.print(Rule("gemsmith", align="left"))
         self.console.print(
             f"This is pocket, a Gemma 4 decoder of {facts['total_parameters'] / 1e6:.1f} million "
             "parameters that comes with the package. It has every part of the real E-series "
-            "models and is hundreds of times smaller: it was trained on generated text to speak "
+            f"models and is hundreds of times smaller: it was trained on generated {made} to speak "
             "the chat and tool format. It knows nothing of the world, and it errs."
         )
         self.console.print(info.parameter_table(facts))
@@ -110,13 +128,19 @@ class Tour:
         text: str,
         tools: list[dict[str, Any]] | None = None,
         *,
+        beside: Sequence[dict[str, Any]] = (),
         show: str = "",
         **options: Any,
     ) -> Generation:
-        """One question and the streamed reply; `show` stands for a question too long to print."""
-        write(self.console, f"> {show or text}\n", style="bold")
+        """One question and the streamed reply.
+
+        beside: content parts in front of the text. show: stands for a question too long to print.
+        """
+        shown = "".join(f"[{part[part['type']].name}] " for part in beside)
+        write(self.console, f"> {shown}{show or text}\n", style="bold")
         talker = Talker(self.lm, self.console, **{**self.talker.options, **options})
-        return talker.chat([{"role": "user", "content": text}], tools)
+        content = [*beside, {"type": "text", "text": text}] if beside else text
+        return talker.chat([{"role": "user", "content": content}], tools)
 
     def verdict(self, right: bool) -> None:
         mark, style = ("✓ right", "green") if right else ("✗ wrong", "red")
@@ -168,19 +192,85 @@ class Tour:
         self.console.print(f"In the calendar now: {events or 'nothing'}", markup=False)
         return all(right) and desk.events == WANTED
 
-    def errand(self, text: str, named: tuple[str, ...], desk: Desk) -> bool:
-        """One errand, a conversation of its own: the last can only be answered by looking."""
-        write(self.console, f"> {text}\n", style="bold")
-        messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
+    def errand(
+        self,
+        content: str | list[dict[str, Any]],
+        named: tuple[str, ...],
+        desk: Desk,
+        tools: Sequence[str] = DESK_TOOLS,
+        *,
+        show: str = "",
+    ) -> bool:
+        """One errand, a conversation of its own; the answer must name what the tools alone tell."""
+        write(self.console, f"> {show or content}\n", style="bold")
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         answer = ""
-        for step in loop.run(self.talker, messages, desk.toolbox(DESK_TOOLS)):
+        for step in loop.run(self.talker, messages, desk.toolbox(tools)):
             answer = step.turn.text
             for result in step.results:
                 write(self.console, f"<- {short(result)}\n", style="green")
         missing = [name for name in named if name not in answer]
-        if missing:
-            write(self.console, f"✗ the answer does not name {', '.join(missing)}\n", style="red")
-        return not missing
+        return self.told(not missing, f"the answer does not name {', '.join(missing)}")
+
+    def picture(self) -> bool:
+        """Pictures: a color, places drawn on a copy, a text to read"""
+        facts, scene = self.facts["scene.png"], _part("image", "scene.png")
+        right = [self.color(facts, facts[0], scene)]
+        found = Places([], [], [])
+        for fact in facts:
+            reply = self.ask(f"Detect the {fact['color']} {fact['shape']}.", beside=[scene])
+            boxes = parse_boxes(reply.text).boxes
+            found.boxes.extend(boxes)
+            hit = len(boxes) == 1 and iou(boxes[0], Box(*fact["box_2d"])) >= MIN_IOU
+            right.append(self.told(hit, f"the box is {fact['box_2d']}"))
+        if not found.boxes:
+            self.console.print("No box was found: nothing is drawn.")
+        else:
+            self.save(draw(Image.open(SAMPLES / "scene.png").convert("RGB"), found))
+        text = self.facts["text.png"]
+        reply = self.ask("What does it say?", beside=[_part("image", "text.png")])
+        right.append(self.told(reply.text.strip() == text, f"it says {text}"))
+        return all(right)
+
+    def film(self) -> bool:
+        """A short video: frames with their times"""
+        facts = self.facts["film.mp4"]
+        part = _part("video", "film.mp4", frames=len(facts))
+        write(self.console, f"film.mp4: {plan(part['video'], frames=len(facts))}\n", style="dim")
+        # What comes last is in none of the frames before it.
+        return self.color(facts, facts[-1], part)
+
+    def command(self) -> bool:
+        """A spoken command, and the tool that it calls"""
+        fact = self.facts["command.wav"]
+        desk = Desk(Path())  # none of the tools offered looks at files
+        desk.add_event(CHORE, fact["date"], "16:00")
+        shown = f"[command.wav] (a voice: {fact['said']})"
+        heard = [_part("audio", "command.wav")]
+        return self.errand(heard, (CHORE,), desk, SPOKEN_TOOLS, show=shown)
+
+    def color(
+        self, facts: list[dict[str, Any]], fact: dict[str, Any], part: dict[str, Any]
+    ) -> bool:
+        """Asks for the color of one of several shapes; the answer must name it and no other's."""
+        reply = self.ask(f"What color is the {fact['shape']}?", beside=[part])
+        words = set(re.findall(r"\w+", reply.text.lower()))
+        named = words & {other["color"] for other in facts}
+        return self.told(named == {fact["color"]}, f"it is {fact['color']}")
+
+    def told(self, right: bool, truth: str) -> bool:
+        """Says what is true where the answer was wrong."""
+        if not right:
+            write(self.console, f"✗ {truth}\n", style="red")
+        return right
+
+    def save(self, picture: Image.Image) -> None:
+        """Keeps a picture under a name that nothing else has."""
+        with tempfile.NamedTemporaryFile(
+            prefix="gemsmith-demo-", suffix=".png", delete=False
+        ) as file:
+            picture.save(file, "PNG")
+        write(self.console, f"drawn on a copy, which stays: {file.name}\n")
 
     def count(self, text: str) -> int:
         return len(self.lm.tokenizer.encode(text))
@@ -198,6 +288,11 @@ def long_text(fact: str, count: Callable[[str], int], tokens: int) -> str:
         color, thing, other = draw.choice(colors), draw.choice(things), draw.choice(things)
         sentences.append(f"The {color} {thing} stood near the {other}.")
     return " ".join(sentences)
+
+
+def _part(kind: str, name: str, **options: Any) -> dict[str, Any]:
+    """A sample as a content part."""
+    return {"type": kind, kind: SAMPLES / name, **options}
 
 
 def run() -> bool:
