@@ -1,0 +1,93 @@
+"""Codes are packed as documented, and formats refuse what they cannot hold."""
+
+import pytest
+import torch
+
+from gemsmith.errors import ConfigError, WeightsError
+from gemsmith.quant.formats import BITS, Format, Quantized, pack, unpack
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(16,), (3, 8), (2, 5, 24)])
+def test_unpacking_gives_back_every_code(bits, shape):
+    low = -(1 << (bits - 1))
+    codes = torch.randint(low, -low, shape, generator=torch.Generator().manual_seed(0))
+    codes.view(-1)[:2] = torch.tensor([low, -low - 1])
+    codes = codes.to(torch.int8)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (*shape[:-1], shape[-1] * bits // 8)
+    assert torch.equal(unpack(packed, bits), codes)
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "expected"),
+    [
+        (8, [-128, 0, 127], [0, 128, 255]),
+        (4, [-8, 7, 0, -1], [0xF0, 0x78]),
+        (2, [-2, -1, 0, 1], [0b11_10_01_00]),
+    ],
+)
+def test_the_first_code_is_in_the_lowest_bits_offset_by_half(bits, codes, expected):
+    assert pack(torch.tensor(codes, dtype=torch.int8), bits).tolist() == expected
+
+
+def test_a_weight_is_its_code_times_the_scale_of_its_group():
+    codes = torch.tensor([[1, 2, 3, 4], [-1, -2, -3, -4]], dtype=torch.int8)
+    scales = torch.tensor([[1.0, 10.0], [0.5, -2.0]])
+    weight = Quantized.from_codes(Format(4, 2), codes, scales)
+    assert weight.dequantize().tolist() == [[1, 2, 30, 40], [-0.5, -1, 6, 8]]
+    assert weight[1:].dequantize().tolist() == [[-0.5, -1, 6, 8]]
+    assert weight[1:].packed.data_ptr() == weight.packed[1:].data_ptr()
+
+
+def test_an_expert_of_a_stack_is_a_matrix():
+    codes = torch.arange(-8, 8, dtype=torch.int8).view(2, 2, 4)
+    stack = Quantized.from_codes(Format(4), codes, torch.ones(2, 2, 1))
+    assert stack[1].shape == (2, 4)
+    assert torch.equal(stack[1].dequantize(), codes[1].float())
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "bits_per_weight", "size"),
+    [
+        (Format(8), "int8", 8, 100 * (64 + 4)),
+        (Format(4), "int4", 4, 100 * (32 + 4)),
+        (Format(4, 32), "int4-g32", 5, 100 * (32 + 8)),
+        (Format(2, 64), "int2-g64", 2.5, 100 * (16 + 4)),
+    ],
+)
+def test_a_format_says_its_name_and_size(format, text, bits_per_weight, size):
+    assert str(format) == text
+    assert format.bits_per_weight == bits_per_weight
+    assert format.bytes(100, 64) == format.bytes(4, 25, 64) == size
+    codes = torch.zeros(100, 64, dtype=torch.int8)
+    weight = Quantized.from_codes(format, codes, torch.ones(100, format.groups(64)))
+    assert weight.nbytes == size
+
+
+def test_what_no_format_can_hold_is_refused():
+    with pytest.raises(ConfigError, match="bits 3: weights are stored in 2, 4 or 8"):
+        Format(3)
+    with pytest.raises(ConfigError, match="group 0: must be positive"):
+        Format(4, 0)
+    with pytest.raises(ConfigError, match=r"o_proj has rows of 48, which groups of 32 do not .*16"):
+        Format(4, 32).groups(48, "o_proj")
+    with pytest.raises(ConfigError, match=r"rows of 13, which groups of 4 .*use one scale a row"):
+        Format(8, 4).groups(13)
+    with pytest.raises(ConfigError, match="rows of 6: at 2 bits not whole bytes"):
+        Format(2).groups(6)
+
+
+def test_codes_and_scales_must_fit_the_shape():
+    codes, scales = torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4, 1)
+    Quantized(Format(4), (4, 16), codes, scales)
+    for shape, packed, scale in [
+        ((4, 15), codes, scales),
+        ((4, 18), codes, scales),
+        ((4, 16), codes, torch.ones(4, 2)),
+        ((4, 16), codes.char(), scales),
+        ((4, 16), codes, scales.double()),
+    ]:
+        with pytest.raises((WeightsError, ConfigError), match=r"weight .*(codes|bytes)"):
+            Quantized(Format(4), shape, packed, scale)
