@@ -17,7 +17,8 @@ import gemsmith.pocket
 from gemsmith.config import AudioConfig, VisionConfig
 from gemsmith.errors import RequestError
 from gemsmith.evals import items as items_module
-from gemsmith.evals.items import held_out, read_items, read_media_items
+from gemsmith.evals.items import Item, held_out, read_items, read_media_items
+from gemsmith.evals.scoring import Reply, judge
 from gemsmith.media.audio import SAMPLE_RATE, load_audio
 from gemsmith.testing import tiny_media_config
 
@@ -242,6 +243,34 @@ def test_no_text_or_place_of_an_item_is_on_the_side_of_training() -> None:
             continue
         checked += 1
     assert checked > 400
+
+
+def told(item: Item) -> Reply:
+    """The reply that the expectation itself gives."""
+    expected, value = item.expected, item.expected.get("value")
+    if expected["type"] == "calls":
+        return Reply(calls=tuple((call["name"], call["arguments"]) for call in expected["calls"]))
+    if expected["type"] in ("json", "boxes"):
+        return Reply(json.dumps(value))
+    if expected["type"] == "points":
+        middles = [
+            [(y0 + y1) / 2, (x0 + x1) / 2] for y0, x0, y1, x1 in (b["box_2d"] for b in value)
+        ]
+        return Reply(
+            json.dumps(
+                [
+                    {"point": middle, "label": one["label"]}
+                    for middle, one in zip(middles, value, strict=True)
+                ]
+            )
+        )
+    return Reply(str(value))
+
+
+def test_every_shipped_item_can_be_answered_and_silence_is_never_right() -> None:
+    for item in [*read_items(), *read_media_items()]:
+        assert judge(item, told(item)) is None, item.id
+        assert judge(item, Reply()) is not None, item.id
 
 
 def few(path: Path) -> bytes:

@@ -190,6 +190,13 @@ def test_the_best_pair_of_boxes_goes_first() -> None:
     assert judge(item("boxes", [one, moved(one, right=20)]), Reply(json.dumps(found))) is None
 
 
+def test_one_box_does_not_stand_for_two() -> None:
+    one = {"box_2d": [0, 0, 100, 100], "label": "a"}
+    found = [moved(one, right=5), moved(one, right=300)]
+    wrong = judge(item("boxes", [one, moved(one, right=10)]), Reply(json.dumps(found)))
+    assert wrong == "1 of 2 boxes are elsewhere"
+
+
 @pytest.mark.parametrize(
     ("points", "wrong"),
     [
