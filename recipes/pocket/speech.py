@@ -9,12 +9,12 @@ One way to write what is said, in transcripts and calls alike:
 - a time as HH:MM: "seven thirty" is 07:30, "nine oh five" 09:05, "sixteen o'clock" 16:00;
 - digits spoken one by one stay apart in a transcript ("4 7 1") and are joined in a call ("471").
 
-Meant for a tiny tower and a few hours of training: about 250 words, clips of 1 to 4 seconds,
-formant voices in three accents. Every word is said in at least one training clip of a thousand.
-Held out are voices (six timbres, by name, none a near copy of one in training) and one text in
-eight, by hash. Words, names, accents and numbers are shared, so what is measured is known words
-in new order by unknown voices. Not claimed: words never heard, human voices, several speakers,
-music, rooms.
+Meant for a tiny tower and a few hours of training: about 250 words, clips of 1 to 4 seconds, or of
+several sentences as a window of a long recording has them, formant voices in three accents. Every
+word is said in at least one training clip of a thousand. Held out are voices (six timbres, by name,
+none a near copy of one in training) and one text in eight, by hash. Words, names, accents and
+numbers are shared, so what is measured is known words in new order by unknown voices. Not claimed:
+words never heard, human voices, several speakers, music, rooms.
 
 `expected` of a check, beyond the types in README.md: `transcript` with `value`, the words.
 
@@ -42,9 +42,11 @@ from recipes.pocket.schemas import as_is, replaced
 from recipes.pocket.tasks import BY_NAME, NO_TOOL, WHO, Check
 from recipes.pocket.words import DAYS, ROOMS, Draw, Split, _words, side
 
+from gemsmith.engine.media import MAX_CLIP_SECONDS
+from gemsmith.engine.transcribe import CONTEXT, CONTEXT_WORDS, REQUEST
 from gemsmith.media.audio import SAMPLE_RATE, load_audio
 
-KINDS = {"transcribe": 0.5, "call": 0.38, "answer": 0.12}
+KINDS = {"transcribe": 0.44, "reading": 0.08, "call": 0.36, "answer": 0.12}
 SAID = {"sentence": 0.4, "digits": 0.25, "command": 0.35}
 """What is transcribed."""
 ACCENTS = ("en-us", "en-us", "en", "en-gb-x-rp")
@@ -125,7 +127,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "get_date": ("what is the date today", "what day is it", "tell me the date"),
 }
 """What is said for which tool of domains.py, over the names of its parameters."""
-TRANSCRIBE = ("Transcribe the audio.", "What is said here?", "Write down what you hear.")
+TRANSCRIBE = (REQUEST, "What is said here?", "Write down what you hear.")
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,20 @@ class Studio:
     voices: list[str] = field(default_factory=list)
     """Who has spoken."""
 
-    def record(self, spoken: str) -> dict[str, Any]:
-        """The content part of a message that is heard: float32 mono at 16 kHz in [-1, 1]."""
+    def record(self, first: str, *others: str) -> dict[str, Any]:
+        """The content part of a message that is heard: float32 mono at 16 kHz in [-1, 1].
+
+        Several sentences are said by one voice, with pauses between them.
+        """
         d = self.d
         voice = f"{d.pick(ACCENTS)}+{d.pick(VOICES[d.split])}"
         self.voices.append(voice)
-        samples = synthesise(spoken, voice, d.between(*SPEEDS), d.between(*PITCHES), self.cache)
+        speed, pitch = d.between(*SPEEDS), d.between(*PITCHES)
+        samples = synthesise(first, voice, speed, pitch, self.cache)
+        for other in others:
+            pause = np.zeros(d.between(2000, 12000), np.float32)
+            said = synthesise(other, voice, speed, pitch, self.cache)
+            samples = np.concatenate([samples, pause, said])
         noise = np.random.default_rng(d.rng.getrandbits(64))
         around = [np.zeros(d.between(800, 4000), np.float32) for _ in range(2)]
         samples = np.concatenate([around[0], samples, around[1]])
@@ -195,8 +205,8 @@ def generate(
         return _called(studio)
     messages: list[dict[str, Any]] = []
     checks: list[Check] = []
-    for _ in range(d.between(1, 2)):
-        turn = _transcript(studio) if kind == "transcribe" else _answered(studio)
+    for _ in range(1 if kind == "reading" else d.between(1, 2)):
+        turn = TURNS[kind](studio)
         content, reply, category, expected = turn
         messages.append({"role": "user", "content": content})
         checks.append(Check(len(messages), category, expected))
@@ -351,6 +361,26 @@ def _transcript(studio: Studio) -> Turn:
     return content, made.written, f"speech_{kind}", expected
 
 
+def _reading(studio: Studio) -> Turn:
+    """Several sentences as a window of a long recording has them, perhaps after others."""
+    d = studio.d
+    said = [utterance(d, SENTENCES) for _ in range(d.between(3, 9))]
+    before = said[:2] if d.chance(0.4) else []
+    request = REQUEST
+    if before:
+        words = " ".join(one.written for one in before).split()[-CONTEXT_WORDS:]
+        request = f"{REQUEST} {CONTEXT.format(' '.join(words))}"
+    heard = said[len(before) :]
+    part = studio.record(*(one.spoken for one in heard))
+    while len(part["audio"]) > MAX_CLIP_SECONDS * SAMPLE_RATE:
+        heard.pop()
+        studio.voices.pop()
+        part = studio.record(*(one.spoken for one in heard))
+    written = " ".join(one.written for one in heard)
+    expected = {"type": "transcript", "value": written}
+    return [part, {"type": "text", "text": request}], written, "speech_reading", expected
+
+
 def _spoken_tools(d: Draw) -> tuple[str, ...]:
     """Tools of which something is said on the split's side; a request without values is on one."""
     return tuple(
@@ -378,6 +408,9 @@ def _answered(studio: Studio) -> Turn:
     spoken = f"{d.pick(('what is', 'how much is'))} {number_words(a)} {word} {number_words(b)}"
     expected = {"type": "answer", "value": value}
     return [studio.record(spoken)], f"The answer is {value}.", "speech_answer", expected
+
+
+TURNS = {"transcribe": _transcript, "reading": _reading, "answer": _answered}
 
 
 def _called(studio: Studio) -> Spoken:

@@ -28,7 +28,7 @@ class Listener:
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
     def generate(self, messages: Any, **options: Any) -> Any:
-        text, sound = messages[0]["content"]
+        sound, text = messages[0]["content"]
         self.asked.append((text["text"], options))
         said = self.instead.pop(0) if self.instead else None
         if said is None:

@@ -81,12 +81,26 @@ def test_every_conversation_is_heard_and_renders(heard: dict[Split, list[Spoken]
 
 @spoken_here
 def test_clips_are_short_and_within_range(heard: dict[Split, list[Spoken]]) -> None:
-    made = [clip for talks in heard.values() for talk in talks for clip in clips(talk)]
-    for clip in made:
-        assert clip.dtype == np.float32
-        assert 0.5 < len(clip) / speech.SAMPLE_RATE < 5
-        assert 0.1 < np.abs(clip).max() <= 1
-    assert sum(len(clip) for clip in made) / len(made) / speech.SAMPLE_RATE < 2.5
+    made: dict[str, list[float]] = {"short": [], "reading": []}
+    for talk in heard["train"] + heard["heldout"]:
+        for clip in clips(talk):
+            assert clip.dtype == np.float32
+            assert 0.1 < np.abs(clip).max() <= 1
+            long = talk.kind == "speech/reading"
+            made["reading" if long else "short"].append(len(clip) / speech.SAMPLE_RATE)
+    assert 0.5 < min(made["short"]) < max(made["short"]) < 5
+    assert sum(made["short"]) / len(made["short"]) < 2.5
+    assert 4 < max(made["reading"]) <= 30
+
+
+@spoken_here
+def test_a_reading_goes_on_after_what_its_request_tells(heard: dict[Split, list[Spoken]]) -> None:
+    for talk in heard["train"]:
+        if talk.kind == "speech/reading":
+            asked = talk.messages[0]["content"][1]["text"]
+            before = re.fullmatch(r'Transcribe the audio\.(?: It goes on after: "(.+)")?', asked)
+            assert before
+            assert not before[1] or before[1] not in talk.messages[1]["content"]
 
 
 @spoken_here

@@ -88,7 +88,7 @@ def _window(lm: LM, samples: np.ndarray, before: str, options: dict[str, Any]) -
     for request in _requests(before, options, len(samples) / SAMPLE_RATE):
         asked = request.pop("text")
         part = {"type": "audio", "audio": samples, "sample_rate": SAMPLE_RATE}
-        content = [{"type": "text", "text": asked}, part]
+        content = [part, {"type": "text", "text": asked}]  # the order that Google recommends
         reply = lm.generate([{"role": "user", "content": content}], **request)
         text = " ".join(reply.text.split())
         looped = is_repetition(text)
