@@ -4,7 +4,7 @@ Files: see gemsmith.train.data and gemsmith.train.media. Prints tokens and media
 
 Run: python -m recipes.pocket.build_data TOKENIZER_FOLDER OUT_FOLDER --count 60000 [--media]
 
-With --media a part of the conversations, see SHARES, is about pictures or heard (this needs
+With --media a part of the conversations, see SHARES, is about pictures and films or heard (this needs
 espeak-ng); without it all are text.
 """
 
@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recipes.pocket import generator, pictures, speech
+from PIL import Image
+from recipes.pocket import films, generator, pictures, speech
 from recipes.pocket.generator import Conversation
 from recipes.pocket.train import POCKET
 from recipes.pocket.words import Draw, Split
 
 from gemsmith.engine import media
+from gemsmith.media.video import load_video
 from gemsmith.text import chat
 from gemsmith.text.tokenizer import Tokenizer
 from gemsmith.train.data import model_turn_mask
@@ -39,8 +41,9 @@ GENERATORS: dict[str, Callable[[Split, int, int], Conversation]] = {
     "text": generator.generate,
     "picture": pictures.generate,
     "speech": speech.generate,
+    "film": films.generate,
 }
-SHARES = {"text": 0.35, "picture": 0.4, "speech": 0.25}
+SHARES = {"text": 0.34, "picture": 0.39, "speech": 0.24, "film": 0.03}
 """Of conversations in a data set with media. By tokens, the text that the decoder knows already is
 about half, so that it is not forgotten."""
 DECISION_WEIGHT = 10
@@ -81,7 +84,7 @@ def encode(tokenizer: Tokenizer, talk: Conversation) -> list[int]:
 
 def encode_media(tokenizer: Tokenizer, talk: Conversation) -> tuple[list[int], list[Medium]]:
     """Token ids as inference makes them, soft tokens included, and what those stand for."""
-    budget = talk.budget if isinstance(talk, pictures.Picture) else 0
+    budget = talk.budget if isinstance(talk, pictures.Picture) else films.BUDGET
     runs = media.collect(talk.messages, POCKET, image_budget=budget)
     prompt = media.expand(encode(tokenizer, talk), runs, POCKET, tokenizer)
     parts = [
@@ -91,20 +94,27 @@ def encode_media(tokenizer: Tokenizer, talk: Conversation) -> tuple[list[int], l
         for part in message["content"]
         if part["type"] != "text"
     ]
+    stored = [medium for part in parts for medium in _stored(part)]
     made = [
-        Medium(*_stored(part), span.start, span.run.tokens, budget)
-        for part, span in zip(parts, prompt.spans, strict=True)
+        Medium(kind, data, span.start, span.run.tokens, budget)
+        for (kind, data), span in zip(stored, prompt.spans, strict=True)
     ]
     return prompt.ids, made
 
 
-def _stored(part: dict[str, Any]) -> tuple[int, bytes]:
-    """Kind and bytes of a picture or sound."""
+def _stored(part: dict[str, Any]) -> list[tuple[int, bytes]]:
+    """Kind and bytes of a picture, a sound, or the frames of a film."""
     if part["type"] == "audio":
-        return SOUND, pcm(part["audio"])
+        return [(SOUND, pcm(part["audio"]))]
+    if part["type"] == "video":
+        return [(IMAGE, _png(f)) for f in load_video(part["video"], frames=part["frames"]).frames]
+    return [(IMAGE, _png(part["image"]))]
+
+
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    part["image"].save(file, "PNG")
-    return IMAGE, file.getvalue()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def loss_mask(tokenizer: Tokenizer, ids: Sequence[int]) -> np.ndarray:
@@ -201,11 +211,10 @@ def build(
     stop = start + count
     jobs = [(i, min(i + 200, stop)) for i in range(start, stop, 200)]
     out.mkdir(parents=True, exist_ok=True)
-    writer = MediaWriter(out, split)
     talks: list[tuple[str, np.ndarray, np.ndarray]] = []
     rows: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)
     at = too_long = 0
-    with Pool(workers, _start, (tokenizer,)) as pool:
+    with MediaWriter(out, split) as writer, Pool(workers, _start, (tokenizer,)) as pool:
         for left_out, made in pool.imap(make, jobs):
             too_long += left_out
             for talk in made:
@@ -223,7 +232,6 @@ def build(
                 row = (len(talk.ids), int((talk.mask > 0).sum()), len(talk.media), soft)
                 rows[talk.kind].append(row)
                 rows["all"].append(row)
-    writer.close()
     offsets = np.cumsum([0] + [len(ids) for _, ids, _ in talks], dtype=np.int64)
     np.save(out / f"{split}.ids.npy", np.concatenate([ids for _, ids, _ in talks]))
     np.save(out / f"{split}.mask.npy", np.concatenate([mask for _, _, mask in talks]))

@@ -277,7 +277,7 @@ def _description(d: Draw, things: list[Thing]) -> Turn:
     text = listed([f"{'an' if t.color[0] == 'o' else 'a'} {t.label}" for t in things])
     question = d.pick(("Describe the picture.", "What do you see?", "What is in the picture?"))
     reply = text[0].upper() + text[1:] + "."
-    return _answer(question, reply, "picture_description", text[1:])
+    return _answer(question, reply, "picture_description", text.split(" ", 1)[1])
 
 
 def _count(d: Draw, things: list[Thing], by: str) -> Turn:

@@ -156,6 +156,19 @@ def test_an_animation_is_a_video(format: str):
     assert film.problems == []
 
 
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_frames_that_store_only_what_changed_are_whole(format: str):
+    frames = [Image.new("RGB", (200, 300), "white") for _ in range(3)]
+    for i, frame in enumerate(frames):
+        frame.paste((255, 0, 0), (20 + 60 * i, 50, 60 + 60 * i, 90))
+    file = io.BytesIO()
+    lossless = {"lossless": True} if format == "WEBP" else {}
+    frames[0].save(file, format, save_all=True, append_images=frames[1:], duration=2000, **lossless)
+    film = load_video(file.getvalue(), frames=3)
+    assert [frame.tobytes() for frame in film.frames] == [frame.tobytes() for frame in frames]
+    assert film.stamps == ["00:00", "00:02", "00:04"]
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_an_image_is_a_video_of_one_frame(format: str):
     file = io.BytesIO()

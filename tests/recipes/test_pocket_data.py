@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recipes.pocket import build_data, build_heldout, pictures, speech, tokenizer
+from recipes.pocket import build_data, build_heldout, films, pictures, speech, tokenizer
 from recipes.pocket.domains import HELDOUT_TOOLS, TOOLS
 from recipes.pocket.generator import KINDS, Conversation, conversations, generate, tool_conversation
 from recipes.pocket.schemas import POOLS
@@ -18,6 +18,7 @@ from recipes.pocket.train import POCKET
 from recipes.pocket.words import Draw
 
 from gemsmith.engine import media
+from gemsmith.media.video import load_video
 from gemsmith.text import chat
 from gemsmith.text.tokenizer import Tokenizer
 from gemsmith.train.data import TokenSet, make_batch
@@ -412,6 +413,32 @@ def test_pictures_of_a_set_are_what_inference_makes(
         assert soft.at_S.tolist() == list(range(span.start, span.stop))
         assert np.array_equal(soft.values_PC, span.run.features)
         assert np.array_equal(soft.positions_P2, span.run.places)
+
+
+def test_frames_of_a_set_are_what_inference_makes(
+    folder: Path, words: Tokenizer, tmp_path: Path
+) -> None:
+    data = built(folder, tmp_path, {"film": 1.0})
+    for c in range(6):
+        wanted = prompt(words, films.generate("train", 0, c), films.BUDGET)
+        soft = make_batch(data, [c], batch_tokens=len(wanted.ids)).soft
+        assert soft is not None
+        assert len(wanted.spans) >= 2
+        spans = wanted.spans
+        assert soft.at_S.tolist() == [i for s in spans for i in range(s.start, s.stop)]
+        assert np.array_equal(soft.values_PC, np.concatenate([s.run.features for s in spans]))
+
+
+def test_what_a_film_shows_is_told_in_order() -> None:
+    for index in range(40):
+        talk = films.generate("train", 0, index)
+        assert talk == films.generate("train", 0, index)
+        for check in talk.checks:
+            reply = talk.messages[check.upto]["content"]
+            assert check.expected["value"] in reply
+        reply = " ".join(m["content"] for m in talk.messages if m["role"] == "assistant")
+        shown = load_video(talk.messages[0]["content"][0]["video"], frames=4).stamps
+        assert set(re.findall(r"00:\d\d", reply)) <= set(shown)
 
 
 @pytest.mark.skipif(not speech.available(), reason="espeak-ng is not installed")

@@ -389,10 +389,14 @@ def _audio_seconds(container: InputContainer, otherwise: float) -> float | None:
 
 
 def _animation(found: bytes | Path, name: str) -> Survey | None:
-    """WebP and AVIF, of which FFmpeg sees the first frame or nothing; None if it is neither."""
+    """WebP, AVIF and PNG, of which FFmpeg decodes the first frame or nothing; None if it is none."""
     with io.BytesIO(found) if isinstance(found, bytes) else found.open("rb") as file:
         head = file.read(16)
-    if not (head[8:12] == b"WEBP" or head[4:12] in (b"ftypavis", b"ftypavif")):
+    if not (
+        head[8:12] == b"WEBP"
+        or head[4:12] in (b"ftypavis", b"ftypavif")
+        or head[:8] == b"\x89PNG\r\n\x1a\n"
+    ):
         return None
     with _by_pillow(found, name) as image:
         _check_size(image.width, image.height, name)
@@ -434,7 +438,8 @@ def _from_animation(reel: Survey, wanted: list[int], problems: list[str]) -> dic
 def _by_pillow(found: bytes | Path, name: str) -> Iterator[Image.Image]:
     try:
         with Image.open(
-            io.BytesIO(found) if isinstance(found, bytes) else found, formats=["WEBP", "AVIF"]
+            io.BytesIO(found) if isinstance(found, bytes) else found,
+            formats=["WEBP", "AVIF", "PNG"],
         ) as image:
             yield image
     except MediaError:
