@@ -4,8 +4,8 @@ Files: see gemsmith.train.data and gemsmith.train.media. Prints tokens and media
 
 Run: python -m recipes.pocket.build_data TOKENIZER_FOLDER OUT_FOLDER --count 60000 [--media]
 
-With --media a part of the conversations, see SHARES, is about pictures and films or heard (this needs
-espeak-ng); without it all are text.
+With --media a part of the conversations, see SHARES, is about pictures and films, or heard (this
+needs espeak-ng); without it all are text.
 """
 
 import argparse
