@@ -4,10 +4,14 @@ Many CPUs have no bfloat16 multiplier, and there a bfloat16 product of many rows
 slower than the same in float32. So a tall product widens the weight on the way, a block of rows at
 a time. The result differs from the plain product only by rounding (it accumulates in float32).
 
+A weight may also be something other than a tensor, stored in few bits for one: then it multiplies
+itself, and whoever asks for the product need not know.
+
 Shapes: T rows, D inputs, O outputs.
 """
 
 from functools import cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,21 @@ BLOCK_OUTPUTS = 2048
 """Rows of the weight widened at once: at most 2048 * D * 4 bytes beside the model."""
 
 
+class Factor(Protocol):
+    """A weight [O, D], or a stack of weights, that is no tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> "Factor":
+        """One weight of a stack, or some outputs."""
+        ...
+
+    def multiply(self, x_TD: Tensor) -> Tensor:
+        """x @ self.T, [T, O] in x's dtype."""
+        ...
+
+
 @cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this CPU has bfloat16 products: AMX, AVX512-BF16, or an Arm CPU."""
@@ -26,8 +45,10 @@ def cpu_multiplies_bfloat16() -> bool:
     return not x86 or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+def linear(x_TD: Tensor, weight_OD: Tensor | Factor) -> Tensor:
     """x @ weight.T, [T, O] in x's dtype."""
+    if not isinstance(weight_OD, Tensor):
+        return weight_OD.multiply(x_TD)
     slow = weight_OD.dtype == torch.bfloat16 and x_TD.device.type == "cpu"
     if not slow or x_TD.shape[0] < MIN_ROWS or cpu_multiplies_bfloat16() or _needs_grad(weight_OD):
         return F.linear(x_TD, weight_OD)

@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemsmith.ops.linear import linear
+from gemsmith.ops.linear import Factor, linear
 
 
 def experts(
-    x_TD: Tensor, index_TA: Tensor, weight_TA: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
+    x_TD: Tensor,
+    index_TA: Tensor,
+    weight_TA: Tensor,
+    gate_up_EFD: Tensor | Factor,
+    down_EDF: Tensor | Factor,
 ) -> Tensor:
     """Weighted sum of the chosen experts' gated MLPs, [T, D].
 
