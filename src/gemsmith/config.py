@@ -33,7 +33,7 @@ LAYER_TYPES: tuple[LayerType, ...] = ("sliding_attention", "full_attention")
 MAX_CONFIG_BYTES = 4 << 20
 
 # Keys of released config.json files that change nothing about inference, or that gemsmith
-# derives. Any other key that is not a field is reported.
+# derives; how weights are stored is read with them. Any other key that is not a field is reported.
 IGNORED_KEYS = frozenset(
     """
     architectures attention_bias attention_dropout auto_map bad_words_ids chunk_size_feed_forward
@@ -41,6 +41,7 @@ IGNORED_KEYS = frozenset(
     global_head_dim gradient_clipping id2label initializer_range is_decoder
     is_encoder_decoder label2id max_position_embeddings_original name_or_path _name_or_path
     output_attentions output_hidden_states per_layer_config prefix problem_type
+    quantization_config
     query_pre_attn_scalar return_dict _sliding_window_pattern sliding_window_pattern
     task_specific_params tie_encoder_decoder torch_dtype transformers_version use_cache
     vision_soft_tokens_per_image _attn_implementation _commit_hash
@@ -197,6 +198,7 @@ class TextConfig:
     sliding_rope: RopeParameters = SLIDING_ROPE
     full_rope: RopeParameters = FULL_ROPE
     tie_word_embeddings: bool = True
+    """False only in low-bit checkpoints that store head and embedding apart."""
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
     eos_token_id: tuple[int, ...] = (1,)
@@ -259,8 +261,6 @@ class TextConfig:
                 f"use_bidirectional_attention is {self.use_bidirectional_attention!r}; "
                 'only null and "vision" are Gemma 4 decoders'
             )
-        if not self.tie_word_embeddings:
-            raise refuse("tie_word_embeddings is false; every Gemma 4 ties head and embedding")
         if self.rms_norm_eps <= 0:
             raise refuse(f"rms_norm_eps {self.rms_norm_eps} must be positive")
         if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
@@ -529,11 +529,6 @@ class Gemma4Config:
         if not isinstance(data, dict):
             raise ConfigError(f"config.json: expected a JSON object, got {type(data).__name__}")
         kind = data.get("model_type")
-        if "quantization_config" in data:
-            raise ConfigError(
-                "config.json: quantization_config is present; this version reads unquantized "
-                "checkpoints only. Use the bfloat16 checkpoint of the same model."
-            )
         if kind in ("gemma4_text", "gemma4_unified_text"):
             text = TextConfig.from_dict(data)
             return cls(
@@ -565,6 +560,8 @@ class Gemma4Config:
                     "keep one"
                 )
         text = data.get("text_config")
+        if isinstance(text, dict) and data.get("tie_word_embeddings") is False:
+            data["text_config"] = text = text | {"tie_word_embeddings": False}
         if isinstance(text, dict) and data.get("eos_token_id") is None:
             data["eos_token_id"] = text.get("eos_token_id", 1)
         unified = kind == "gemma4_unified"
@@ -583,6 +580,7 @@ class Gemma4Config:
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         out["text_config"] = self.text_config.to_dict()
         out["eos_token_id"] = _ids_json(self.eos_token_id)
+        out["tie_word_embeddings"] = self.text_config.tie_word_embeddings
         unified = self.model_type == "gemma4_unified"
         name = (
             "Gemma4UnifiedForConditionalGeneration" if unified else "Gemma4ForConditionalGeneration"

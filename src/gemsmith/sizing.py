@@ -82,12 +82,15 @@ def layer_parameters(config: TextConfig, plan: LayerPlan) -> dict[str, int]:
 def parameters(config: Gemma4Config) -> dict[str, int]:
     """Trainable weights by part of the model; their sum is the model's size.
 
-    Parts: embedding (tied to the head), ple_table, ple_projection, attention, mlp, norms, and
-    where the size has them experts, router, ple, vision, audio with their projections.
+    Parts: embedding (tied to the head, or else head beside it), ple_table, ple_projection,
+    attention, mlp, norms, and where the size has them experts, router, ple, vision, audio with
+    their projections.
     """
     text = config.text_config
     d, p = text.hidden_size, text.hidden_size_per_layer_input
     parts = {"embedding": text.vocab_size * d}
+    if not text.tie_word_embeddings:
+        parts["head"] = text.vocab_size * d
     if p:
         width = text.num_hidden_layers * p
         parts["ple_table"] = text.vocab_size_per_layer_input * width
@@ -174,6 +177,8 @@ def decode_bytes(config: TextConfig, context: int, bytes_per_value: int = 2) -> 
     if config.hidden_size_per_layer_input:
         width = config.num_hidden_layers * config.hidden_size_per_layer_input
         active -= (config.vocab_size_per_layer_input - 1) * width
+    if not config.tie_word_embeddings:
+        active -= (config.vocab_size - 1) * config.hidden_size
     reads = 0
     for plan in config.layers:
         source = config.layers[plan.kv_source]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from gemsmith.cache.none import NoCache
 from gemsmith.config import PRESETS, Gemma4Config
 from gemsmith.errors import ConfigError, WeightsError
 from gemsmith.model.text import TextModel
+from gemsmith.sizing import parameters, text_parameters
 from gemsmith.testing import SIZES, random_model, tiny_config
 from gemsmith.weights import save
 from gemsmith.weights.load import load_model, read_header
@@ -236,3 +238,19 @@ def test_transformers_reads_what_is_saved(tmp_path, size, max_shard_bytes):
     with torch.no_grad():
         theirs = hf(input_ids=IDS[None]).logits[0]
     torch.testing.assert_close(logits(model), theirs, atol=2e-4, rtol=1e-4)
+
+
+def test_a_head_of_its_own_is_saved_loaded_and_used(tmp_path):
+    tied = tiny_config("E2B")
+    config = replace(tied, text_config=replace(tied.text_config, tie_word_embeddings=False))
+    model = random_model(config)
+    save_model(model, config, tmp_path)
+    assert "lm_head.weight" in read_header(tmp_path / "model.safetensors")
+    loaded_config, loaded = load_model(tmp_path, ple="memory")
+    assert not loaded_config.text_config.tie_word_embeddings
+    assert_equal(loaded, model)
+    before = logits(loaded)
+    loaded.lm_head.weight.data.mul_(0.5)
+    assert not torch.equal(logits(loaded), before)
+    assert parameters(config)["head"] == parameters(config)["embedding"]
+    assert text_parameters(config.text_config) == sum(p.numel() for p in model.parameters())

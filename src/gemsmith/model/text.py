@@ -276,6 +276,8 @@ class TextModel(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, D, **where)
         self.layers = nn.ModuleList(DecoderLayer(config, p, **where) for p in config.layers)
         self.norm = RMSNorm(D, config.rms_norm_eps, **where)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(D, config.vocab_size, **where)
         if P:
             # Any module from ids [T] to rows [T, L*P] may stand here; see weights/ple.py.
             self.embed_tokens_per_layer = Embedding(
@@ -352,8 +354,12 @@ class TextModel(nn.Module):
         return (self.per_layer_projection_norm(context) + identity) * 2**-0.5
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """float32 [R, V], capped: c * tanh(logits / c). The head is the token embedding."""
-        logits_RV = linear(hidden_RD, self.embed_tokens.weight).float()
+        """float32 [R, V], capped: c * tanh(logits / c).
+
+        The head is the token embedding, save in low-bit checkpoints that store the two apart.
+        """
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        logits_RV = linear(hidden_RD, head.weight).float()
         cap = self.config.final_logit_softcapping
         return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
 

@@ -330,7 +330,7 @@ def _check_dtypes(stored: dict[str, StoredTensor], chosen: dict[str, str], folde
 def _check_head(stored: dict[str, StoredTensor], chosen: dict[str, str]) -> None:
     """A stored output head must be the embedding it is tied to; some rows are compared."""
     for key, head in stored.items():
-        if module_name(key) != HEAD:
+        if module_name(key) != HEAD or HEAD in chosen:
             continue
         table = stored[chosen[EMBEDDING]]
         step = -(-table.shape[0] // HEAD_ROWS_COMPARED)

@@ -38,6 +38,11 @@ def module_name(key: str) -> str:
     return next(key.removeprefix(p) for p in PREFIXES if key.startswith(p))
 
 
+def written_key(name: str) -> str:
+    """The key a decoder's tensor is written under; transformers has the head outside."""
+    return name if name == HEAD else WRITTEN_PREFIX + name
+
+
 def is_tower(key: str) -> bool:
     """Whether the tensor belongs to image or audio input."""
     return key.removeprefix("model.").startswith(TOWERS)
@@ -79,6 +84,8 @@ def expected_shapes(config: TextConfig) -> dict[str, Shape]:
             shapes[at + "per_layer_projection.weight"] = (d, p)
             shapes[at + "post_per_layer_input_norm.weight"] = (d,)
     shapes["norm.weight"] = (d,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, d)
     if p:
         width = config.num_hidden_layers * p
         shapes[PLE_TABLE] = (config.vocab_size_per_layer_input, width)
@@ -89,7 +96,9 @@ def expected_shapes(config: TextConfig) -> dict[str, Shape]:
 
 def unused_shapes(config: TextConfig) -> dict[str, Shape]:
     """Tensors a checkpoint may hold that the decoder never reads: shared layers' K/V, the head."""
-    shapes = {HEAD: (config.vocab_size, config.hidden_size)}
+    shapes: dict[str, Shape] = {}
+    if config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
     for plan in config.layers:
         if not plan.owns_kv:
             shapes |= _kv_shapes(config, plan.index)
@@ -125,7 +134,7 @@ def match(
         chosen[name] = key
         if shape != want:
             misshapen.append(f"{key} is {list(shape)}, expected {list(want)}")
-    missing = [WRITTEN_PREFIX + name for name in expected if name not in chosen]
+    missing = [written_key(name) for name in expected if name not in chosen]
 
     parts = []
     if missing:

@@ -33,7 +33,7 @@ from gemsmith.errors import ConfigError, WeightsError
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.weights.load import COMPUTE, DTYPES, INDEX, SINGLE
-from gemsmith.weights.names import PLE_TABLE, WRITTEN_PREFIX, expected_shapes
+from gemsmith.weights.names import PLE_TABLE, expected_shapes, written_key
 from gemsmith.weights.ple import PLEStore
 
 ALIGNMENT = 64
@@ -141,7 +141,7 @@ def _sources(model: TextModel, config: Gemma4Config, dtype: torch.dtype | None) 
             shape, own = tuple(data.shape), data.dtype
             _check_savable(name, data)
         shapes[name] = shape
-        sources.append(_Source(WRITTEN_PREFIX + name, shape, dtype or own, data))
+        sources.append(_Source(written_key(name), shape, dtype or own, data))
     expected = expected_shapes(config.text_config)
     if shapes != expected:
         name = next(n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n))
