@@ -17,6 +17,13 @@ pip finds no $(TORCH) for $(shell $(PYTHON) --version). Two ways on:
 endef
 export NO_TORCH
 
+# A change in the C++ extension is built by the next target. pip tells nobody that it could not be.
+NATIVE := $(wildcard native/*)
+NO_NATIVE := the C++ extension was not built (is there a C++ compiler?); everything works, slower
+define CHECK_NATIVE
+@$(BIN)/python -c 'import gemsmith._native' 2>/dev/null || echo "$(NO_NATIVE)"
+endef
+
 .PHONY: demo test lint format bench clean
 
 demo: $(VENV)/.run
@@ -40,7 +47,7 @@ bench: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.media
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
@@ -50,10 +57,12 @@ $(VENV)/.torch: constraints.txt
 	@$(PIP) $(PIP_TORCH_ARGS) '$(TORCH)' || { echo "$$NO_TORCH" >&2; exit 1; }
 	@touch $@
 
-$(VENV)/.run: $(VENV)/.torch pyproject.toml constraints.txt
+$(VENV)/.run: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
 	@$(PIP) -e .
+	$(CHECK_NATIVE)
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml constraints.txt $(NATIVE)
 	@$(PIP) -e '.[dev]'
+	$(CHECK_NATIVE)
 	@touch $@ $(VENV)/.run

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from gemsmith.cli.main import app
 from gemsmith.config import PRESETS, text_only
+from gemsmith.ops import cpu
 
 NEARLY = (
     "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n"
@@ -33,6 +34,24 @@ def test_the_machine_and_the_versions_are_told():
     assert facts["versions"]["torch"]
     assert facts["paths"]["attention"] == "torch.nn.functional.scaled_dot_product_attention"
     assert facts["machine"]["cpu"] in doctor()
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the extension is not built")
+def test_the_instruction_set_in_use_is_told():
+    cpu.force_isa("generic")
+    try:
+        assert "own kernels" in doctor()
+        told = json.loads(doctor("--json"))["paths"]["own kernels"]
+        assert told.startswith("generic (of generic")
+    finally:
+        cpu.force_isa(None)
+    assert json.loads(doctor("--json"))["paths"]["own kernels"].startswith(f"{cpu.isas()[-1]} (of")
+
+
+def test_the_absence_of_the_extension_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "_native", lambda: None)
+    told = json.loads(doctor("--json"))["paths"]["own kernels"]
+    assert told == "not built: torch does their work, slower"
 
 
 def test_a_template_that_differs_is_shown_and_exits_1(folder: Path):

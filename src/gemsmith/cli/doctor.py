@@ -63,6 +63,8 @@ def _paths(gpus: list[hardware.Gpu]) -> dict[str, str]:
         return {"device": "none: torch is not installed"}
     import torch
 
+    from gemsmith.ops import cpu
+
     libraries = [
         name
         for name, there in (
@@ -79,7 +81,11 @@ def _paths(gpus: list[hardware.Gpu]) -> dict[str, str]:
             f"{' and '.join(libraries)}"
         ),
         "attention": "torch.nn.functional.scaled_dot_product_attention",
-        "own kernels": "none in this version",
+        "own kernels": (
+            f"{cpu.isa()} (of {', '.join(cpu.isas())}), {cpu.threads()} threads"
+            if cpu.available()
+            else "not built: torch does their work, slower"
+        ),
     }
 
 

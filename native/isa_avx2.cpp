@@ -1,0 +1,103 @@
+// AVX2: x86 CPUs since 2013. Half a line (8 outputs x 4 bytes) in a register.
+//
+// vpmaddubsw adds two products u*x in 16 bits and saturates. 2- and 4-bit codes stay below that for
+// several steps, which are added in 16 bits before they are widened; 8-bit codes would pass it at
+// once, so they are widened first.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace gemsmith {
+namespace {
+
+constexpr int SMALL_TILE = 4, LARGE_TILE = 4;
+
+inline __m256i broadcast4(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof(four));
+  return _mm256_set1_epi32(four);
+}
+
+template <int B, int M, bool G>
+void tile(const Product& p, int64_t block, int64_t m0) {
+  constexpr int F = 8 / B;
+  // Lines added in 16 bits: 8 steps of 2 * 15 * 128, or 32 steps of 2 * 3 * 128, fit.
+  constexpr int64_t TOGETHER = B == 4 ? 4 : 8;
+  const __m256i mask = _mm256_set1_epi8((1 << B) - 1), ones = _mm256_set1_epi16(1);
+  const __m256i low_bytes = _mm256_set1_epi16(0xff);
+  const int64_t n0 = block * BLOCK;
+  for (int half = 0; half < 2 && n0 + 8 * half < p.N; half++) {
+    const uint8_t* w = p.lines + block * p.line_count * LINE + 32 * half;
+    const float* scale = p.scales + block * p.groups * BLOCK + 8 * half;
+    const int8_t* x = p.x + m0 * p.stride;
+    __m256 total[M];
+    for (int m = 0; m < M; m++) total[m] = _mm256_setzero_ps();
+    for (int64_t g = 0; g < p.groups; g++, scale += BLOCK) {
+      __m256i sum[M];
+      for (int m = 0; m < M; m++) sum[m] = _mm256_set1_epi32(p.sums[(m0 + m) * p.groups + g]);
+      if constexpr (B == 8) {
+        for (int64_t l = 0; l < p.group_lines; l++, w += LINE, x += 4) {
+          const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+          _mm_prefetch(reinterpret_cast<const char*>(w) + 2048, _MM_HINT_T0);
+          const __m256i even = _mm256_and_si256(q, low_bytes), odd = _mm256_srli_epi16(q, 8);
+          for (int m = 0; m < M; m++) {
+            const __m256i four = broadcast4(x + m * p.stride);
+            const __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
+            const __m256i x_odd = _mm256_srai_epi16(four, 8);
+            sum[m] = _mm256_add_epi32(
+                sum[m], _mm256_add_epi32(_mm256_madd_epi16(even, x_even),
+                                         _mm256_madd_epi16(odd, x_odd)));
+          }
+        }
+      } else {
+        for (int64_t l = 0; l < p.group_lines;) {
+          const int64_t end = l + TOGETHER < p.group_lines ? l + TOGETHER : p.group_lines;
+          __m256i shorts[M];
+          for (int m = 0; m < M; m++) shorts[m] = _mm256_setzero_si256();
+          for (; l < end; l++, w += LINE) {
+            __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+            _mm_prefetch(reinterpret_cast<const char*>(w) + 2048, _MM_HINT_T0);
+            for (int f = 0; f < F; f++, x += 4) {
+              const __m256i u = _mm256_and_si256(q, mask);
+              q = _mm256_srli_epi16(q, B);
+              for (int m = 0; m < M; m++)
+                shorts[m] = _mm256_add_epi16(
+                    shorts[m], _mm256_maddubs_epi16(u, broadcast4(x + m * p.stride)));
+            }
+          }
+          for (int m = 0; m < M; m++)
+            sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(shorts[m], ones));
+        }
+      }
+      const __m256 s = _mm256_loadu_ps(scale);
+      for (int m = 0; m < M; m++)
+        total[m] = _mm256_add_ps(total[m], _mm256_mul_ps(_mm256_cvtepi32_ps(sum[m]), s));
+    }
+    const int64_t left = p.N - n0 - 8 * half;
+    for (int m = 0; m < M; m++) {
+      float* y = p.y + (m0 + m) * p.N + n0 + 8 * half;
+      const __m256 scaled = _mm256_mul_ps(total[m], _mm256_set1_ps(p.sx[m0 + m]));
+      if (left >= 8) {
+        _mm256_storeu_ps(y, scaled);
+      } else {
+        float row[8];
+        _mm256_storeu_ps(row, scaled);
+        std::memcpy(y, row, static_cast<size_t>(left) * sizeof(float));
+      }
+    }
+  }
+}
+
+bool runs_here() { return __builtin_cpu_supports("avx2"); }
+
+}  // namespace
+}  // namespace gemsmith
+
+#include "product-inl.h"
+#include "rows-inl.h"
+
+namespace gemsmith {
+const Kernels AVX2 = {"avx2", runs_here, product, quantize, read};
+}

@@ -1,0 +1,49 @@
+// Any CPU: what the others must equal.
+#include "kernels.h"
+
+namespace gemsmith {
+namespace {
+
+constexpr int SMALL_TILE = 4, LARGE_TILE = 4;
+
+template <int B, int M, bool G>
+void tile(const Product& p, int64_t block, int64_t m0) {
+  constexpr int F = 8 / B;
+  constexpr unsigned MASK = (1u << B) - 1;
+  const uint8_t* w = p.lines + block * p.line_count * LINE;
+  const float* scale = p.scales + block * p.groups * BLOCK;
+  const int8_t* x = p.x + m0 * p.stride;
+  float total[M][BLOCK] = {};
+  for (int64_t g = 0; g < p.groups; g++, scale += BLOCK) {
+    int32_t sum[M][BLOCK];
+    for (int m = 0; m < M; m++)
+      for (int row = 0; row < BLOCK; row++) sum[m][row] = p.sums[(m0 + m) * p.groups + g];
+    for (int64_t l = 0; l < p.group_lines; l++, w += LINE)
+      for (int f = 0; f < F; f++, x += 4)
+        for (int m = 0; m < M; m++) {
+          const int8_t* at = x + m * p.stride;
+          for (int row = 0; row < BLOCK; row++)
+            for (int i = 0; i < 4; i++)
+              sum[m][row] += static_cast<int32_t>(w[4 * row + i] >> (B * f) & MASK) * at[i];
+        }
+    for (int m = 0; m < M; m++)
+      for (int row = 0; row < BLOCK; row++)
+        total[m][row] += static_cast<float>(sum[m][row]) * scale[row];
+  }
+  const int64_t n0 = block * BLOCK;
+  for (int m = 0; m < M; m++)
+    for (int64_t row = 0; row < BLOCK && n0 + row < p.N; row++)
+      p.y[(m0 + m) * p.N + n0 + row] = total[m][row] * p.sx[m0 + m];
+}
+
+bool runs_here() { return true; }
+
+}  // namespace
+}  // namespace gemsmith
+
+#include "product-inl.h"
+#include "rows-inl.h"
+
+namespace gemsmith {
+const Kernels GENERIC = {"generic", runs_here, product, quantize, read};
+}

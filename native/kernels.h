@@ -1,0 +1,82 @@
+// What the extension computes: products of quantized weights with int8 activations.
+//
+// Plain C++ on pointers and sizes: no Python, no torch, no exceptions. Callers check every length
+// (src/gemsmith/ops/cpu.py); here sizes are trusted.
+//
+// Letters, all at least 1 but M, which may be 0: N outputs (rows of the weight), K inputs, M rows of activations (tokens), G groups
+//   along K that share a scale (1 = one scale per output), b bits, f = 8 / b fields in a byte.
+//
+// Weights lie in lines of 64 bytes, 16 outputs x 4 bytes, so that one vector register holds
+// consecutive inputs of 16 outputs. lines is [ceil(N/16)][ceil(K/4f)][64]: in line l of block r,
+// byte 4*row + i, bits p*b.. hold input k = l*4f + 4p + i of output 16r + row, as the unsigned code
+// u = q + 2^(b-1). Unpacked fields of 16 lines are an AMX B tile; 8-row halves suit AVX2.
+// scales is [ceil(N/16)][G][16] float32. Outputs and inputs beyond N and K hold the code of 0.
+//
+// y[m][n] = sx[m] * sum over groups of scale[n][g] * (sum of q*x over the group)
+// The inner sum is an exact int32; then a multiplication and an addition per group in ascending
+// order and one multiplication by sx, each rounded to float32 and never fused. Every instruction
+// set therefore gives the same bits.
+#pragma once
+#include <cstdint>
+
+namespace gemsmith {
+
+constexpr int64_t LINE = 64;   // bytes of a line
+constexpr int64_t BLOCK = 16;  // outputs of a line
+
+static inline int64_t line_inputs(int bits) { return 4 * (8 / bits); }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One product, as the kernels of one instruction set see it.
+struct Product {
+  const uint8_t* lines;
+  const float* scales;
+  int64_t N;
+  int64_t line_count;   // lines of a block
+  int64_t group_lines;  // lines of a group; line_count where G = 1
+  int64_t groups;       // G
+  int bits;
+  const int8_t* x;      // [M][stride], zero from K up to line_count * line_inputs(bits)
+  int64_t stride;
+  const int32_t* sums;  // [M][G]: -2^(b-1) * sum of x over the group, where a sum of u*x starts
+  const float* sx;      // [M]
+  float* y;             // [M][N]
+};
+
+// The kernels of one instruction set. Each may run on many threads at once, over disjoint outputs.
+struct Kernels {
+  const char* name;
+  bool (*runs_here)();
+  // Rows m0..m1 of y for blocks b0..b1 of outputs.
+  void (*product)(const Product&, int64_t b0, int64_t b1, int64_t m0, int64_t m1);
+  // See quantize_rows below, for rows m0..m1.
+  void (*quantize)(const float* x, int64_t K, int64_t m0, int64_t m1, int8_t* x8, float* sx);
+  // Sum of 64-byte lines as 64-bit words: reads memory and does nothing else, for benchmarks.
+  uint64_t (*read)(const uint8_t* data, int64_t line0, int64_t line1);
+};
+
+extern const Kernels GENERIC, AVX2, AVX512VNNI;  // isa_*.cpp, those that were compiled
+
+// dispatch.cpp: the choice among the instruction sets compiled in, made on first use.
+const Kernels& kernels();
+// Names of those this CPU runs, slowest first; `count` of them.
+const char* const* isas(int* count);
+// Whether `name` is one of them; from now on it is used. "" means the fastest.
+bool force_isa(const char* name);
+
+// lines.cpp
+// packed: uint8 [N][ceil(K*b/8)], codes u of consecutive inputs from the low bits up.
+void pack_lines(const uint8_t* packed, int64_t N, int64_t K, int bits, uint8_t* lines);
+
+// matmul.cpp
+// Per row of x [M][K]: sx = max|x| / 127, or 1 where that is 0; x8 = x / sx rounded half to even.
+// A row with an infinity or a NaN gets sx = NaN and zeros, so that its products are NaN.
+void quantize_rows(const float* x, int64_t M, int64_t K, int8_t* x8, float* sx);
+// The product above; group: inputs that share a scale, a divisor of K and a multiple of 32, or 0.
+// K is at most 65536: sums of 255 * 128 then fit 32 bits.
+void matmul(const uint8_t* lines, const float* scales, int64_t N, int64_t K, int bits,
+            int64_t group, const int8_t* x8, const float* sx, int64_t M, float* y);
+// Reads `bytes` of memory with all threads; a multiple of 64.
+uint64_t read_memory(const uint8_t* data, int64_t bytes);
+
+}  // namespace gemsmith

@@ -1,0 +1,33 @@
+// Packing of weights into the lines of kernels.h. Done once per weight, so plain loops.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace gemsmith {
+
+void pack_lines(const uint8_t* packed, int64_t N, int64_t K, int bits, uint8_t* lines) {
+  const int fields = 8 / bits;
+  const int64_t inputs = 4 * fields, count = ceil_div(K, inputs), row_bytes = ceil_div(K, fields);
+  const unsigned mask = (1u << bits) - 1, zero = 1u << (bits - 1);
+  for (int64_t block = 0; block < ceil_div(N, BLOCK); block++)
+    for (int64_t l = 0; l < count; l++) {
+      uint8_t line[LINE];
+      for (int row = 0; row < BLOCK; row++) {
+        const int64_t n = block * BLOCK + row;
+        const uint8_t* from = packed + n * row_bytes;
+        for (int i = 0; i < 4; i++) {
+          unsigned byte = 0;
+          for (int p = 0; p < fields; p++) {
+            const int64_t k = l * inputs + 4 * p + i;
+            const unsigned code =
+                n < N && k < K ? from[k / fields] >> (k % fields * bits) & mask : zero;
+            byte |= code << (p * bits);
+          }
+          line[4 * row + i] = static_cast<uint8_t>(byte);
+        }
+      }
+      std::memcpy(lines + (block * count + l) * LINE, line, LINE);
+    }
+}
+
+}  // namespace gemsmith

@@ -1,0 +1,298 @@
+"""Products of low-bit weights with int8 activations, on the CPU.
+
+The C++ extension `gemsmith._native` does them where it could be built; torch does elsewhere, with
+the same bits and much slower (`gemv_reference` and its kin, the oracle in tests). This is the only
+module that loads the extension; which weights are quantized, and how, is not known here.
+
+Letters: N outputs (rows of the weight), K inputs, M rows of activations (tokens), G groups along K
+that share a scale, b bits (2, 4 or 8), f = 8 / b codes in a byte.
+
+Weights are stored in lines of 64 bytes: 16 outputs x 4 bytes. lines is uint8
+[ceil(N/16), ceil(K/4f), 64]; in line l of block r, byte 4*row + i, bits p*b.., holds input
+k = l*4f + 4p + i of output 16r + row as u = q + 2^(b-1), q in [-2^(b-1), 2^(b-1) - 1]. scales is
+float32 [ceil(N/16), G, 16]. native/kernels.h says the same.
+
+    y[m, n] = sx[m] * sum over g of scale[n, g] * (sum over k in g of q[n, k] * x8[m, k])
+
+The inner sum is exact; the outer one is float32, in ascending order, each product and each sum
+rounded. So every instruction set and torch give equal bits, whatever the number of threads.
+"""
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gemsmith import hardware
+from gemsmith.errors import WeightsError
+
+NATIVE = "gemsmith._native"
+"""Absent where no C++ compiler was found when gemsmith was installed."""
+LINE, BLOCK = 64, 16
+MAX_INPUTS = 65536
+"""Sums of 255 * 128 over more inputs than this pass 32 bits."""
+MAX_GEMV_ROWS = 8
+REFERENCE_CODES = 1 << 22
+"""Weights that torch widens to float64 at once: 32 MiB."""
+
+
+@cache
+def _native() -> ModuleType | None:
+    try:
+        return import_module(NATIVE)
+    except ImportError:
+        return None
+
+
+def available() -> bool:
+    """Whether the extension is there."""
+    return _native() is not None
+
+
+def isa() -> str:
+    """The instruction set in use: one of `isas()`."""
+    native = _native()
+    return native.isa() if native else "torch"
+
+
+def isas() -> tuple[str, ...]:
+    """What this CPU and this build can use, slowest first; "torch" alone without the extension."""
+    native = _native()
+    return tuple(native.isas()) if native else ("torch",)
+
+
+def force_isa(name: str | None) -> None:
+    """Use one instruction set from now on, in every thread; None: the fastest. For tests.
+
+    Raises:
+      ValueError: it is not one of `isas()`.
+    """
+    native = _native()
+    forced = native.force_isa(name or "") if native else name in (None, "torch")
+    if not forced:
+        raise ValueError(f"instruction set {name!r} cannot be used here; {', '.join(isas())} can")
+
+
+@cache
+def _cores() -> int:
+    machine = hardware.machine()
+    return max(1, min(machine.cores, int(machine.cpu_limit or machine.cores)))
+
+
+def threads() -> int:
+    """Threads a product may use: torch's number, but no more than the cores granted."""
+    return min(torch.get_num_threads(), _cores())
+
+
+def _ready() -> ModuleType | None:
+    """The extension, its pool as large as it is to be now."""
+    native = _native()
+    if native:
+        native.set_threads(threads())
+    return native
+
+
+def lines_shape(outputs: int, inputs: int, bits: int) -> tuple[int, int, int]:
+    """Shape of the lines of a weight [outputs, inputs].
+
+    Raises:
+      WeightsError: bits other than 2, 4, 8; no weight at all; more than MAX_INPUTS inputs.
+    """
+    if bits not in (2, 4, 8):
+        raise WeightsError(f"weights of {bits} bits cannot be packed; 2, 4 and 8 can")
+    if outputs < 1 or not 1 <= inputs <= MAX_INPUTS:
+        raise WeightsError(
+            f"a weight [{outputs}, {inputs}] cannot be packed: outputs must be at least 1, "
+            f"inputs 1 to {MAX_INPUTS}"
+        )
+    return -(-outputs // BLOCK), -(-inputs * bits // 32), LINE
+
+
+def groups_of(inputs: int, group: int | None) -> int:
+    """How many groups of `group` inputs there are; one for None.
+
+    Raises:
+      WeightsError: the group is no positive multiple of 32, or does not divide the inputs.
+    """
+    if group is None:
+        return 1
+    if group < 1 or group % 32 or inputs % group:
+        raise WeightsError(
+            f"groups of {group} along {inputs} inputs: a group must be a multiple of 32 "
+            "that divides the inputs"
+        )
+    return inputs // group
+
+
+def pack_lines(packed: Tensor, inputs: int, bits: int) -> Tensor:
+    """Lines of a weight given as uint8 [N, ceil(K*b/8)]: codes u, consecutive ones in a byte,
+    the first in the lowest bits. Outputs and inputs that fill up the lines hold q = 0."""
+    outputs = packed.shape[0] if packed.ndim == 2 else 0
+    shape = lines_shape(outputs, inputs, bits)
+    _check(packed, "packed", torch.uint8, (outputs, -(-inputs * bits // 8)))
+    native = _native()
+    if native is None:
+        return pack_lines_reference(packed, inputs, bits)
+    lines = torch.empty(shape, dtype=torch.uint8)
+    native.pack_lines(packed.data_ptr(), outputs, inputs, bits, lines.data_ptr())
+    return lines
+
+
+def pack_scales(scales_NG: Tensor) -> Tensor:
+    """Scales float32 [N, G] as they lie beside lines: [ceil(N/16), G, 16], filled up with 0."""
+    outputs, groups = scales_NG.shape
+    blocks = -(-outputs // BLOCK)
+    padded = scales_NG.new_zeros((blocks * BLOCK, groups))
+    padded[:outputs] = scales_NG
+    return padded.view(blocks, BLOCK, groups).transpose(1, 2).contiguous()
+
+
+def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """(x8 int8 [M, K], sx float32 [M]) of float32 rows: sx = max|x| / 127, or 1 where that is 0;
+    x8 = x / sx rounded half to even. A row that is not finite becomes zeros and sx = NaN."""
+    _check(x_MK, "x", torch.float32, (None, None))
+    if x_MK.shape[1] == 0:
+        raise WeightsError(f"x {list(x_MK.shape)} has no inputs; rows must have at least 1")
+    native = _ready()
+    if native is None:
+        return quantize_rows_reference(x_MK)
+    M, K = x_MK.shape
+    x8, sx = torch.empty((M, K), dtype=torch.int8), torch.empty(M)
+    native.quantize_rows(x_MK.data_ptr(), M, K, x8.data_ptr(), sx.data_ptr())
+    return x8, sx
+
+
+def gemv(
+    lines: Tensor,
+    scales: Tensor,
+    outputs: int,
+    bits: int,
+    group: int | None,
+    x8_MK: Tensor,
+    sx_M: Tensor,
+) -> Tensor:
+    """`gemm` for at most MAX_GEMV_ROWS rows."""
+    if x8_MK.shape[0] > MAX_GEMV_ROWS:
+        raise WeightsError(
+            f"gemv takes at most {MAX_GEMV_ROWS} rows, not {x8_MK.shape[0]}; gemm takes any number"
+        )
+    return gemm(lines, scales, outputs, bits, group, x8_MK, sx_M)
+
+
+def gemm(
+    lines: Tensor,
+    scales: Tensor,
+    outputs: int,
+    bits: int,
+    group: int | None,
+    x8_MK: Tensor,
+    sx_M: Tensor,
+) -> Tensor:
+    """y float32 [M, N] of quantized activations and a weight of N = `outputs` rows in lines.
+
+    group: inputs that share a scale, None for one scale per output. Tensors are on the CPU and
+    contiguous, and stay unchanged until this returns.
+
+    Raises:
+      WeightsError: a tensor has another type, shape or layout than the others ask for.
+    """
+    _check(x8_MK, "x8", torch.int8, (None, None))
+    M, K = x8_MK.shape
+    shape = lines_shape(outputs, K, bits)
+    _check(lines, "lines", torch.uint8, shape)
+    _check(scales, "scales", torch.float32, (shape[0], groups_of(K, group), BLOCK))
+    _check(sx_M, "sx", torch.float32, (M,))
+    native = _ready()
+    if native is None:
+        return gemm_reference(lines, scales, outputs, bits, group, x8_MK, sx_M)
+    y_MN = torch.empty((M, outputs))
+    product = native.gemv if M <= MAX_GEMV_ROWS else native.gemm
+    product(
+        lines.data_ptr(), scales.data_ptr(), outputs, K, bits, group or 0,
+        x8_MK.data_ptr(), sx_M.data_ptr(), M, y_MN.data_ptr(),
+    )  # fmt: skip
+    return y_MN
+
+
+def _check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    """The extension sees addresses alone, so nothing wrong may pass; None in shape: any size."""
+    fits = len(shape) == tensor.ndim and all(
+        want is None or want == size for want, size in zip(shape, tensor.shape, strict=True)
+    )
+    if fits and tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous():
+        return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    raise WeightsError(
+        f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        f"{'' if tensor.is_contiguous() else ', not contiguous'}; "
+        f"it must be contiguous {dtype} [{wanted}] on cpu"
+    )
+
+
+def pack_lines_reference(packed: Tensor, inputs: int, bits: int) -> Tensor:
+    """`pack_lines` by torch."""
+    outputs, fields = packed.shape[0], 8 // bits
+    blocks, count, _ = lines_shape(outputs, inputs, bits)
+    codes = _fields(packed, bits).transpose(1, 2).reshape(outputs, -1)[:, :inputs]
+    padded = codes.new_full((blocks * BLOCK, count * 4 * fields), 1 << (bits - 1))
+    padded[:outputs, :inputs] = codes
+    # [block, row, line, field, i] -> [block, line, field, row, i]
+    ordered = padded.view(blocks, BLOCK, count, fields, 4).permute(0, 2, 3, 1, 4)
+    lines = torch.zeros((blocks, count, BLOCK, 4), dtype=torch.uint8)
+    for field in range(fields):
+        lines |= ordered[:, :, field] << (field * bits)
+    return lines.view(blocks, count, LINE)
+
+
+def unpack_lines(lines: Tensor, outputs: int, inputs: int, bits: int) -> Tensor:
+    """q int8 [N, K] of lines."""
+    blocks, count, _ = lines.shape
+    # [block, line, field, row, i] -> [block, row, line, field, i]
+    codes = _fields(lines, bits).view(blocks, count, 8 // bits, BLOCK, 4).permute(0, 3, 1, 2, 4)
+    codes = codes.reshape(blocks * BLOCK, -1)[:outputs, :inputs]
+    return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def _fields(packed: Tensor, bits: int) -> Tensor:
+    """[..., f, bytes]: the first, second, ... code of every byte."""
+    shifts = range(0, 8, bits)
+    return torch.stack([packed >> shift & ((1 << bits) - 1) for shift in shifts], dim=-2)
+
+
+def quantize_rows_reference(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` by torch."""
+    finite_M1 = x_MK.isfinite().all(dim=1, keepdim=True)
+    x_MK = x_MK.where(finite_M1, 0)
+    sx_M1 = x_MK.abs().amax(dim=1, keepdim=True) / 127
+    sx_M1 = sx_M1.where(sx_M1 != 0, 1)
+    x8_MK = (x_MK / sx_M1).round().clamp(-127, 127).to(torch.int8)
+    return x8_MK, sx_M1.where(finite_M1, torch.nan)[:, 0]
+
+
+def gemm_reference(
+    lines: Tensor,
+    scales: Tensor,
+    outputs: int,
+    bits: int,
+    group: int | None,
+    x8_MK: Tensor,
+    sx_M: Tensor,
+) -> Tensor:
+    """`gemm` by torch, some blocks of outputs at a time; float64 holds every inner sum exactly."""
+    M, K = x8_MK.shape
+    groups = groups_of(K, group)
+    x_GMg = x8_MK.double().view(M, groups, K // groups).transpose(0, 1)
+    y_MN = torch.empty((M, outputs))
+    step = max(1, REFERENCE_CODES // (BLOCK * K))
+    for first in range(0, lines.shape[0], step):
+        start, stop = first * BLOCK, min((first + step) * BLOCK, outputs)
+        q_nK = unpack_lines(lines[first : first + step], stop - start, K, bits)
+        w_Ggn = q_nK.double().view(stop - start, groups, -1).permute(1, 2, 0)
+        scale_Gn = scales[first : first + step].transpose(0, 1).reshape(groups, -1)
+        total_Mn = torch.zeros((M, stop - start))
+        for sums_Mn, scale_n in zip(x_GMg @ w_Ggn, scale_Gn[:, : stop - start], strict=True):
+            total_Mn += sums_Mn.float() * scale_n
+        y_MN[:, start:stop] = total_Mn * sx_M[:, None]
+    return y_MN

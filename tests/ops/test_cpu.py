@@ -1,0 +1,443 @@
+"""Low-bit products: the extension against torch on every instruction set, and what is refused.
+
+Without the extension the same tests hold torch's own code to plain Python arithmetic.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gemsmith.errors import WeightsError
+from gemsmith.ops import cpu
+
+ROOT = Path(__file__).parents[2]
+BITS = (2, 4, 8)
+needs_extension = pytest.mark.skipif(not cpu.available(), reason="the extension is not built")
+
+
+@pytest.fixture(params=cpu.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    cpu.force_isa(request.param)
+    yield request.param
+    cpu.force_isa(None)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Whatever the machine grants: the pool must be right on shared cores too."""
+    monkeypatch.setattr(cpu, "threads", lambda: request.param)
+    return request.param
+
+
+def random_codes(outputs: int, inputs: int, bits: int, seed: int = 0) -> Tensor:
+    """q int8 [N, K] over the whole range."""
+    half = 1 << (bits - 1)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-half, half, (outputs, inputs), generator=generator, dtype=torch.int8)
+
+
+def packed_codes(q_NK: Tensor, bits: int) -> Tensor:
+    """uint8 [N, ceil(K*b/8)], by plain Python."""
+    rows: list[list[int]] = []
+    for row in q_NK.tolist():
+        number = sum((q + (1 << (bits - 1))) << (bits * k) for k, q in enumerate(row))
+        rows.append(list(number.to_bytes(-(-len(row) * bits // 8), "little")))
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+class Weight:
+    """A random weight, or q given, as codes and as lines; its rows `repeat` times over."""
+
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        bits: int,
+        group: int | None = None,
+        *,
+        q: Tensor | None = None,
+        repeat: int = 1,
+    ):
+        q = random_codes(outputs, inputs, bits) if q is None else q
+        groups = cpu.groups_of(inputs, group)
+        generator = torch.Generator().manual_seed(1)
+        self.bits, self.group, self.outputs = bits, group, outputs * repeat
+        self.q = q.repeat(repeat, 1)
+        self.scales_NG = torch.rand(self.outputs, groups, generator=generator) - 0.5
+        self.lines = cpu.pack_lines(packed_codes(q, bits).repeat(repeat, 1), inputs, bits)
+        self.scales = cpu.pack_scales(self.scales_NG)
+
+    def times(self, x8: Tensor, sx: Tensor) -> Tensor:
+        return cpu.gemm(self.lines, self.scales, self.outputs, self.bits, self.group, x8, sx)
+
+    def plainly(self, x8: Tensor, sx: Tensor) -> Tensor:
+        """The definition, from the codes: exact sums (float64 holds them), float32 steps."""
+        groups = self.scales_NG.shape[1]
+        x, q = (t.double().view(t.shape[0], groups, -1) for t in (x8, self.q))
+        total = torch.zeros(x8.shape[0], self.outputs)
+        for g in range(groups):
+            total = total + (x[:, g] @ q[:, g].T).float() * self.scales_NG[:, g]
+        return total * sx[:, None]
+
+
+def activations(rows: int, inputs: int, seed: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x8 = torch.randint(-128, 128, (rows, inputs), generator=generator, dtype=torch.int8)
+    return x8, torch.rand(rows, generator=generator) * 3
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (17, 37), (33, 70), (5, 130)])
+def test_lines_hold_the_codes_where_the_layout_says(shape: tuple[int, int], bits: int):
+    q = random_codes(*shape, bits)
+    lines = cpu.pack_lines(packed_codes(q, bits), shape[1], bits)
+    fields = 8 // bits
+    assert lines.shape == cpu.lines_shape(*shape, bits)
+    for n in range(lines.shape[0] * 16):
+        for k in range(lines.shape[1] * 4 * fields):
+            line, rest = divmod(k, 4 * fields)
+            field, i = divmod(rest, 4)
+            byte = int(lines[n // 16, line, 4 * (n % 16) + i])
+            code = byte >> (field * bits) & ((1 << bits) - 1)
+            there = n < shape[0] and k < shape[1]
+            assert code - (1 << (bits - 1)) == (int(q[n, k]) if there else 0)
+    assert torch.equal(cpu.unpack_lines(lines, *shape, bits), q)
+    assert torch.equal(cpu.pack_lines_reference(packed_codes(q, bits), shape[1], bits), lines)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", [*range(1, 10), 16, 23, 41])
+def test_any_number_of_rows_gives_the_defined_bits(isa: str, rows: int, bits: int):
+    w = Weight(37, 131, bits)
+    x8, sx = activations(rows, 131)
+    assert torch.equal(w.times(x8, sx), w.plainly(x8, sx))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 19])
+def test_grouped_scales_give_the_defined_bits(isa: str, rows: int, group: int, bits: int):
+    w = Weight(24, 384, bits, group)
+    x8, sx = activations(rows, 384)
+    assert torch.equal(w.times(x8, sx), w.plainly(x8, sx))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_torch_code_gives_the_defined_bits(monkeypatch: pytest.MonkeyPatch, bits: int):
+    """In one piece and in several."""
+    for group in (None, 32):
+        w = Weight(70, 96, bits, group)
+        x8, sx = activations(5, 96)
+        arguments = (w.lines, w.scales, w.outputs, bits, group, x8, sx)
+        assert torch.equal(cpu.gemm_reference(*arguments), w.plainly(x8, sx))
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "REFERENCE_CODES", 96 * 16 * 2)
+            assert torch.equal(cpu.gemm_reference(*arguments), w.plainly(x8, sx))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_shape_gives_the_defined_bits(data: st.DataObject):
+    bits = data.draw(st.sampled_from(BITS))
+    group = data.draw(st.sampled_from([None, 32, 64, 96]))
+    inputs = data.draw(st.integers(1, 300)) if group is None else group * data.draw(
+        st.integers(1, 4)
+    )  # fmt: skip
+    w = Weight(data.draw(st.integers(1, 50)), inputs, bits, group)
+    x8, sx = activations(data.draw(st.integers(1, 30)), inputs)
+    expected = w.plainly(x8, sx)
+    for name in cpu.isas():
+        cpu.force_isa(name)
+        assert torch.equal(w.times(x8, sx), expected), name
+    cpu.force_isa(None)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("x", [-128, 127, 0])
+@pytest.mark.parametrize("lowest", [True, False])
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_the_largest_sums_do_not_wrap(isa: str, rows: int, lowest: bool, x: int, bits: int):
+    """As many inputs as are allowed, all at one end of their range."""
+    half = 1 << (bits - 1)
+    q = torch.full((3, cpu.MAX_INPUTS), -half if lowest else half - 1, dtype=torch.int8)
+    packed = torch.full((3, cpu.MAX_INPUTS * bits // 8), 0 if lowest else 255, dtype=torch.uint8)
+    lines = cpu.pack_lines(packed, cpu.MAX_INPUTS, bits)
+    x8 = torch.full((rows, cpu.MAX_INPUTS), x, dtype=torch.int8)
+    y = cpu.gemm(lines, cpu.pack_scales(torch.ones(3, 1)), 3, bits, None, x8, torch.ones(rows))
+    assert torch.equal(y, torch.full((rows, 3), float(int(q[0, 0]) * x * cpu.MAX_INPUTS)))
+
+
+def test_equal_weights_and_zeros_give_what_they_should(isa: str):
+    w = Weight(20, 64, 4, q=torch.full((20, 64), 3, dtype=torch.int8))
+    x8, sx = activations(4, 64)
+    assert torch.equal(w.times(x8, sx), w.plainly(x8, sx))
+    zeros = w.times(torch.zeros_like(x8), sx)
+    assert torch.equal(zeros, torch.zeros(4, 20))
+
+
+def test_no_rows_give_no_rows(isa: str):
+    x8, sx = activations(0, 64)
+    assert Weight(20, 64, 4).times(x8, sx).shape == (0, 20)
+    assert cpu.quantize_rows(torch.empty(0, 64))[0].shape == (0, 64)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_threads_change_nothing(isa: str, threads: int, bits: int):
+    """Large enough to be shared out, and with more rows than one pass takes."""
+    w = Weight(8, 4096, bits, 128, repeat=130)
+    x8, sx = activations(3, 4096)
+    expected = w.plainly(x8, sx)
+    for _ in range(5):
+        assert torch.equal(w.times(x8, sx), expected)
+    many = w.times(x8.repeat(50, 1), sx.repeat(50))
+    assert torch.equal(many, expected.repeat(50, 1))
+    x = torch.randn(90, 4096, generator=torch.Generator().manual_seed(3))
+    for found, wanted in zip(cpu.quantize_rows(x), cpu.quantize_rows_reference(x), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_memory_need_not_be_aligned(isa: str, bits: int):
+    w = Weight(19, 96, bits, 32)
+    x8, sx = activations(5, 96)
+    shifted = [_shifted(t) for t in (w.lines, w.scales, x8, sx)]
+    lines, scales, x8_, sx_ = shifted
+    assert any(t.data_ptr() % 16 for t in shifted)
+    y = cpu.gemm(lines, scales, 19, bits, 32, x8_, sx_)
+    assert torch.equal(y, w.plainly(x8, sx))
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    """The same, one element further into its memory."""
+    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    room[1:] = tensor.flatten()
+    return room[1:].view(tensor.shape)
+
+
+def test_rows_are_quantized_as_defined(isa: str):
+    x = torch.tensor(
+        [
+            [127.0, 0.5, 1.5, -2.5, -127.0],  # halves go to the even neighbour
+            [0.0, -0.0, 0.0, 0.0, 0.0],
+            [1e-45, -1e-45, 0.0, 0.0, 0.0],
+            [1e-43, 2.5e-43, -2.5e-43, 0.0, 0.0],  # a scale too small to be exact
+            [3e38, -3e38, 1.0, 0.0, 1e38],
+            [float("inf"), 1.0, 2.0, 3.0, 4.0],
+            [1.0, float("nan"), 2.0, 3.0, 4.0],
+            [-float("inf"), float("nan"), 2.0, 3.0, 4.0],
+        ]
+    )
+    x8, sx = cpu.quantize_rows(x)
+    assert x8[0].tolist() == [127, 0, 2, -2, -127]
+    assert sx[0] == 1
+    assert x8[1].tolist() == [0] * 5
+    assert sx[1] == 1
+    assert x8[3].tolist()[1:3] == [127, -127]
+    assert x8[4].tolist() == [127, -127, 0, 0, 42]
+    assert not x8[5:].any()
+    assert sx[5:].isnan().all()
+    reference8, reference_s = cpu.quantize_rows_reference(x)
+    assert torch.equal(x8, reference8)
+    assert torch.equal(sx.nan_to_num(-1), reference_s.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 64), (7, 1037)])
+def test_rows_are_quantized_as_by_torch(isa: str, shape: tuple[int, int]):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(4)) * 10
+    for found, wanted in zip(cpu.quantize_rows(x), cpu.quantize_rows_reference(x), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_row_that_is_not_finite_makes_its_products_nan(isa: str):
+    x = torch.ones(2, 64)
+    x[1, 5] = torch.nan
+    y = Weight(20, 64, 4).times(*cpu.quantize_rows(x))
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+@needs_extension
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_computes_too():
+    """The pool's threads do not survive a fork; the child makes its own."""
+    done = run_python("""
+        import os, torch
+        from gemsmith.ops import cpu
+        cpu.threads = lambda: 3
+        lines = torch.randint(0, 256, cpu.lines_shape(4096, 512, 4), dtype=torch.uint8)
+        x8, sx = cpu.quantize_rows(torch.randn(2, 512))
+        product = lambda: cpu.gemm(lines, torch.ones(256, 1, 16), 4096, 4, None, x8, sx)
+        expected = product()
+        children = []
+        for _ in range(3):
+            child = os.fork()
+            if not child:
+                os._exit(0 if all(torch.equal(product(), expected) for _ in range(20)) else 1)
+            children.append(child)
+        assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+        assert torch.equal(product(), expected)
+        print("as it should be")
+    """)
+    assert done == "as it should be\n"
+
+
+@needs_extension
+def test_the_process_ends_while_workers_sleep():
+    done = run_python("""
+        import threading, time, torch
+        from gemsmith.ops import cpu
+        cpu.threads = lambda: 4
+        lines = torch.zeros(cpu.lines_shape(65536, 512, 4), dtype=torch.uint8)
+        x8, sx = cpu.quantize_rows(torch.randn(2, 512))
+        scales, y = torch.ones(4096, 1, 16), torch.empty(2, 65536)
+        cpu.gemm(lines, scales, 65536, 4, None, x8, sx)
+        # One that still computes, and asks for the GIL, when the interpreter goes. torch itself
+        # aborts there, so the extension is called directly.
+        addresses = [t.data_ptr() for t in (lines, scales, x8, sx, y)]
+        def product():
+            a, b, c, d, e = addresses
+            cpu._native().gemv(a, b, 65536, 512, 4, 0, c, d, 2, e)
+        threading.Thread(target=lambda: [product() for _ in range(10**6)], daemon=True).start()
+        time.sleep(0.1)
+        print("end")
+    """)
+    assert done == "end\n"
+
+
+@needs_extension
+def test_python_threads_can_compute_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "threads", lambda: 2)
+    w = Weight(8, 512, 4, repeat=256)
+    given = [activations(rows, 512, seed=rows) for rows in (1, 2, 3)]
+    expected = [w.plainly(*each) for each in given]
+
+    def repeatedly(index: int) -> bool:
+        return all(torch.equal(w.times(*given[index]), expected[index]) for _ in range(100))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(repeatedly, range(3)))
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True, text=True, check=True, timeout=120,
+    ).stdout  # fmt: skip
+
+
+def test_without_the_extension_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch):
+    w = Weight(37, 96, 4, 32)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(5))
+    expected = w.times(*cpu.quantize_rows(x))
+    monkeypatch.setattr(cpu, "_native", lambda: None)
+    assert not cpu.available()
+    assert cpu.isa() == "torch"
+    assert cpu.isas() == ("torch",)
+    assert torch.equal(cpu.pack_lines(packed_codes(w.q, 4), 96, 4), w.lines)
+    assert torch.equal(w.times(*cpu.quantize_rows(x)), expected)
+    cpu.force_isa("torch")
+    with pytest.raises(ValueError, match="instruction set 'avx2' cannot be used here; torch can"):
+        cpu.force_isa("avx2")
+
+
+def test_the_extension_is_loaded_by_ops_cpu_alone():
+    package = ROOT / "src" / "gemsmith"
+    found = [p for p in package.rglob("*.py") if "_native" in p.read_text(encoding="utf-8")]
+    assert found == [package / "ops" / "cpu.py"]
+
+
+@needs_extension
+def test_an_instruction_set_that_is_not_here_is_refused():
+    with pytest.raises(ValueError, match=r"instruction set 'mmx' cannot be used here; generic"):
+        cpu.force_isa("mmx")
+
+
+def test_no_more_threads_than_torch_or_the_machine_has(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(cpu, "_cores", lambda: 2)
+    assert cpu.threads() == 2
+    monkeypatch.setattr(cpu, "_cores", lambda: 8)
+    assert cpu.threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"lines": torch.zeros(2, 11, 64, dtype=torch.uint8)},
+         r"lines is torch.uint8 \[2, 11, 64\] on cpu; it must be contiguous torch.uint8 \[2, 12,"),
+        ({"lines": torch.zeros(2, 12, 64)}, r"lines is torch.float32 .* contiguous torch.uint8"),
+        ({"lines": torch.zeros(2, 12, 128, dtype=torch.uint8)[..., ::2]},
+         r"lines is .*, not contiguous; it must be contiguous"),
+        ({"lines": torch.zeros(2, 12, 64, dtype=torch.uint8, device="meta")}, "lines .* on meta"),
+        ({"scales": torch.zeros(2, 1, 16)}, r"scales is .* must be .*float32 \[2, 3, 16\]"),
+        ({"scales": torch.zeros(2, 3, 16).double()}, "scales is torch.float64"),
+        ({"x8": torch.zeros(2, 96)}, "x8 is torch.float32"),
+        ({"x8": torch.zeros(96, dtype=torch.int8)}, r"x8 is .*int8 \[96\] .* \[any, any\] on cpu"),
+        ({"sx": torch.zeros(3)}, r"sx is torch.float32 \[3\] .* must be .* \[2\] on cpu"),
+        ({"bits": 3}, "weights of 3 bits cannot be packed; 2, 4 and 8 can"),
+        ({"group": 48}, "groups of 48 along 96 inputs: a group must be a multiple of 32 that div"),
+        ({"group": 64}, "groups of 64 along 96 inputs"),
+        ({"group": 0}, "groups of 0 along 96 inputs"),
+        ({"outputs": 0}, r"a weight \[0, 96\] cannot be packed: outputs must be at least 1"),
+        ({"outputs": 33}, r"lines is .* must be contiguous torch.uint8 \[3, 12, 64\]"),
+        ({"x8": torch.zeros(2, 65568, dtype=torch.int8)}, r"\[20, 65568\] .* inputs 1 to 65536"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(change: dict[str, object], told: str):
+    fitting = {
+        "lines": torch.zeros(2, 12, 64, dtype=torch.uint8),
+        "scales": torch.zeros(2, 3, 16),
+        "outputs": 20,
+        "bits": 4,
+        "group": 32,
+        "x8": torch.zeros(2, 96, dtype=torch.int8),
+        "sx": torch.zeros(2),
+    }
+    assert cpu.gemm(*fitting.values()).shape == (2, 20)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(WeightsError, match=told):
+        cpu.gemm(*{**fitting, **change}.values())  # pyright: ignore[reportArgumentType]
+
+
+def test_other_arguments_that_do_not_fit_are_refused():
+    with pytest.raises(WeightsError, match=r"packed is torch.uint8 \[4, 5\] .* \[4, 6\] on cpu"):
+        cpu.pack_lines(torch.zeros(4, 5, dtype=torch.uint8), 12, 4)
+    with pytest.raises(WeightsError, match=r"x is torch.bfloat16 .* contiguous torch.float32"):
+        cpu.quantize_rows(torch.zeros(4, 5).bfloat16())
+    with pytest.raises(WeightsError, match=r"x \[4, 0\] has no inputs; rows must have at least 1"):
+        cpu.quantize_rows(torch.zeros(4, 0))
+    w = Weight(16, 16, 4)
+    with pytest.raises(WeightsError, match="gemv takes at most 8 rows, not 9; gemm takes any"):
+        cpu.gemv(w.lines, w.scales, 16, 4, None, *activations(9, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_the_kernels_run_clean_under_sanitizers(tmp_path: Path, sanitizers: str):
+    cmake = shutil.which("cmake")
+    if cmake is None or not (shutil.which("ninja") or shutil.which("make")):
+        pytest.skip("no CMake here, or nothing for it to drive")
+    ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
+    options = ["-S", str(ROOT / "native"), "-B", str(tmp_path), f"-DGEMSMITH_SANITIZE={sanitizers}"]
+    configured = subprocess.run([cmake, *ninja, *options], capture_output=True, text=True)
+    if configured.returncode and "CXX" in configured.stderr:
+        pytest.skip("no C++ compiler here")
+    assert configured.returncode == 0, configured.stderr
+    build = [cmake, "--build", str(tmp_path), "--target", "gemsmith_check"]
+    built = subprocess.run(build, capture_output=True, text=True)
+    if built.returncode and "san" in built.stdout + built.stderr and "cannot find" in built.stdout:
+        pytest.skip(f"the compiler lacks -fsanitize={sanitizers}")
+    assert built.returncode == 0, built.stdout
+    ran = subprocess.run([tmp_path / "gemsmith_check"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "3 callers of 3 threads: as they should be" in ran.stdout
