@@ -45,6 +45,7 @@ bench: $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.prefill
 	@$(BIN)/python -m benchmarks.memory
 	@$(BIN)/python -m benchmarks.media
+	@$(BIN)/python -m benchmarks.kernels
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

@@ -336,6 +336,24 @@ def run_python(code: str) -> str:
     ).stdout  # fmt: skip
 
 
+@needs_extension
+def test_all_of_a_memory_is_read(isa: str, threads: int):
+    words = torch.randint(-(2**62), 2**62, (3 * 2**16 + 8 * 5,))
+    assert cpu.read_memory(words) == int(words.sum()) % 2**64
+    assert cpu.read_memory(words[:0]) == 0
+    with pytest.raises(WeightsError, match=r"memory is .*, not contiguous"):
+        cpu.read_memory(words[::2])
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked of Linux")
+def test_large_pages_are_asked_for_whole_pages_alone():
+    """A kernel without them refuses the first too."""
+    there = Path("/sys/kernel/mm/transparent_hugepage").exists()
+    assert cpu.advise_hugepages(torch.empty(1 << 22)) == there
+    assert not cpu.advise_hugepages(torch.empty(16))
+
+
 def test_without_the_extension_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch):
     w = Weight(37, 96, 4, 32)
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(5))
@@ -346,6 +364,9 @@ def test_without_the_extension_torch_computes_the_same(monkeypatch: pytest.Monke
     assert cpu.isas() == ("torch",)
     assert torch.equal(cpu.pack_lines(packed_codes(w.q, 4), 96, 4), w.lines)
     assert torch.equal(w.times(*cpu.quantize_rows(x)), expected)
+    assert not cpu.advise_hugepages(torch.empty(1 << 22))
+    with pytest.raises(RuntimeError, match="_native is not built, and torch cannot read memory"):
+        cpu.read_memory(x)
     cpu.force_isa("torch")
     with pytest.raises(ValueError, match="instruction set 'avx2' cannot be used here; torch can"):
         cpu.force_isa("avx2")

@@ -216,6 +216,27 @@ def gemm(
     return y_MN
 
 
+def advise_hugepages(tensor: Tensor) -> bool:
+    """Ask for 2 MiB pages behind a large tensor, before it is written: weights stream about a tenth
+    faster from them. False where that cannot be (another system than Linux, memory too small)."""
+    native = _native()
+    return bool(native and native.advise_hugepages(tensor.data_ptr(), tensor.nbytes))
+
+
+def read_memory(tensor: Tensor) -> int:
+    """Read a tensor's whole 64-byte lines with all threads, and return the sum of their 64-bit
+    words modulo 2^64: what no product can do faster. Needs the extension.
+
+    Raises:
+      WeightsError: it is not contiguous on the CPU.
+    """
+    _check(tensor, "memory", tensor.dtype, tuple(tensor.shape))
+    native = _ready()
+    if native is None:
+        raise RuntimeError(f"{NATIVE} is not built, and torch cannot read memory that fast")
+    return native.read_memory(tensor.data_ptr(), tensor.nbytes)
+
+
 def _check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
     """The extension sees addresses alone, so nothing wrong may pass; None in shape: any size."""
     fits = len(shape) == tensor.ndim and all(
