@@ -173,7 +173,7 @@ def drop(found: dict[str, Shape], *parts: str) -> dict[str, Shape]:
         (
             "31B",
             lambda f: f | {"layers.0.mlp.up_proj.weight_scale": (48, 1)},
-            "look quantized; use the bfloat16",
+            "quantized in a way that is not read here",
         ),
         ("31B", lambda f: f | {"pre_projection.weight": (64, 128)}, "drafter"),
         ("31B", lambda f: f | {"optimizer.step": (1,)}, "left over from another model"),

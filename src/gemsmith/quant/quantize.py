@@ -67,7 +67,13 @@ def search(weight: Tensor, format: Format) -> Quantized:
 
 
 def relative_error(weight: Tensor, quantized: Quantized) -> float:
-    """|w - q|^2 / |w|^2 over the whole weight, computed some rows at a time."""
+    """|w - q|^2 / |w|^2 over the whole weight."""
+    wrong, whole = squares(weight, quantized)
+    return wrong / whole if whole else 0.0
+
+
+def squares(weight: Tensor, quantized: Quantized) -> tuple[float, float]:
+    """|w - q|^2 and |w|^2 over the whole weight, computed some rows at a time."""
     flat = weight.reshape(-1, weight.shape[-1])
     rows = Quantized(
         quantized.format,
@@ -80,7 +86,7 @@ def relative_error(weight: Tensor, quantized: Quantized) -> float:
         part = flat[start : start + step].float()
         wrong += (part - rows[start : start + step].dequantize()).square().sum().item()
         whole += part.square().sum().item()
-    return wrong / whole if whole else 0.0
+    return wrong, whole
 
 
 def _grid_ratios(format: Format) -> list[float]:

@@ -12,8 +12,11 @@ each weight goes straight to its place, one at a time; there are never two copie
 The per-layer table (PLE) stays on disk by default, see ple.py. A mapped file may be renamed,
 replaced by renaming, or deleted; it must not be rewritten in place.
 
-What it is not: a reader of pickle (`.bin`, `.pt`), which runs code as it is read; of GGUF; of
-quantized checkpoints. Image and audio towers are read by `load_towers`, once they are needed.
+Weights of few bits (see layouts.py) stay as they are stored: modules of quant/linear.py hold the
+mapped codes. No float copy of them is ever made.
+
+What it is not: a reader of pickle (`.bin`, `.pt`), which runs code as it is read, or of GGUF. Image
+and audio towers are read by `load_towers`, once they are needed.
 
 Sources: the safetensors format description; safetensors 0.8, whose CPU tensors are views of a
 private mapping.
@@ -21,7 +24,7 @@ private mapping.
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,20 +35,28 @@ from torch import Tensor, nn
 
 from gemsmith.config import Gemma4Config
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
-from gemsmith.model.text import TextModel
+from gemsmith.model.text import Experts, TextModel
 from gemsmith.model.towers import Towers
+from gemsmith.quant.formats import Quantized
+from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
+from gemsmith.weights.layouts import LowBit, codes_of, fold, read_section
 from gemsmith.weights.names import (
     EMBEDDING,
     HEAD,
+    LAST_NORM,
     PLE_TABLE,
+    Shape,
+    expected_shapes,
     match,
     match_towers,
     module_name,
+    unused_shapes,
 )
-from gemsmith.weights.ple import PLEStore
+from gemsmith.weights.ple import PLEStore, QuantPLEStore
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+TABLE_DTYPES = DTYPES | {"I32": torch.int32, "U8": torch.uint8, "I8": torch.int8}
 COMPUTE = (torch.bfloat16, torch.float32)
 MAX_INDEX_BYTES = 64 << 20
 REMAP_BYTES = 32 << 20
@@ -74,9 +85,10 @@ def load_model(
 ) -> tuple[Gemma4Config, TextModel]:
     """Read a checkpoint folder: its config and its decoder, in evaluation mode, gradients off.
 
-    dtype None keeps the dtype of the stored embedding (float16 is refused, see below). Weights on
-    the CPU in the stored dtype are private mappings of the files: writing to them changes neither
-    the file nor another process. `ple` "memory" makes the per-layer table a weight like the others.
+    dtype None keeps the dtype of the stored embedding, or of the last norm where that is in few
+    bits (float16 is refused, see below). Weights on the CPU in the stored dtype are private
+    mappings of the files: writing to them changes neither the file nor another process. `ple`
+    "memory" makes the per-layer table a weight like the others.
 
     Raises:
       ConfigError: config.json or an option is wrong.
@@ -88,27 +100,21 @@ def load_model(
         raise ConfigError(f"ple {ple!r}: must be disk (rows read as needed) or memory")
     device = _checked_device(device)
     config = Gemma4Config.load(folder)
-    stored = read_checkpoint(folder)
-    shapes = {key: tensor.shape for key, tensor in stored.items()}
-    files = {key: tensor.file.name for key, tensor in stored.items()}
-    chosen = match(shapes, config.text_config, files, str(folder))
-    _check_dtypes(stored, chosen, folder)
-    _check_head(stored, chosen)
-    dtype = _compute_dtype(dtype, stored[chosen[EMBEDDING]], folder)
+    read_section(folder)
+    stored, text = read_checkpoint(folder), config.text_config
+    shapes, low = fold(stored, expected_shapes(text) | unused_shapes(text))
+    files = {key: stored[low[key].codes if key in low else key].file.name for key in shapes}
+    chosen = match(shapes, text, files, str(folder))
+    _check_dtypes(stored, chosen, low, folder)
+    _check_head(stored, shapes, chosen, low)
+    typical = chosen[LAST_NORM if chosen[EMBEDDING] in low else EMBEDDING]
+    dtype = _compute_dtype(dtype, stored[typical], folder)
 
-    model = TextModel(config.text_config, device="meta", dtype=dtype)
+    model = TextModel(text, device="meta", dtype=dtype)
     if PLE_TABLE in chosen and ple == "disk":
-        table = stored[chosen.pop(PLE_TABLE)]
-        store = PLEStore(
-            table.file,
-            offset=table.offset,
-            shape=(table.shape[0], table.shape[1]),
-            stored=DTYPES[table.dtype],
-            dtype=dtype,
-            device=device,
-        )
-        model.set_submodule("embed_tokens_per_layer", store)
-    _fill(model, stored, chosen, device, dtype)
+        table = _ple_store(stored, chosen.pop(PLE_TABLE), low, dtype, device)
+        model.set_submodule("embed_tokens_per_layer", table)
+    _fill(model, stored, chosen, low, device, dtype)
     return config, model.eval().requires_grad_(False)
 
 
@@ -121,26 +127,58 @@ def load_towers(
     """
     folder, device = Path(folder), _checked_device(device)
     stored = read_checkpoint(folder)
-    towers = Towers(config, device="meta", dtype=dtype)
-    expected = {name: tuple(tensor.shape) for name, tensor in towers.state_dict().items()}
-    shapes = {key: tensor.shape for key, tensor in stored.items()}
+    expected = tower_shapes(config)
+    shapes, low = fold(stored, expected)
     chosen = match_towers(shapes, expected, str(folder))
-    _check_dtypes(stored, chosen, folder)
-    _fill(towers, stored, chosen, device, dtype)
+    _check_dtypes(stored, chosen, low, folder)
+    towers = Towers(config, device="meta", dtype=dtype)
+    _fill(towers, stored, chosen, low, device, dtype)
     return towers.eval().requires_grad_(False)
+
+
+def tower_shapes(config: Gemma4Config) -> dict[str, Shape]:
+    """Every tensor of the model's towers, by module name."""
+    state = Towers(config, device="meta").state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _ple_store(
+    stored: dict[str, StoredTensor],
+    key: str,
+    low: dict[str, LowBit],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PLEStore | QuantPLEStore:
+    """The per-layer table on disk."""
+
+    def rows(key: str, dtype: torch.dtype | None) -> PLEStore:
+        table = stored[key]
+        return PLEStore(
+            table.file,
+            offset=table.offset,
+            shape=(table.shape[0], table.shape[1]),
+            stored=TABLE_DTYPES[table.dtype],
+            dtype=dtype,
+            device=device,
+        )
+
+    if key not in low:
+        return rows(key, dtype)
+    return QuantPLEStore(low[key], rows(low[key].codes, None), rows(low[key].scales, None), dtype)
 
 
 def _fill(
     model: nn.Module,
     stored: dict[str, StoredTensor],
     chosen: dict[str, str],
+    low: dict[str, LowBit],
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
     """Stream the tensors `chosen` ({module name: key}) into the places of a meta model."""
-    names = {key: name for name, key in chosen.items()}
-    done = 0
-    for key, tensor in _tensors(stored, names, device, dtype):
+    names = {key: name for name, key in chosen.items() if key not in low}
+    cpu, done = device.type == "cpu", 0
+    for key, tensor in _tensors(stored, names, lambda view: cpu and view.dtype == dtype):
         try:
             ready = tensor.to(device, dtype)
         except torch.OutOfMemoryError:
@@ -152,6 +190,56 @@ def _fill(
             ready = ready.clone()  # only a file that mixes odd dtypes begins values at odd bytes
         done += ready.nbytes
         _place(model, names[key], ready)
+    weights = {name: low[key] for name, key in chosen.items() if key in low}
+    _place_low(model, _low_bit(stored, weights, device), dtype)
+
+
+def _low_bit(
+    stored: dict[str, StoredTensor], weights: dict[str, LowBit], device: torch.device
+) -> dict[str, Quantized]:
+    """Low-bit weights by name; on the CPU their codes are the file's pages where they can be."""
+    small = [key for w in weights.values() for key in (w.scales, w.stated_shape) if key]
+    beside = {key: tensor.clone() for key, tensor in _tensors(stored, small, lambda view: False)}
+    names = {weight.codes: name for name, weight in weights.items()}
+    cpu, out = device.type == "cpu", {}
+    for key, tensor in _tensors(stored, names, lambda view: cpu and view.dtype != torch.int8):
+        name, weight = names[key], weights[names[key]]
+        if weight.stated_shape and beside[weight.stated_shape].tolist() != list(weight.shape):
+            raise WeightsError(
+                f"{stored[key].file.name}: {weight.stated_shape} says "
+                f"{beside[weight.stated_shape].tolist()[:4]}, this model has {list(weight.shape)}; "
+                "config.json belongs to another model"
+            )
+        scales = beside[weight.scales].to(device, torch.float32)
+        try:
+            codes = codes_of(tensor, weight).to(device)
+        except torch.OutOfMemoryError:
+            raise CapacityError(
+                f"{device}: out of memory at {key}; free memory there, or load on another device"
+            ) from None
+        out[name] = Quantized(weight.format, weight.shape, codes, scales)
+    return out
+
+
+def _place_low(model: nn.Module, weights: dict[str, Quantized], dtype: torch.dtype) -> None:
+    """Put modules of few bits where the model has modules of floats."""
+    for name, weight in weights.items():
+        at, _, leaf = name.rpartition(".")
+        old = model.get_submodule(at)
+        if isinstance(old, nn.Embedding):
+            new = QuantEmbedding(weight, dtype)
+        elif isinstance(old, nn.Linear):
+            new = QuantLinear(weight, dtype, old.bias)
+        elif isinstance(old, Experts):
+            down = weights.get(f"{at}.down_proj")
+            if leaf == "down_proj" or down is None:
+                raise WeightsError(f"{at}: one of its two weights is of floats, the other is not")
+            new = QuantExperts(weight, down, dtype)
+        elif leaf == "down_proj":
+            continue  # placed with gate_up_proj
+        else:
+            raise WeightsError(f"{name} is stored in {weight.format}; it is no matrix of a layer")
+        model.set_submodule(at, new)
 
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
@@ -284,12 +372,11 @@ def _opened(file: Path) -> safe_open:
 def _tensors(
     stored: dict[str, StoredTensor],
     keys: Iterable[str],
-    device: torch.device,
-    dtype: torch.dtype,
+    stays: Callable[[Tensor], bool],
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `keys` as views of their files, file by file in stored order.
 
-    A view that will be the weight keeps its mapping alive; once a file's mapping has served
+    A view that `stays`, as a weight, keeps its mapping alive; once a file's mapping has served
     REMAP_BYTES of tensors that are copied, it is dropped with all the pages it brought in.
     """
     handle, file, copied = None, None, 0
@@ -301,7 +388,7 @@ def _tensors(
             view = handle.get_tensor(key)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise WeightsError(f"{file}: {key}: {_short(str(error))}; {FETCH_ANEW}") from None
-        if device.type != "cpu" or view.dtype != dtype:
+        if not stays(view):
             copied += view.nbytes
         yield key, view
         del view
@@ -317,8 +404,11 @@ def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _check_dtypes(stored: dict[str, StoredTensor], chosen: dict[str, str], folder: Path) -> None:
-    wrong = [key for key in chosen.values() if stored[key].dtype not in DTYPES]
+def _check_dtypes(
+    stored: dict[str, StoredTensor], chosen: dict[str, str], low: dict[str, LowBit], folder: Path
+) -> None:
+    floats = [key for key in chosen.values() if key not in low]
+    wrong = [key for key in floats if stored[key].dtype not in DTYPES]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise WeightsError(
@@ -327,18 +417,34 @@ def _check_dtypes(stored: dict[str, StoredTensor], chosen: dict[str, str], folde
         )
 
 
-def _check_head(stored: dict[str, StoredTensor], chosen: dict[str, str]) -> None:
+def _check_head(
+    stored: dict[str, StoredTensor],
+    keys: Iterable[str],
+    chosen: dict[str, str],
+    low: dict[str, LowBit],
+) -> None:
     """A stored output head must be the embedding it is tied to; some rows are compared."""
-    for key, head in stored.items():
+
+    def some_rows(key: str) -> Tensor:
+        tensor = stored[key]
+        step = -(-tensor.shape[0] // HEAD_ROWS_COMPARED)
+        return _opened(tensor.file).get_tensor(key)[::step]
+
+    for key in keys:
         if module_name(key) != HEAD or HEAD in chosen:
             continue
-        table = stored[chosen[EMBEDDING]]
-        step = -(-table.shape[0] // HEAD_ROWS_COMPARED)
-        ours = _opened(head.file).get_tensor(key)[::step]
-        theirs = _opened(table.file).get_tensor(chosen[EMBEDDING])[::step]
-        if not torch.equal(ours, theirs):
+        pairs = [(key, chosen[EMBEDDING])]
+        if key in low and chosen[EMBEDDING] in low:
+            head, table = low[key], low[chosen[EMBEDDING]]
+            pairs = [(head.codes, table.codes), (head.scales, table.scales)]
+        if any(
+            ours not in stored
+            or theirs not in stored
+            or not torch.equal(some_rows(ours), some_rows(theirs))
+            for ours, theirs in pairs
+        ):
             raise WeightsError(
-                f"{head.file.name}: {key} differs from {chosen[EMBEDDING]}; Gemma 4 ties the two. "
+                f"{key} differs from {chosen[EMBEDDING]}; Gemma 4 ties the two. "
                 "The head was trained apart and cannot be kept; export with tied embeddings."
             )
 

@@ -29,7 +29,7 @@ WRITTEN_PREFIX = "model.language_model."
 PREFIXES = (WRITTEN_PREFIX, "language_model.model.", "language_model.", "model.", "")
 TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-PLE_TABLE = "embed_tokens_per_layer.weight"
+PLE_TABLE, LAST_NORM = "embed_tokens_per_layer.weight", "norm.weight"
 MAX_NAMED = 8
 
 
@@ -83,7 +83,7 @@ def expected_shapes(config: TextConfig) -> dict[str, Shape]:
             shapes[at + "per_layer_input_gate.weight"] = (p, d)
             shapes[at + "per_layer_projection.weight"] = (d, p)
             shapes[at + "post_per_layer_input_norm.weight"] = (d,)
-    shapes["norm.weight"] = (d,)
+    shapes[LAST_NORM] = (d,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, d)
     if p:
@@ -248,7 +248,10 @@ def _cause_of_unexpected(keys: list[str], config: TextConfig) -> str:
         return "This is a LoRA adapter; merge it into its base model first."
     quantized = ("weight_scale", "_packed", "qweight", "qzeros", ".scales", ".absmax")
     if any(mark in text for mark in quantized):
-        return "These look quantized; use the bfloat16 checkpoint of the same model."
+        return (
+            "These are quantized in a way that is not read here; start from the bfloat16 "
+            "checkpoint of the same model."
+        )
     if any(mark in text for mark in ("pre_projection.", "post_projection.", "masked_embedding.")):
         return "This is a drafter (`-assistant`), not a model that runs alone."
     if _depth(keys) > config.num_hidden_layers:

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from gemsmith.errors import RequestError, WeightsError
+from gemsmith.quant.formats import Quantized
+from gemsmith.weights.layouts import LowBit, codes_of
 
-_AS_INTEGERS = {2: np.int16, 4: np.int32}
+_AS_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
 
 
 class PLEStore(nn.Module):
@@ -103,6 +105,27 @@ class PLEStore(nn.Module):
                 "fetch the file anew"
             ) from None
         return torch.from_numpy(values).view(self.stored)
+
+
+class QuantPLEStore(nn.Module):
+    """Rows of a table of few bits: codes and scales are read, and what comes out are floats."""
+
+    def __init__(
+        self, table: LowBit, codes: PLEStore, scales: PLEStore, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.table, self.codes, self.scales, self.dtype = table, codes, scales, dtype
+        self.num_embeddings, self.embedding_dim = table.shape
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """As `PLEStore.forward`."""
+        codes = codes_of(self.codes(ids_T), self.table)
+        scales = self.scales(ids_T).float()
+        shape = (*ids_T.shape, self.embedding_dim)
+        return Quantized(self.table.format, shape, codes, scales).dequantize().to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.table.format}"
 
 
 class _ReadOnlyFile:

@@ -19,11 +19,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,34 @@ ALIGNMENT = 64
 PIECE_BYTES = 32 << 20
 SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WRITTEN_DTYPES = _DTYPE_NAMES | {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+
+class Piecewise(Protocol):
+    """A tensor that can be written: its values in order, contiguous on the CPU."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def nbytes(self) -> int: ...
+    def pieces(self) -> Iterator[Tensor]: ...
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+S = TypeVar("S", bound=_Sized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +121,7 @@ def save_model(
     config = config if towers is not None else text_only(config)
     sources = _sources(model, config, dtype) + _tower_sources(towers, config, dtype)
     sources.sort(key=lambda source: source.nbytes % ALIGNMENT != 0)
-    shards = _shards(sources, max_shard_bytes)
+    shards = split_shards(sources, max_shard_bytes)
     count = len(shards)
     names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     names = names if count > 1 else [SINGLE]
@@ -101,13 +129,13 @@ def save_model(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, shard in zip(names, shards, strict=True):
-            with _new_file(folder, name, temporary) as file:
-                _write(file, shard)
+            with new_file(folder, name, temporary) as file:
+                write_tensors(file, shard)
         if count > 1:
-            with _new_file(folder, INDEX, temporary) as file:
-                file.write(_json(_index(names, shards)))
-        with _new_file(folder, "config.json", temporary) as file:
-            file.write(_json(config.to_dict()))
+            with new_file(folder, INDEX, temporary) as file:
+                file.write(to_json(index_of(names, shards)))
+        with new_file(folder, "config.json", temporary) as file:
+            file.write(to_json(config.to_dict()))
     except OSError as error:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -179,9 +207,9 @@ def _check_savable(name: str, tensor: Tensor) -> None:
         raise WeightsError(f"{name} is {tensor.dtype}; only float weights are saved")
 
 
-def _shards(sources: list[_Source], most: int) -> list[list[_Source]]:
+def split_shards(sources: Sequence[S], most: int) -> list[list[S]]:
     """Runs of tensors of at most `most` bytes, or of one tensor."""
-    shards: list[list[_Source]] = []
+    shards: list[list[S]] = []
     size = 0
     for source in sources:
         if not shards or size + source.nbytes > most:
@@ -192,7 +220,8 @@ def _shards(sources: list[_Source], most: int) -> list[list[_Source]]:
     return shards
 
 
-def _index(names: list[str], shards: list[list[_Source]]) -> dict[str, Any]:
+def index_of(names: Sequence[str], shards: Sequence[Sequence[Piecewise]]) -> dict[str, Any]:
+    """model.safetensors.index.json of these files."""
     pairs = list(zip(names, shards, strict=True))
     return {
         "metadata": {"total_size": sum(s.nbytes for shard in shards for s in shard)},
@@ -200,13 +229,13 @@ def _index(names: list[str], shards: list[list[_Source]]) -> dict[str, Any]:
     }
 
 
-def _write(file: BinaryIO, sources: list[_Source]) -> None:
+def write_tensors(file: BinaryIO, sources: Sequence[Piecewise]) -> None:
     """One safetensors file: length of the header, the header padded with spaces, the values."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for source in sources:
         header[source.name] = {
-            "dtype": _DTYPE_NAMES[source.dtype],
+            "dtype": WRITTEN_DTYPES[source.dtype],
             "shape": list(source.shape),
             "data_offsets": [at, at + source.nbytes],
         }
@@ -220,7 +249,7 @@ def _write(file: BinaryIO, sources: list[_Source]) -> None:
 
 
 @contextmanager
-def _new_file(folder: Path, name: str, temporary: dict[str, Path]) -> Iterator[BinaryIO]:
+def new_file(folder: Path, name: str, temporary: dict[str, Path]) -> Iterator[BinaryIO]:
     """A file to be renamed to `name` later, on disk for certain when the block ends."""
     temporary[name] = folder / f".{name}.{os.getpid()}.tmp"
     with open(temporary[name], "wb") as file:
@@ -229,5 +258,5 @@ def _new_file(folder: Path, name: str, temporary: dict[str, Path]) -> Iterator[B
         os.fsync(file.fileno())
 
 
-def _json(data: dict[str, Any]) -> bytes:
+def to_json(data: dict[str, Any]) -> bytes:
     return json.dumps(data, indent=2, sort_keys=True).encode() + b"\n"

@@ -1,0 +1,528 @@
+"""A checkpoint of floats -> one of low-bit weights, tensor by tensor.
+
+Rows are read, quantized and written some MiB at a time, so memory holds neither a whole table nor a
+whole layer, only the scales of the tensor in work. Files are finished one by one; what is finished
+is noted in `quantizing.json` with its SHA-256. Started again after a crash, a full disk or a kill,
+the work goes on after the last file that is noted and intact. config.json comes last: until then
+the folder is no checkpoint.
+
+Which bits a weight gets is the recipe's business, see `Recipe`. Norms, scalars, the router of
+experts (a thousandth of the weights, and it decides which of them are used) and what of the towers
+is not a linear layer stay floats, as stored.
+
+What it is not: calibration. See quant/quantize.py for the method.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from gemsmith.config import Gemma4Config, LayerPlan
+from gemsmith.errors import ConfigError, WeightsError
+from gemsmith.model.towers import Towers
+from gemsmith.quant.formats import Format
+from gemsmith.quant.quantize import quantize, squares
+from gemsmith.weights import layouts
+from gemsmith.weights.load import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    StoredTensor,
+    read_checkpoint,
+    tower_shapes,
+)
+from gemsmith.weights.names import (
+    EMBEDDING,
+    HEAD,
+    PLE_TABLE,
+    Shape,
+    expected_shapes,
+    is_tower,
+    match,
+    match_towers,
+    unused_shapes,
+    written_key,
+)
+from gemsmith.weights.save import (
+    ALIGNMENT,
+    index_of,
+    new_file,
+    split_shards,
+    to_json,
+    write_tensors,
+)
+
+BITS = ("8", "4", "2", "mobile")
+GROUPS = (32, 64, 128)
+DEFAULT_GROUP = 32
+SHARD_BYTES = 512 << 20
+"""Bytes of a file, and so the most work a kill can cost: a few minutes."""
+PIECE_BYTES = 16 << 20
+PROGRESS = "quantizing.json"
+COMPANIONS = (".json", ".jinja", ".model", ".txt")
+MAX_COMPANION_BYTES = 64 << 20
+
+Advance = Callable[[str, int], None]
+"""Told the weight in work and how many of its values were just done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Which format each weight gets.
+
+    "8": int8 with a scale a row. "4", "2": so many bits in groups. In all three the per-layer
+    inputs (PLE) are int8: their projections because 4 bits there double the error of the whole
+    model for a hundredth of its size, their table because it stays on disk and costs no memory.
+    Linear layers of the towers are int8.
+
+    "mobile": the mix of Google's mobile E2B, one scale a row. Embedding and head, apart, at 2
+    bits; attention 4; MLPs 4, or 2 in layers that read another layer's K/V; PLE table 4 with a
+    scale for each layer's part, PLE projections 8, `per_layer_model_projection` left as it is.
+    Good only from weights trained for it.
+    """
+
+    bits: str
+    group: int | None = None
+    """None: 32 at 4 and 2 bits, a whole row otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ConfigError(f"bits {self.bits!r}: choose {', '.join(BITS)}")
+        if self.group is not None and self.group not in GROUPS:
+            raise ConfigError(f"group {self.group}: choose {', '.join(map(str, GROUPS))}")
+        if self.bits == "mobile" and self.group is not None:
+            raise ConfigError(
+                f"group {self.group}: the mobile layout has one scale a row; leave it"
+            )
+
+    @property
+    def mobile(self) -> bool:
+        return self.bits == "mobile"
+
+    def formats(self, config: Gemma4Config) -> dict[str, Format]:
+        """The format of each weight that gets one, by name (towers' below `model.`).
+
+        Raises:
+          ConfigError: groups do not divide a weight's rows, named; experts in the mobile layout.
+        """
+        text = config.text_config
+        if self.mobile and text.enable_moe_block:
+            raise ConfigError("bits 'mobile': its layout has no place for experts; use 4")
+        out: dict[str, Format] = {}
+        for name, shape in expected_shapes(text).items():
+            format = self._format(name, text.layers, text.hidden_size_per_layer_input)
+            if len(shape) > 1 and format is not None:
+                format.groups(shape[-1], written_key(name))
+                out[name] = format
+        for name, module in Towers(config, device="meta").named_modules():
+            if isinstance(module, nn.Linear):
+                out[f"{name}.weight"] = Format(8)
+        return out
+
+    def _format(self, name: str, plans: tuple[LayerPlan, ...], P: int) -> Format | None:
+        if ".router." in name:
+            return None
+        if name == PLE_TABLE:
+            return Format(4 if self.mobile else 8, P)
+        if name == "per_layer_model_projection.weight":
+            return None if self.mobile else Format(8)
+        if "per_layer" in name:
+            return Format(8)
+        if not self.mobile:
+            group = self.group or (None if self.bits == "8" else DEFAULT_GROUP)
+            return Format(int(self.bits), group)
+        if ".mlp." in name:
+            return Format(4 if plans[int(name.split(".")[1])].owns_kv else 2)
+        return Format(2 if name in (EMBEDDING, HEAD) else 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What became of one weight."""
+
+    name: str
+    format: Format | None
+    """None: as it was."""
+    dtype: str
+    """Of floats that stayed: the file's name for it."""
+    weights: int
+    nbytes: int
+    """In the file, scales included."""
+    wrong: float
+    whole: float
+    """Sums of squares: of the error, and of the weight."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """A tensor of the new file."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    make: Callable[[], Iterator[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[Tensor]:
+        return self.make()
+
+
+@dataclass(slots=True)
+class _Job:
+    """One weight: read from `source`, written as one tensor or several."""
+
+    name: str
+    key: str
+    source: StoredTensor
+    format: Format | None
+    mobile: bool
+    advance: Advance
+    wrong: float = 0.0
+    whole: float = 0.0
+    scales: list[Tensor] = field(default_factory=list)
+    parts: list[_Part] = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape, format, stem = self.source.shape, self.format, self.key.removesuffix(".weight")
+        if format is None:
+            self.parts = [_Part(self.key, shape, DTYPES[self.source.dtype], self._floats)]
+            return
+        *rows, K = shape
+        row_bytes, groups = K * format.bits // 8, format.groups(K, self.key)
+        scale = torch.bfloat16 if format.group and not self.mobile else torch.float32
+        scales, codes = (*rows, groups), (*rows, row_bytes)
+        if self.mobile:
+            table = self.name in (EMBEDDING, PLE_TABLE)
+            first = "embedding_quantized" if table else "weight"
+            second = "embedding_scale" if table else "weight_scale"
+            kind = torch.int8 if format.bits == 8 else torch.uint8
+            self.parts = [
+                _Part(f"{stem}.{first}", codes, kind, self._codes),
+                _Part(f"{stem}.{second}", scales, scale, lambda: self._scales(scale)),
+            ]
+            if not table:
+                # 0 says that activations have no static scale.
+                self.parts += [
+                    _Part(f"{stem}.{side}_activation_scale", (), torch.float32, _nothing)
+                    for side in ("input", "output")
+                ]
+            return
+        stem += ".weight" if stem != self.key else ""
+        filled = (*rows, -(-row_bytes // layouts.WORD))
+        self.parts = [
+            _Part(f"{stem}_packed", filled, torch.int32, self._codes),
+            _Part(f"{stem}_scale", scales, scale, lambda: self._scales(scale)),
+            _Part(f"{stem}_shape", (len(shape),), torch.int64, lambda: iter([torch.tensor(shape)])),
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether what follows its codes and scales is aligned as they are."""
+        return all(part.nbytes % ALIGNMENT == 0 for part in self.parts[:2])
+
+    def row(self) -> Row:
+        weights = math.prod(self.source.shape)
+        dtype = self.source.dtype
+        return Row(self.name, self.format, dtype, weights, self.nbytes, self.wrong, self.whole)
+
+    def _floats(self) -> Iterator[Tensor]:
+        for rows in _read_rows(self.source):
+            yield rows
+            self.advance(self.key, rows.numel())
+
+    def _codes(self) -> Iterator[Tensor]:
+        assert self.format is not None
+        self.scales.clear()
+        self.wrong = self.whole = 0.0
+        for rows in _read_rows(self.source):
+            try:
+                found = quantize(rows, self.format)
+            except WeightsError as error:
+                raise WeightsError(f"{self.source.file.name}: {self.key}: {error}") from None
+            wrong, whole = squares(rows, found)
+            self.wrong, self.whole = self.wrong + wrong, self.whole + whole
+            self.scales.append(found.scales)
+            if not self.mobile:
+                yield layouts.words(found.packed)
+            else:
+                yield (
+                    (found.packed ^ 128).view(torch.int8) if self.format.bits == 8 else found.packed
+                )
+            self.advance(self.key, rows.numel())
+
+    def _scales(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        for scales in self.scales:
+            yield scales.to(dtype).contiguous()
+        self.scales.clear()
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    recipe: Recipe,
+    *,
+    begin: Callable[[int, int], None] = lambda total, done: None,
+    advance: Advance = lambda name, values: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Row]:
+    """Write `target`, or finish it; returns what became of each weight, in the model's order.
+
+    `begin` is told once how many values there are and how many were done by an earlier call.
+
+    Raises:
+      ConfigError: the recipe does not fit the model.
+      WeightsError: the source is damaged, not a Gemma 4 of floats, or the target holds another
+        checkpoint, or cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    config, jobs = _plan(source, recipe, advance)
+    shards = split_shards(jobs, shard_bytes)
+    count = len(shards)
+    names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    names = names if count > 1 else [SINGLE]
+    if (target / "config.json").exists():
+        raise WeightsError(
+            f"{target} holds a checkpoint already; remove it or choose another folder"
+        )
+    done = _done_before(target, _digest(recipe, jobs, shards))
+    done["files"] = {n: f for n, f in done["files"].items() if _intact(target / n, f)}
+    kept = [job for n, s in zip(names, shards, strict=True) if n in done["files"] for job in s]
+    begin(sum(_values(job) for job in jobs), sum(_values(job) for job in kept))
+    current = ""
+    try:
+        for current, shard in zip(names, shards, strict=True):
+            if current not in done["files"]:
+                done["files"][current] = _finish(target, current, shard)
+                _replace(target, PROGRESS, to_json(done))
+            errors = done["files"][current]["squares"]
+            for job in shard:
+                job.wrong, job.whole = errors.get(job.name, (0.0, 0.0))
+        if count > 1:
+            parts = [[part for job in shard for part in job.parts] for shard in shards]
+            _replace(target, INDEX, to_json(index_of(names, parts)))
+        _copy_companions(source, target)
+        section = _section(recipe, config)
+        _replace(
+            target, "config.json", to_json(config.to_dict() | {"quantization_config": section})
+        )
+        (target / PROGRESS).unlink()
+    except OSError as error:
+        raise WeightsError(
+            f"{target}: cannot be written ({error.strerror}); {len(done['files'])} of {count} "
+            "files are done. Make room and run the same command again to go on."
+        ) from None
+    return [job.row() for job in jobs]
+
+
+def left_as_floats(folder: str | Path) -> list[str]:
+    """Matrices of the checkpoint that no format was given, by key; the router is not counted.
+
+    Read from the files themselves: what a checkpoint is called is one thing, what it holds another.
+    """
+    folder = Path(folder)
+    config = Gemma4Config.load(folder)
+    stored = read_checkpoint(folder)
+    text = config.text_config
+    known = expected_shapes(text) | unused_shapes(text) | tower_shapes(config)
+    low = layouts.fold(stored, known)[1]
+    linear = {f"model.{name}" for name in Recipe("8").formats(config) if is_tower(name)}
+    linear |= {
+        written_key(name)
+        for name, shape in expected_shapes(text).items()
+        if len(shape) > 1 and ".router." not in name
+    }
+    return sorted(key for key in stored if key in linear and key not in low)
+
+
+def _plan(source: Path, recipe: Recipe, advance: Advance) -> tuple[Gemma4Config, list[_Job]]:
+    """The new checkpoint's config, and a job for each of its weights, in order."""
+    config = Gemma4Config.load(source)
+    if layouts.read_section(source) is not None:
+        raise WeightsError(
+            f"{source} is quantized already; start from the checkpoint it was made from, because "
+            "errors of two roundings add up"
+        )
+    stored = read_checkpoint(source)
+    shapes = {key: tensor.shape for key, tensor in stored.items()}
+    files = {key: tensor.file.name for key, tensor in stored.items()}
+    chosen = match(shapes, config.text_config, files, str(source))
+    towers = tower_shapes(config)
+    if towers:
+        chosen |= match_towers(shapes, towers, str(source))
+    wrong = [key for key in chosen.values() if stored[key].dtype not in DTYPES]
+    if wrong:
+        raise WeightsError(
+            f"{source}: {wrong[0]} is stored as {stored[wrong[0]].dtype}; quantized are "
+            f"{', '.join(DTYPES)}"
+        )
+    if recipe.mobile and config.text_config.tie_word_embeddings:
+        chosen[HEAD] = chosen[EMBEDDING]
+        text = replace(config.text_config, tie_word_embeddings=False)
+        config = replace(config, text_config=text, tie_word_embeddings=False)
+    formats = recipe.formats(config)
+    jobs = [
+        _Job(
+            name,
+            f"model.{name}" if is_tower(name) else written_key(name),
+            stored[key],
+            formats.get(name),
+            recipe.mobile,
+            advance,
+        )
+        for name, key in chosen.items()
+    ]
+    order = {
+        name: place for place, name in enumerate([*expected_shapes(config.text_config), *towers])
+    }
+    return config, sorted(jobs, key=lambda job: order[job.name])
+
+
+def _section(recipe: Recipe, config: Gemma4Config) -> dict[str, Any]:
+    """quantization_config, with modules under the names they have in transformers."""
+
+    def module(name: str) -> str:
+        key = f"model.{name}" if is_tower(name) else written_key(name)
+        return key.removesuffix(".weight")
+
+    formats = {module(name): format for name, format in recipe.formats(config).items()}
+    shapes = expected_shapes(config.text_config)
+    ignored = {
+        module(name) for name in shapes if len(shapes[name]) > 1 and module(name) not in formats
+    }
+    if recipe.mobile:
+        return layouts.gemma_section(formats, ignored)
+    return layouts.compressed_section(formats, {*ignored, "lm_head"})
+
+
+def _finish(target: Path, name: str, shard: list[_Job]) -> dict[str, Any]:
+    """Write one file whole; returns what is noted of it."""
+    jobs = sorted(shard, key=lambda job: not job.aligned)
+    parts = [part for job in jobs for part in job.parts[:2]]
+    parts += [part for job in jobs for part in job.parts[2:]]
+    target.mkdir(parents=True, exist_ok=True)
+    temporary: dict[str, Path] = {}
+    try:
+        with new_file(target, name, temporary) as file:
+            hashing = _Hashing(file)
+            write_tensors(hashing, parts)  # pyright: ignore[reportArgumentType]
+        os.replace(temporary[name], target / name)
+    except BaseException:
+        temporary[name].unlink(missing_ok=True)
+        raise
+    squared = {job.name: (job.wrong, job.whole) for job in shard if job.format}
+    return {"sha256": hashing.digest.hexdigest(), "squares": squared}
+
+
+class _Hashing:
+    """A file that knows the SHA-256 of what was written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+
+def _done_before(target: Path, plan: str) -> dict[str, Any]:
+    """What an earlier call for the same plan noted; nothing if there was none."""
+    path = target / PROGRESS
+    fresh = {"plan": plan, "files": {}}
+    if not path.exists():
+        for part in target.glob("*.safetensors"):
+            raise WeightsError(
+                f"{target} holds {part.name}, which is not of an unfinished quantization; "
+                "choose another folder"
+            )
+        return fresh
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+        good = isinstance(done["files"], dict) and isinstance(done["plan"], str)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return fresh
+    if not good:
+        return fresh
+    if done["plan"] != plan:
+        raise WeightsError(
+            f"{target} holds an unfinished quantization of another checkpoint or with other "
+            "options; remove it or choose another folder"
+        )
+    return done
+
+
+def _intact(file: Path, noted: Any) -> bool:
+    """Whether a file is what was noted of it; a note of another form counts for nothing."""
+    if not isinstance(noted, dict) or not isinstance(noted.get("squares"), dict):
+        return False
+    try:
+        with open(file, "rb") as raw:
+            return hashlib.file_digest(raw, "sha256").hexdigest() == noted.get("sha256")
+    except OSError:
+        return False
+
+
+def _digest(recipe: Recipe, jobs: list[_Job], shards: list[list[_Job]]) -> str:
+    """Identifies what is made of what: recipe, source files as they are, division into files."""
+    files = {job.source.file for job in jobs}
+    facts = [
+        repr(recipe),
+        [len(shard) for shard in shards],
+        [[job.key, job.source.dtype, job.source.shape, str(job.format)] for job in jobs],
+        sorted([str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files),
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _read_rows(tensor: StoredTensor) -> Iterator[Tensor]:
+    """The tensor [..., K] as rows [n, K], some MiB at a time, read without a map."""
+    dtype = DTYPES[tensor.dtype]
+    K = tensor.shape[-1] if tensor.shape else 1
+    rows, row_bytes = math.prod(tensor.shape) // max(1, K), K * dtype.itemsize
+    step = max(1, PIECE_BYTES // max(1, row_bytes))
+    with open(tensor.file, "rb") as file:
+        file.seek(tensor.offset)
+        for start in range(0, rows, step):
+            buffer = bytearray(min(step, rows - start) * row_bytes)
+            if file.readinto(buffer) != len(buffer):
+                raise WeightsError(f"{tensor.file} was cut short while it was read; fetch it anew")
+            yield torch.frombuffer(buffer, dtype=dtype).view(-1, K)
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer, template and settings: small files beside the weights."""
+    for path in sorted(source.iterdir()):
+        companion = path.suffix in COMPANIONS and path.name not in ("config.json", INDEX, PROGRESS)
+        if companion and path.is_file() and path.stat().st_size <= MAX_COMPANION_BYTES:
+            shutil.copyfile(path, target / path.name)
+
+
+def _replace(target: Path, name: str, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary: dict[str, Path] = {}
+    with new_file(target, name, temporary) as file:
+        file.write(data)
+    os.replace(temporary[name], target / name)
+
+
+def _values(job: _Job) -> int:
+    return math.prod(job.source.shape)
+
+
+def _nothing() -> Iterator[Tensor]:
+    yield torch.zeros(1)
