@@ -13,7 +13,6 @@ Run: python -m benchmarks.kernels
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,31 +29,6 @@ CHECKED = 4
 """Blocks of 16 outputs that are compared with torch's, at either end."""
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A buffer seen as lines, with scales."""
-
-    bits: int
-    group: int | None
-    lines: Tensor
-    scales: Tensor
-
-    @property
-    def name(self) -> str:
-        return f"int{self.bits}" + (f"-g{self.group}" if self.group else "")
-
-    @property
-    def outputs(self) -> int:
-        return self.lines.shape[0] * cpu.BLOCK
-
-    @property
-    def nbytes(self) -> int:
-        return self.lines.nbytes + self.scales.nbytes
-
-    def times(self, x8: Tensor, sx: Tensor) -> Tensor:
-        return cpu.gemm(self.lines, self.scales, self.outputs, self.bits, self.group, x8, sx)
-
-
 def fill(gib: float) -> Tensor:
     """A buffer of random bytes."""
     buffer = torch.empty(int(gib * 2**30) // 2**21 * 2**21, dtype=torch.uint8)
@@ -62,28 +36,36 @@ def fill(gib: float) -> Tensor:
     return buffer.random_(0, 256, generator=torch.Generator().manual_seed(0))
 
 
-def weight(buffer: Tensor, bits: int, group: int | None) -> Weight:
+def weight(buffer: Tensor, bits: int, group: int | None) -> cpu.PackedWeight:
     """The buffer as a weight of INPUTS inputs, as many outputs as fit."""
     _, count, line = cpu.lines_shape(1, INPUTS, bits)
     blocks = buffer.numel() // (count * line)
     lines = buffer[: blocks * count * line].view(blocks, count, line)
     generator = torch.Generator().manual_seed(1)
     scales = torch.rand(blocks, cpu.groups_of(INPUTS, group), cpu.BLOCK, generator=generator)
-    return Weight(bits, group, lines, scales)
+    return packed(lines, scales, bits, group)
 
 
-def check(weight: Weight, x8: Tensor, sx: Tensor) -> None:
+def packed(lines: Tensor, scales: Tensor, bits: int, group: int | None) -> cpu.PackedWeight:
+    outputs = len(lines) * cpu.BLOCK
+    return cpu.PackedWeight(
+        lines, scales, outputs=outputs, inputs=INPUTS, bits=bits, group=group
+    )  # fmt: skip
+
+
+def name_of(weight: cpu.PackedWeight) -> str:
+    return f"int{weight.bits}" + (f"-g{weight.group}" if weight.group else "")
+
+
+def check(weight: cpu.PackedWeight, x8: Tensor, sx: Tensor) -> None:
     """Ends the program if the first or last outputs are not torch's to the bit."""
-    found = weight.times(x8, sx)
+    found = cpu.gemm(weight, x8, sx)
     for part in (slice(None, CHECKED), slice(-CHECKED, None)):
-        lines, scales = weight.lines[part], weight.scales[part]
-        outputs = lines.shape[0] * cpu.BLOCK
-        expected = cpu.gemm_reference(
-            lines, scales, outputs, weight.bits, weight.group, x8, sx
-        )  # fmt: skip
-        mine = found[:, :outputs] if part.start is None else found[:, -outputs:]
-        if not torch.equal(mine, expected):
-            sys.exit(f"{weight.name}, {len(x8)} rows: not what torch computes; nothing was timed")
+        some = packed(weight.lines[part], weight.scales[part], weight.bits, weight.group)
+        first = 0 if part.start is None else weight.outputs - some.outputs
+        mine = found[:, first : first + some.outputs]
+        if not torch.equal(mine, cpu.gemm_reference(some, x8, sx)):
+            sys.exit(f"{name_of(weight)}, {len(x8)} rows: not torch's result; nothing was timed")
 
 
 def main() -> None:
@@ -106,8 +88,8 @@ def main() -> None:
         given = cpu.quantize_rows(torch.randn(rows, INPUTS, generator=generator))
         for each in weights:
             check(each, *given)
-            name = f"{each.name} x{rows}"
-            runs[name] = lambda each=each, given=given: each.times(*given)
+            name = f"{name_of(each)} x{rows}"
+            runs[name] = lambda each=each, given=given: cpu.gemm(each, *given)
             sizes[name] = each.nbytes
     seconds = measure.interleaved(runs, repeats=options.repeats)
     rates = {name: [sizes[name] / s / 1e9 for s in found] for name, found in seconds.items()}

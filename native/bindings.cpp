@@ -50,6 +50,12 @@ void matmul(Address lines, Address scales, int64_t N, int64_t K, int bits, int64
                    at<const int8_t>(x8), at<const float>(sx), M, at<float>(y));
 }
 
+void linear(Address lines, Address scales, int64_t N, int64_t K, int bits, int64_t group,
+            Address x, int64_t M, Address y) {
+  gemsmith::linear(at<const uint8_t>(lines), at<const float>(scales), N, K, bits, group,
+                   at<const float>(x), M, at<float>(y));
+}
+
 nb::list isas() {
   int count = 0;
   const char* const* names = gemsmith::isas(&count);
@@ -88,6 +94,7 @@ NB_MODULE(_native, m) {
   // One function under two names: M up to 8 and any M. A matrix unit would part them.
   m.def("gemv", matmul, release);
   m.def("gemm", matmul, release);
+  m.def("linear", linear, release);
   m.def("read_memory", [](Address data, int64_t bytes) {
     return gemsmith::read_memory(at<const uint8_t>(data), bytes);
   }, release);

@@ -76,6 +76,9 @@ void quantize_rows(const float* x, int64_t M, int64_t K, int8_t* x8, float* sx);
 // K is at most 65536: sums of 255 * 128 then fit 32 bits.
 void matmul(const uint8_t* lines, const float* scales, int64_t N, int64_t K, int bits,
             int64_t group, const int8_t* x8, const float* sx, int64_t M, float* y);
+// quantize_rows and matmul: y of float rows x [M][K].
+void linear(const uint8_t* lines, const float* scales, int64_t N, int64_t K, int bits,
+            int64_t group, const float* x, int64_t M, float* y);
 // Reads `bytes` of memory with all threads; a multiple of 64.
 uint64_t read_memory(const uint8_t* data, int64_t bytes);
 

@@ -118,6 +118,14 @@ void matmul(const uint8_t* lines, const float* scales, int64_t N, int64_t K, int
   }
 }
 
+void linear(const uint8_t* lines, const float* scales, int64_t N, int64_t K, int bits,
+            int64_t group, const float* x, int64_t M, float* y) {
+  const std::unique_ptr<int8_t[]> x8(new int8_t[static_cast<size_t>(M * K)]);
+  const std::unique_ptr<float[]> sx(new float[static_cast<size_t>(M)]);
+  quantize_rows(x, M, K, x8.get(), sx.get());
+  matmul(lines, scales, N, K, bits, group, x8.get(), sx.get(), M, y);
+}
+
 uint64_t read_memory(const uint8_t* data, int64_t bytes) {
   const int64_t count = bytes / LINE;
   if (count == 0) return 0;

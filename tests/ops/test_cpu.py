@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def packed_codes(q_NK: Tensor, bits: int) -> Tensor:
 
 
 class Weight:
-    """A random weight, or q given, as codes and as lines; its rows `repeat` times over."""
+    """A random weight, or q given, as codes and packed; its rows `repeat` times over."""
 
     def __init__(
         self,
@@ -72,20 +73,21 @@ class Weight:
         q = random_codes(outputs, inputs, bits) if q is None else q
         groups = cpu.groups_of(inputs, group)
         generator = torch.Generator().manual_seed(1)
-        self.bits, self.group, self.outputs = bits, group, outputs * repeat
         self.q = q.repeat(repeat, 1)
-        self.scales_NG = torch.rand(self.outputs, groups, generator=generator) - 0.5
-        self.lines = cpu.pack_lines(packed_codes(q, bits).repeat(repeat, 1), inputs, bits)
-        self.scales = cpu.pack_scales(self.scales_NG)
+        self.scales_NG = torch.rand(outputs * repeat, groups, generator=generator) - 0.5
+        codes = packed_codes(q, bits).repeat(repeat, 1)
+        self.packed = cpu.PackedWeight.pack(
+            codes, self.scales_NG, inputs=inputs, bits=bits, group=group
+        )
 
     def times(self, x8: Tensor, sx: Tensor) -> Tensor:
-        return cpu.gemm(self.lines, self.scales, self.outputs, self.bits, self.group, x8, sx)
+        return cpu.gemm(self.packed, x8, sx)
 
     def plainly(self, x8: Tensor, sx: Tensor) -> Tensor:
         """The definition, from the codes: exact sums (float64 holds them), float32 steps."""
         groups = self.scales_NG.shape[1]
         x, q = (t.double().view(t.shape[0], groups, -1) for t in (x8, self.q))
-        total = torch.zeros(x8.shape[0], self.outputs)
+        total = torch.zeros(x8.shape[0], len(self.q))
         for g in range(groups):
             total = total + (x[:, g] @ q[:, g].T).float() * self.scales_NG[:, g]
         return total * sx[:, None]
@@ -139,11 +141,10 @@ def test_the_torch_code_gives_the_defined_bits(monkeypatch: pytest.MonkeyPatch, 
     for group in (None, 32):
         w = Weight(70, 96, bits, group)
         x8, sx = activations(5, 96)
-        arguments = (w.lines, w.scales, w.outputs, bits, group, x8, sx)
-        assert torch.equal(cpu.gemm_reference(*arguments), w.plainly(x8, sx))
+        assert torch.equal(cpu.gemm_reference(w.packed, x8, sx), w.plainly(x8, sx))
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "REFERENCE_CODES", 96 * 16 * 2)
-            assert torch.equal(cpu.gemm_reference(*arguments), w.plainly(x8, sx))
+            assert torch.equal(cpu.gemm_reference(w.packed, x8, sx), w.plainly(x8, sx))
 
 
 @settings(max_examples=60, deadline=None)
@@ -172,9 +173,8 @@ def test_the_largest_sums_do_not_wrap(isa: str, rows: int, lowest: bool, x: int,
     half = 1 << (bits - 1)
     q = torch.full((3, cpu.MAX_INPUTS), -half if lowest else half - 1, dtype=torch.int8)
     packed = torch.full((3, cpu.MAX_INPUTS * bits // 8), 0 if lowest else 255, dtype=torch.uint8)
-    lines = cpu.pack_lines(packed, cpu.MAX_INPUTS, bits)
-    x8 = torch.full((rows, cpu.MAX_INPUTS), x, dtype=torch.int8)
-    y = cpu.gemm(lines, cpu.pack_scales(torch.ones(3, 1)), 3, bits, None, x8, torch.ones(rows))
+    w = cpu.PackedWeight.pack(packed, torch.ones(3, 1), inputs=cpu.MAX_INPUTS, bits=bits)
+    y = cpu.gemm(w, torch.full((rows, w.inputs), x, dtype=torch.int8), torch.ones(rows))
     assert torch.equal(y, torch.full((rows, 3), float(int(q[0, 0]) * x * cpu.MAX_INPUTS)))
 
 
@@ -188,7 +188,9 @@ def test_equal_weights_and_zeros_give_what_they_should(isa: str):
 
 def test_no_rows_give_no_rows(isa: str):
     x8, sx = activations(0, 64)
-    assert Weight(20, 64, 4).times(x8, sx).shape == (0, 20)
+    w = Weight(20, 64, 4)
+    assert w.times(x8, sx).shape == (0, 20)
+    assert cpu.linear(w.packed, torch.empty(0, 64)).shape == (0, 20)
     assert cpu.quantize_rows(torch.empty(0, 64))[0].shape == (0, 64)
 
 
@@ -211,11 +213,11 @@ def test_threads_change_nothing(isa: str, threads: int, bits: int):
 def test_memory_need_not_be_aligned(isa: str, bits: int):
     w = Weight(19, 96, bits, 32)
     x8, sx = activations(5, 96)
-    shifted = [_shifted(t) for t in (w.lines, w.scales, x8, sx)]
-    lines, scales, x8_, sx_ = shifted
+    shifted = [_shifted(t) for t in (w.packed.lines, w.packed.scales, x8, sx)]
     assert any(t.data_ptr() % 16 for t in shifted)
-    y = cpu.gemm(lines, scales, 19, bits, 32, x8_, sx_)
-    assert torch.equal(y, w.plainly(x8, sx))
+    lines, scales, *given = shifted
+    there = cpu.PackedWeight(lines, scales, outputs=19, inputs=96, bits=bits, group=32)
+    assert torch.equal(cpu.gemm(there, *given), w.plainly(x8, sx))
 
 
 def _shifted(tensor: Tensor) -> Tensor:
@@ -259,6 +261,13 @@ def test_rows_are_quantized_as_by_torch(isa: str, shape: tuple[int, int]):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 21])
+def test_linear_is_the_product_of_quantized_rows(isa: str, rows: int):
+    w = Weight(37, 131, 4)
+    x = torch.randn(rows, 131, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(cpu.linear(w.packed, x), w.plainly(*cpu.quantize_rows_reference(x)))
+
+
 def test_a_row_that_is_not_finite_makes_its_products_nan(isa: str):
     x = torch.ones(2, 64)
     x[1, 5] = torch.nan
@@ -275,9 +284,10 @@ def test_a_forked_child_computes_too():
         import os, torch
         from gemsmith.ops import cpu
         cpu.threads = lambda: 3
-        lines = torch.randint(0, 256, cpu.lines_shape(4096, 512, 4), dtype=torch.uint8)
-        x8, sx = cpu.quantize_rows(torch.randn(2, 512))
-        product = lambda: cpu.gemm(lines, torch.ones(256, 1, 16), 4096, 4, None, x8, sx)
+        packed = torch.randint(0, 256, (4096, 256), dtype=torch.uint8)
+        w = cpu.PackedWeight.pack(packed, torch.ones(4096, 1), inputs=512, bits=4)
+        x = torch.randn(2, 512)
+        product = lambda: cpu.linear(w, x)
         expected = product()
         children = []
         for _ in range(3):
@@ -298,16 +308,15 @@ def test_the_process_ends_while_workers_sleep():
         import threading, time, torch
         from gemsmith.ops import cpu
         cpu.threads = lambda: 4
-        lines = torch.zeros(cpu.lines_shape(65536, 512, 4), dtype=torch.uint8)
-        x8, sx = cpu.quantize_rows(torch.randn(2, 512))
-        scales, y = torch.ones(4096, 1, 16), torch.empty(2, 65536)
-        cpu.gemm(lines, scales, 65536, 4, None, x8, sx)
+        packed = torch.zeros(65536, 256, dtype=torch.uint8)
+        w = cpu.PackedWeight.pack(packed, torch.ones(65536, 1), inputs=512, bits=4)
+        x, y = torch.zeros(2, 512), torch.empty(2, 65536)
+        cpu.linear(w, x)
         # One that still computes, and asks for the GIL, when the interpreter goes. torch itself
         # aborts there, so the extension is called directly.
-        addresses = [t.data_ptr() for t in (lines, scales, x8, sx, y)]
+        addresses = x.data_ptr(), 2, y.data_ptr()
         def product():
-            a, b, c, d, e = addresses
-            cpu._native().gemv(a, b, 65536, 512, 4, 0, c, d, 2, e)
+            cpu._native().linear(*w._arguments, *addresses)
         threading.Thread(target=lambda: [product() for _ in range(10**6)], daemon=True).start()
         time.sleep(0.1)
         print("end")
@@ -358,12 +367,14 @@ def test_without_the_extension_torch_computes_the_same(monkeypatch: pytest.Monke
     w = Weight(37, 96, 4, 32)
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(5))
     expected = w.times(*cpu.quantize_rows(x))
+    assert torch.equal(cpu.linear(w.packed, x), expected)
     monkeypatch.setattr(cpu, "_native", lambda: None)
     assert not cpu.available()
     assert cpu.isa() == "torch"
     assert cpu.isas() == ("torch",)
-    assert torch.equal(cpu.pack_lines(packed_codes(w.q, 4), 96, 4), w.lines)
+    assert torch.equal(cpu.pack_lines(packed_codes(w.q, 4), 96, 4), w.packed.lines)
     assert torch.equal(w.times(*cpu.quantize_rows(x)), expected)
+    assert torch.equal(cpu.linear(w.packed, x), expected)
     assert not cpu.advise_hugepages(torch.empty(1 << 22))
     with pytest.raises(RuntimeError, match="_native is not built, and torch cannot read memory"):
         cpu.read_memory(x)
@@ -403,43 +414,69 @@ def test_no_more_threads_than_torch_or_the_machine_has(monkeypatch: pytest.Monke
         ({"lines": torch.zeros(2, 12, 64, dtype=torch.uint8, device="meta")}, "lines .* on meta"),
         ({"scales": torch.zeros(2, 1, 16)}, r"scales is .* must be .*float32 \[2, 3, 16\]"),
         ({"scales": torch.zeros(2, 3, 16).double()}, "scales is torch.float64"),
-        ({"x8": torch.zeros(2, 96)}, "x8 is torch.float32"),
-        ({"x8": torch.zeros(96, dtype=torch.int8)}, r"x8 is .*int8 \[96\] .* \[any, any\] on cpu"),
-        ({"sx": torch.zeros(3)}, r"sx is torch.float32 \[3\] .* must be .* \[2\] on cpu"),
         ({"bits": 3}, "weights of 3 bits cannot be packed; 2, 4 and 8 can"),
         ({"group": 48}, "groups of 48 along 96 inputs: a group must be a multiple of 32 that div"),
         ({"group": 64}, "groups of 64 along 96 inputs"),
         ({"group": 0}, "groups of 0 along 96 inputs"),
         ({"outputs": 0}, r"a weight \[0, 96\] cannot be packed: outputs must be at least 1"),
         ({"outputs": 33}, r"lines is .* must be contiguous torch.uint8 \[3, 12, 64\]"),
-        ({"x8": torch.zeros(2, 65568, dtype=torch.int8)}, r"\[20, 65568\] .* inputs 1 to 65536"),
+        ({"inputs": 65568}, r"a weight \[20, 65568\] cannot be packed: .* inputs 1 to 65536"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(change: dict[str, object], told: str):
-    fitting = {
+def test_a_weight_that_does_not_fit_is_refused(change: dict[str, Any], told: str):
+    fitting: dict[str, Any] = {
         "lines": torch.zeros(2, 12, 64, dtype=torch.uint8),
         "scales": torch.zeros(2, 3, 16),
         "outputs": 20,
+        "inputs": 96,
         "bits": 4,
         "group": 32,
-        "x8": torch.zeros(2, 96, dtype=torch.int8),
-        "sx": torch.zeros(2),
     }
-    assert cpu.gemm(*fitting.values()).shape == (2, 20)  # pyright: ignore[reportArgumentType]
+    assert cpu.PackedWeight(**fitting).nbytes == 2 * 12 * 64 + 4 * 2 * 3 * 16
     with pytest.raises(WeightsError, match=told):
-        cpu.gemm(*{**fitting, **change}.values())  # pyright: ignore[reportArgumentType]
+        cpu.PackedWeight(**{**fitting, **change})
+
+
+@pytest.mark.parametrize(
+    ("x8", "sx", "told"),
+    [
+        (torch.zeros(2, 96), torch.zeros(2), r"x8 is torch.float32"),
+        (
+            torch.zeros(96, dtype=torch.int8),
+            torch.zeros(1),
+            r"x8 is .* \[96\] .* \[96, 96\] on",
+        ),
+        (torch.tensor(1, dtype=torch.int8), torch.zeros(1), r"x8 is .* \[\] .* \[0, 96\] on cpu"),
+        (
+            torch.zeros(2, 95, dtype=torch.int8),
+            torch.zeros(2),
+            r"x8 .* \[2, 95\] .* \[2, 96\] on",
+        ),
+        (torch.zeros(96, 2, dtype=torch.int8).T, torch.zeros(2), "x8 is .* not contiguous"),
+        (torch.zeros(2, 96, dtype=torch.int8), torch.zeros(3), r"sx is .* \[3\] .* \[2\] on cpu"),
+    ],
+)
+def test_activations_that_do_not_fit_are_refused(x8: Tensor, sx: Tensor, told: str):
+    w = Weight(20, 96, 4, 32).packed
+    with pytest.raises(WeightsError, match=told):
+        cpu.gemm(w, x8, sx)
+    if told.startswith("x8") and x8.dtype == torch.int8:
+        with pytest.raises(WeightsError, match=told.replace("x8", "x").replace("int8", "float32")):
+            cpu.linear(w, x8.float())
 
 
 def test_other_arguments_that_do_not_fit_are_refused():
+    codes = torch.zeros(4, 5, dtype=torch.uint8)
     with pytest.raises(WeightsError, match=r"packed is torch.uint8 \[4, 5\] .* \[4, 6\] on cpu"):
-        cpu.pack_lines(torch.zeros(4, 5, dtype=torch.uint8), 12, 4)
+        cpu.pack_lines(codes, 12, 4)
+    with pytest.raises(WeightsError, match=r"a weight \[0, 12\] cannot be packed"):
+        cpu.pack_lines(codes[0], 12, 4)
+    with pytest.raises(WeightsError, match=r"scales is .* \[4, 2\] .* \[4, 1\] on cpu"):
+        cpu.PackedWeight.pack(codes, torch.ones(4, 2), inputs=10, bits=4)
     with pytest.raises(WeightsError, match=r"x is torch.bfloat16 .* contiguous torch.float32"):
         cpu.quantize_rows(torch.zeros(4, 5).bfloat16())
     with pytest.raises(WeightsError, match=r"x \[4, 0\] has no inputs; rows must have at least 1"):
         cpu.quantize_rows(torch.zeros(4, 0))
-    w = Weight(16, 16, 4)
-    with pytest.raises(WeightsError, match="gemv takes at most 8 rows, not 9; gemm takes any"):
-        cpu.gemv(w.lines, w.scales, 16, 4, None, *activations(9, 16))
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Products of low-bit weights with int8 activations, on the CPU.
 
 The C++ extension `gemsmith._native` does them where it could be built; torch does elsewhere, with
-the same bits and much slower (`gemv_reference` and its kin, the oracle in tests). This is the only
+the same bits and much slower (`gemm_reference` and its kin, the oracle in tests). This is the only
 module that loads the extension; which weights are quantized, and how, is not known here.
 
 Letters: N outputs (rows of the weight), K inputs, M rows of activations (tokens), G groups along K
@@ -21,6 +21,7 @@ rounded. So every instruction set and torch give equal bits, whatever the number
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def threads() -> int:
 
 
 def _ready() -> ModuleType | None:
-    """The extension, its pool as large as it is to be now."""
+    """The extension, told how many threads it may use now."""
     native = _native()
     if native:
         native.set_threads(threads())
@@ -126,6 +127,62 @@ def groups_of(inputs: int, group: int | None) -> int:
     return inputs // group
 
 
+class PackedWeight:
+    """A weight [N, K] as the kernels read it. Checked once, here: products only look at x.
+
+    The tensors are kept, not copied (they may be mapped from a file), and must not be resized.
+    """
+
+    __slots__ = ("_arguments", "bits", "group", "inputs", "lines", "outputs", "scales")
+
+    def __init__(
+        self,
+        lines: Tensor,
+        scales: Tensor,
+        *,
+        outputs: int,
+        inputs: int,
+        bits: int,
+        group: int | None = None,
+    ):
+        """group: inputs that share a scale; None for one scale per output.
+
+        Raises:
+          WeightsError: a size that cannot be, or tensors that are not what the sizes ask for,
+            contiguous and on the CPU.
+        """
+        shape = lines_shape(outputs, inputs, bits)
+        _check(lines, "lines", torch.uint8, shape)
+        _check(scales, "scales", torch.float32, (shape[0], groups_of(inputs, group), BLOCK))
+        self.lines, self.scales = lines, scales
+        self.outputs, self.inputs, self.bits, self.group = outputs, inputs, bits, group
+        self._arguments = (
+            lines.data_ptr(), scales.data_ptr(), outputs, inputs, bits, group or 0
+        )  # fmt: skip
+
+    @classmethod
+    def pack(
+        cls,
+        packed: Tensor,
+        scales_NG: Tensor,
+        *,
+        inputs: int,
+        bits: int,
+        group: int | None = None,
+    ) -> Self:
+        """From codes as `pack_lines` takes them and scales float32 [N, G]."""
+        lines = pack_lines(packed, inputs, bits)
+        outputs = packed.shape[0]
+        _check(scales_NG, "scales", torch.float32, (outputs, groups_of(inputs, group)))
+        scales = pack_scales(scales_NG)
+        return cls(lines, scales, outputs=outputs, inputs=inputs, bits=bits, group=group)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product of few rows reads."""
+        return self.lines.nbytes + self.scales.nbytes
+
+
 def pack_lines(packed: Tensor, inputs: int, bits: int) -> Tensor:
     """Lines of a weight given as uint8 [N, ceil(K*b/8)]: codes u, consecutive ones in a byte,
     the first in the lowest bits. Outputs and inputs that fill up the lines hold q = 0."""
@@ -153,66 +210,48 @@ def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """(x8 int8 [M, K], sx float32 [M]) of float32 rows: sx = max|x| / 127, or 1 where that is 0;
     x8 = x / sx rounded half to even. A row that is not finite becomes zeros and sx = NaN."""
     _check(x_MK, "x", torch.float32, (None, None))
-    if x_MK.shape[1] == 0:
+    M, K = x_MK.shape
+    if K == 0:
         raise WeightsError(f"x {list(x_MK.shape)} has no inputs; rows must have at least 1")
     native = _ready()
     if native is None:
         return quantize_rows_reference(x_MK)
-    M, K = x_MK.shape
     x8, sx = torch.empty((M, K), dtype=torch.int8), torch.empty(M)
     native.quantize_rows(x_MK.data_ptr(), M, K, x8.data_ptr(), sx.data_ptr())
     return x8, sx
 
 
-def gemv(
-    lines: Tensor,
-    scales: Tensor,
-    outputs: int,
-    bits: int,
-    group: int | None,
-    x8_MK: Tensor,
-    sx_M: Tensor,
-) -> Tensor:
-    """`gemm` for at most MAX_GEMV_ROWS rows."""
-    if x8_MK.shape[0] > MAX_GEMV_ROWS:
-        raise WeightsError(
-            f"gemv takes at most {MAX_GEMV_ROWS} rows, not {x8_MK.shape[0]}; gemm takes any number"
-        )
-    return gemm(lines, scales, outputs, bits, group, x8_MK, sx_M)
-
-
-def gemm(
-    lines: Tensor,
-    scales: Tensor,
-    outputs: int,
-    bits: int,
-    group: int | None,
-    x8_MK: Tensor,
-    sx_M: Tensor,
-) -> Tensor:
-    """y float32 [M, N] of quantized activations and a weight of N = `outputs` rows in lines.
-
-    group: inputs that share a scale, None for one scale per output. Tensors are on the CPU and
-    contiguous, and stay unchanged until this returns.
+def gemm(weight: PackedWeight, x8_MK: Tensor, sx_M: Tensor) -> Tensor:
+    """y float32 [M, N] of activations as `quantize_rows` gives them.
 
     Raises:
-      WeightsError: a tensor has another type, shape or layout than the others ask for.
+      WeightsError: they have another type, shape or layout than the weight asks for.
     """
-    _check(x8_MK, "x8", torch.int8, (None, None))
-    M, K = x8_MK.shape
-    shape = lines_shape(outputs, K, bits)
-    _check(lines, "lines", torch.uint8, shape)
-    _check(scales, "scales", torch.float32, (shape[0], groups_of(K, group), BLOCK))
+    M = x8_MK.shape[0] if x8_MK.ndim else 0
+    _check(x8_MK, "x8", torch.int8, (M, weight.inputs))
     _check(sx_M, "sx", torch.float32, (M,))
     native = _ready()
     if native is None:
-        return gemm_reference(lines, scales, outputs, bits, group, x8_MK, sx_M)
-    y_MN = torch.empty((M, outputs))
+        return gemm_reference(weight, x8_MK, sx_M)
+    y_MN = torch.empty((M, weight.outputs))
     product = native.gemv if M <= MAX_GEMV_ROWS else native.gemm
-    product(
-        lines.data_ptr(), scales.data_ptr(), outputs, K, bits, group or 0,
-        x8_MK.data_ptr(), sx_M.data_ptr(), M, y_MN.data_ptr(),
-    )  # fmt: skip
+    product(*weight._arguments, x8_MK.data_ptr(), sx_M.data_ptr(), M, y_MN.data_ptr())
+    return y_MN
+
+
+def linear(weight: PackedWeight, x_MK: Tensor) -> Tensor:
+    """y float32 [M, N] of float32 rows: `gemm` of `quantize_rows`, in one call of the extension.
+
+    Raises:
+      WeightsError: x has another type, shape or layout than the weight asks for.
+    """
+    M = x_MK.shape[0] if x_MK.ndim else 0
+    _check(x_MK, "x", torch.float32, (M, weight.inputs))
+    native = _ready()
+    if native is None:
+        return gemm_reference(weight, *quantize_rows_reference(x_MK))
+    y_MN = torch.empty((M, weight.outputs))
+    native.linear(*weight._arguments, x_MK.data_ptr(), M, y_MN.data_ptr())
     return y_MN
 
 
@@ -239,8 +278,9 @@ def read_memory(tensor: Tensor) -> int:
 
 def _check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
     """The extension sees addresses alone, so nothing wrong may pass; None in shape: any size."""
-    fits = len(shape) == tensor.ndim and all(
-        want is None or want == size for want, size in zip(shape, tensor.shape, strict=True)
+    fits = tensor.shape == shape or (
+        len(shape) == tensor.ndim
+        and all(want in (None, size) for want, size in zip(shape, tensor.shape, strict=True))
     )
     if fits and tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous():
         return
@@ -292,26 +332,18 @@ def quantize_rows_reference(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     return x8_MK, sx_M1.where(finite_M1, torch.nan)[:, 0]
 
 
-def gemm_reference(
-    lines: Tensor,
-    scales: Tensor,
-    outputs: int,
-    bits: int,
-    group: int | None,
-    x8_MK: Tensor,
-    sx_M: Tensor,
-) -> Tensor:
+def gemm_reference(weight: PackedWeight, x8_MK: Tensor, sx_M: Tensor) -> Tensor:
     """`gemm` by torch, some blocks of outputs at a time; float64 holds every inner sum exactly."""
     M, K = x8_MK.shape
-    groups = groups_of(K, group)
+    outputs, groups = weight.outputs, weight.scales.shape[1]
     x_GMg = x8_MK.double().view(M, groups, K // groups).transpose(0, 1)
     y_MN = torch.empty((M, outputs))
     step = max(1, REFERENCE_CODES // (BLOCK * K))
-    for first in range(0, lines.shape[0], step):
+    for first in range(0, weight.lines.shape[0], step):
         start, stop = first * BLOCK, min((first + step) * BLOCK, outputs)
-        q_nK = unpack_lines(lines[first : first + step], stop - start, K, bits)
+        q_nK = unpack_lines(weight.lines[first : first + step], stop - start, K, weight.bits)
         w_Ggn = q_nK.double().view(stop - start, groups, -1).permute(1, 2, 0)
-        scale_Gn = scales[first : first + step].transpose(0, 1).reshape(groups, -1)
+        scale_Gn = weight.scales[first : first + step].transpose(0, 1).reshape(groups, -1)
         total_Mn = torch.zeros((M, stop - start))
         for sums_Mn, scale_n in zip(x_GMg @ w_Ggn, scale_Gn[:, : stop - start], strict=True):
             total_Mn += sums_Mn.float() * scale_n
