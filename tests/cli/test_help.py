@@ -11,7 +11,8 @@ from gemsmith.cli.main import app
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = (
-    "", "demo", "chat", "generate", "detect", "point", "transcribe", "info", "doctor", "eval",
+    "", "demo", "chat", "generate", "detect", "point", "transcribe",
+    "quantize", "info", "doctor", "eval",
 )  # fmt: skip
 
 

@@ -234,6 +234,27 @@ def _places(
 
 
 @app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="A checkpoint of floats: folder, hub id, pocket.")],
+    target: Annotated[str, typer.Argument(help="The folder to write; the same again goes on.")],
+    bits: Annotated[str, typer.Option(help="8, 4, 2, or mobile (the mix of Google's).")] = "4",
+    group: Annotated[
+        int | None, typer.Option(help="Weights to a scale: 32, 64, 128; 32 at 4 and 2 bits.")
+    ] = None,
+    float_tables: Annotated[
+        bool, typer.Option("--float-tables", help="Keep tables as Transformers reads them.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Make a checkpoint of 8, 4 or 2 bits a weight, and say what became of each kind."""
+    from gemsmith.cli import quantize as worker
+
+    worker.run(
+        source, target, bits=bits, group=group, float_tables=float_tables, as_json=json
+    )  # fmt: skip
+
+
+@app.command()
 def info(
     name: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or a checkpoint.")],
     json: Json = False,

@@ -85,14 +85,16 @@ class Recipe:
     Linear layers of the towers are int8.
 
     "mobile": the mix of Google's mobile E2B, one scale a row. Embedding and head, apart, at 2
-    bits; attention 4; MLPs 4, or 2 in layers that read another layer's K/V; PLE table 4 with a
-    scale for each layer's part, PLE projections 8, `per_layer_model_projection` left as it is.
-    Good only from weights trained for it.
+    bits; attention 4; MLPs 4, or 2 in layers that read another layer's K/V; PLE table 4, PLE
+    projections 8, `per_layer_model_projection` as it is. Good only from weights trained for it.
     """
 
     bits: str
     group: int | None = None
     """None: 32 at 4 and 2 bits, a whole row otherwise."""
+    float_tables: bool = False
+    """Leave embedding and PLE table as they are, because transformers 5.23 reads no low-bit tables
+    in compressed-tensors' layout (it does in the mobile one, with one scale a row)."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -101,8 +103,10 @@ class Recipe:
             raise ConfigError(f"group {self.group}: choose {', '.join(map(str, GROUPS))}")
         if self.bits == "mobile" and self.group is not None:
             raise ConfigError(
-                f"group {self.group}: the mobile layout has one scale a row; leave it"
+                f"group {self.group}: the mobile layout has one scale a row; leave it out"
             )
+        if self.mobile and self.float_tables:
+            raise ConfigError("float tables: the mobile mix includes its tables; leave it out")
 
     @property
     def mobile(self) -> bool:
@@ -128,11 +132,17 @@ class Recipe:
                 out[f"{name}.weight"] = Format(8)
         return out
 
+    def leaves(self, key: str) -> bool:
+        """Whether the matrix of this key stays floats by intent, the router apart."""
+        if self.mobile:
+            return key.endswith("per_layer_model_projection.weight")
+        return self.float_tables and key in (written_key(EMBEDDING), written_key(PLE_TABLE))
+
     def _format(self, name: str, plans: tuple[LayerPlan, ...], P: int) -> Format | None:
-        if ".router." in name:
+        if ".router." in name or (self.float_tables and name in (EMBEDDING, PLE_TABLE)):
             return None
         if name == PLE_TABLE:
-            return Format(4 if self.mobile else 8, P)
+            return Format(4) if self.mobile else Format(8, P)
         if name == "per_layer_model_projection.weight":
             return None if self.mobile else Format(8)
         if "per_layer" in name:
