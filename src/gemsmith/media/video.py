@@ -389,7 +389,7 @@ def _audio_seconds(container: InputContainer, otherwise: float) -> float | None:
 
 
 def _animation(found: bytes | Path, name: str) -> Survey | None:
-    """WebP, AVIF and PNG, of which FFmpeg decodes the first frame or nothing; None if it is none."""
+    """WebP, AVIF and PNG, of which FFmpeg decodes one frame or none; None for anything else."""
     with io.BytesIO(found) if isinstance(found, bytes) else found.open("rb") as file:
         head = file.read(16)
     if not (
