@@ -313,13 +313,16 @@ def quantize_checkpoint(
     done = _done_before(target, _digest(recipe, jobs, shards))
     done["files"] = {n: f for n, f in done["files"].items() if _intact(target / n, f)}
     kept = [job for n, s in zip(names, shards, strict=True) if n in done["files"] for job in s]
+    for path in target.glob(".model*.safetensors.*.tmp"):
+        path.unlink()  # half a file, of a process that was killed
     begin(sum(_values(job) for job in jobs), sum(_values(job) for job in kept))
     current = ""
     try:
         for current, shard in zip(names, shards, strict=True):
             if current not in done["files"]:
-                done["files"][current] = _finish(target, current, shard)
-                _replace(target, PROGRESS, to_json(done))
+                files = done["files"] | {current: _finish(target, current, shard)}
+                _replace(target, PROGRESS, to_json(done | {"files": files}))
+                done["files"] = files
             errors = done["files"][current]["squares"]
             for job in shard:
                 job.wrong, job.whole = errors.get(job.name, (0.0, 0.0))
@@ -525,9 +528,13 @@ def _copy_companions(source: Path, target: Path) -> None:
 def _replace(target: Path, name: str, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all."""
     temporary: dict[str, Path] = {}
-    with new_file(target, name, temporary) as file:
-        file.write(data)
-    os.replace(temporary[name], target / name)
+    try:
+        with new_file(target, name, temporary) as file:
+            file.write(data)
+        os.replace(temporary[name], target / name)
+    except BaseException:
+        temporary[name].unlink(missing_ok=True)
+        raise
 
 
 def _values(job: _Job) -> int:

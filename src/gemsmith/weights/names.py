@@ -246,7 +246,16 @@ def _cause_of_unexpected(keys: list[str], config: TextConfig) -> str:
     text = "\n".join(keys)
     if "lora_" in text or ".base_layer." in text:
         return "This is a LoRA adapter; merge it into its base model first."
-    quantized = ("weight_scale", "_packed", "qweight", "qzeros", ".scales", ".absmax")
+    quantized = (
+        "weight_scale",
+        "zero_point",
+        "g_idx",
+        "_packed",
+        "qweight",
+        "qzeros",
+        ".scales",
+        ".absmax",
+    )
     if any(mark in text for mark in quantized):
         return (
             "These are quantized in a way that is not read here; start from the bfloat16 "
