@@ -63,7 +63,7 @@ WANTED = [Event("plant the olive tree", "June 12", "09:30")]
 DESK_TOOLS = ("add_event", "list_events", "convert_units", "list_files", "read_file")
 SPOKEN_TOOLS, CHORE = ("list_events", "convert_units"), "water the roses"
 """What a spoken question about the calendar may use, and what it finds there."""
-SAMPLES = Path(str(resources.files("gemsmith"))) / "pocket" / "samples"
+SAMPLES = Path(str(resources.files("gemsmith") / "pocket" / "samples"))
 
 
 class Tour:
