@@ -193,6 +193,7 @@ def pack_lines(packed: Tensor, inputs: int, bits: int) -> Tensor:
     if native is None:
         return pack_lines_reference(packed, inputs, bits)
     lines = torch.empty(shape, dtype=torch.uint8)
+    advise_hugepages(lines)
     native.pack_lines(packed.data_ptr(), outputs, inputs, bits, lines.data_ptr())
     return lines
 
@@ -283,6 +284,11 @@ def _check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int | Non
         and all(want in (None, size) for want, size in zip(shape, tensor.shape, strict=True))
     )
     if fits and tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise WeightsError(
+                f"{name} asks for a gradient, and low-bit products give none; "
+                "use torch.no_grad(), or weights of 16 bits"
+            )
         return
     wanted = ", ".join("any" if size is None else str(size) for size in shape)
     raise WeightsError(
