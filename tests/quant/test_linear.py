@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from gemsmith.cache.none import NoCache
+from gemsmith.errors import WeightsError
 from gemsmith.model.text import Experts, TextModel
-from gemsmith.ops import moe
+from gemsmith.ops import cpu, moe
 from gemsmith.ops.linear import linear
 from gemsmith.quant import linear as module
 from gemsmith.quant.formats import Format, Quantized
@@ -53,6 +54,23 @@ def test_the_integer_product_is_exact(format):
     weight, x = quantize(noise(7, 128), format), 3 * noise(3, 128, seed=1)
     x8, sx = quantize_rows(x)
     assert torch.equal(integer_product(x, weight), by_hand(x8.tolist(), sx, weight))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_kernels_give_the_same_bits(format):
+    weight, x = quantize(noise(50, 256), format), 3 * noise(9, 256, seed=1)
+    packed = cpu.PackedWeight.pack(
+        weight.packed, weight.scales, inputs=256, bits=format.bits, group=format.group
+    )
+    assert torch.equal(integer_product(x, weight), cpu.linear(packed, x))
+
+
+def test_an_input_that_wants_a_gradient_is_refused():
+    layer = QuantLinear(quantize(noise(4, 32), Format(8)), torch.float32)
+    with pytest.raises(WeightsError, match="in int8 gives its input no gradient; train the"):
+        layer(noise(1, 32).requires_grad_())
+    with torch.no_grad():
+        layer(noise(1, 32).requires_grad_())
 
 
 @pytest.mark.parametrize("K", [1056, 4096])

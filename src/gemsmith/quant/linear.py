@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gemsmith.errors import WeightsError
 from gemsmith.ops import moe
 from gemsmith.quant.formats import Quantized
 
@@ -92,6 +93,11 @@ class QuantWeight:
         return QuantWeight(self.quantized[index], self.dtype)
 
     def multiply(self, x_TD: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x_TD.requires_grad:
+            raise WeightsError(
+                f"a product with weights in {self.quantized.format} gives its input no gradient; "
+                "train the checkpoint of floats"
+            )
         x_TK = x_TD.reshape(-1, x_TD.shape[-1])
         product = integer_product if x_TK.device.type == "cpu" else float_product
         y_TN = product(x_TK, self.quantized).to(x_TD.dtype)
