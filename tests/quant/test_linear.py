@@ -73,15 +73,17 @@ def test_an_input_that_wants_a_gradient_is_refused():
         layer(noise(1, 32).requires_grad_())
 
 
-@pytest.mark.parametrize("K", [1056, 4096])
-def test_long_rows_of_extreme_codes_are_exact(K):
-    """A sum beyond 2^24, which float32 would round on the way."""
-    codes = torch.full((1, K), -128, dtype=torch.int8)
-    codes[0, 1::2] = -127
-    weight = Quantized.from_codes(Format(8), codes, torch.ones(1, 1))
-    x = torch.full((1, K), 127.0)
-    exact = 127 * (-255 * K // 2)
-    assert integer_product(x, weight).item() == torch.tensor(float(exact)).item()
+@pytest.mark.parametrize("K", [1056, 8192])
+def test_sums_beyond_24_bits_are_exact(K):
+    """Which float32 would round on the way; only the sum itself is rounded, once."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, -100, (64, K), generator=generator)
+    x = torch.randint(100, 128, (3, K), generator=generator)
+    x[:, 0] = 127  # so that sx is 1
+    weight = Quantized.from_codes(Format(8), codes.char(), torch.ones(64, 1))
+    exact = x @ codes.T
+    assert exact.abs().max() > 1 << 23
+    assert torch.equal(integer_product(x.float(), weight), exact.float())
 
 
 def test_rows_are_rounded_to_the_nearest_even_of_127_steps():
