@@ -1,7 +1,7 @@
 """Trains the embedded model and exports it as a checkpoint folder.
 
   python -m recipes.pocket.train fit --data DATA --run RUN [--minutes N] [--decay-now]
-                                   [--from CHECKPOINT]
+                                   [--from CHECKPOINT] [--lr RATE]
   python -m recipes.pocket.train export --run RUN --tokenizer FOLDER --out FOLDER
 
 `fit` stops cleanly at any time and goes on where it stopped. The learning rate stays level until a
@@ -18,6 +18,7 @@ world through a 128-wide stream of 4 layers: 2.8 of the 10.3 million parameters.
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -137,7 +138,13 @@ def init_towers(towers: Towers, seed: int) -> None:
 
 
 def fit(
-    data: Path, run: Path, *, minutes: float | None, decay: bool, start: Path | None = None
+    data: Path,
+    run: Path,
+    *,
+    minutes: float | None,
+    decay: bool,
+    start: Path | None = None,
+    lr: float = TRAIN.lr,
 ) -> None:
     """One stretch of training in the run folder `run`; a new run begins with `start`'s weights.
 
@@ -164,7 +171,7 @@ def fit(
             print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters", flush=True)
     trainer = Trainer(
         model,
-        TRAIN,
+        replace(TRAIN, lr=lr),
         train,
         run,
         towers=towers,
@@ -214,6 +221,9 @@ def main() -> None:
     command.add_argument("--data", type=Path, required=True, help="folder that build_data wrote")
     command.add_argument("--run", type=Path, required=True, help="run folder, created or resumed")
     command.add_argument("--from", dest="start", type=Path, help="checkpoint folder to begin with")
+    command.add_argument(
+        "--lr", type=float, default=TRAIN.lr, help="level rate; a finished model wants a lower one"
+    )
     command.add_argument("--minutes", type=float, help="length of the stretch; default: no end")
     command.add_argument("--decay-now", action="store_true", help="end the run with this stretch")
     command = commands.add_parser("export", help="write a checkpoint folder")
@@ -223,7 +233,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "fit":
         torch.set_flush_denormal(True)  # sharp attention makes many, and they are slow
-        fit(args.data, args.run, minutes=args.minutes, decay=args.decay_now, start=args.start)
+        fit(
+            args.data,
+            args.run,
+            minutes=args.minutes,
+            decay=args.decay_now,
+            start=args.start,
+            lr=args.lr,
+        )
     else:
         export(args.run, args.tokenizer, args.out)
 
