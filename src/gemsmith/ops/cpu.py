@@ -29,8 +29,6 @@ from torch import Tensor
 from gemsmith import hardware
 from gemsmith.errors import WeightsError
 
-NATIVE = "gemsmith._native"
-"""Absent where no C++ compiler was found when gemsmith was installed."""
 LINE, BLOCK = 64, 16
 MAX_INPUTS = 65536
 """Sums of 255 * 128 over more inputs than this pass 32 bits."""
@@ -41,8 +39,9 @@ REFERENCE_CODES = 1 << 22
 
 @cache
 def _native() -> ModuleType | None:
+    """None where no C++ compiler was found when gemsmith was installed."""
     try:
-        return import_module(NATIVE)
+        return import_module("gemsmith._native")
     except ImportError:
         return None
 
@@ -273,7 +272,7 @@ def read_memory(tensor: Tensor) -> int:
     _check(tensor, "memory", tensor.dtype, tuple(tensor.shape))
     native = _ready()
     if native is None:
-        raise RuntimeError(f"{NATIVE} is not built, and torch cannot read memory that fast")
+        raise RuntimeError("gemsmith._native is not built, and torch cannot read memory that fast")
     return native.read_memory(tensor.data_ptr(), tensor.nbytes)
 
 
