@@ -203,7 +203,8 @@ def test_a_model_cannot_steer_the_terminal():
 
 
 TERMINAL = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests run in the background ignore it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 sys.path.insert(0, {tests!r})
 from pathlib import Path

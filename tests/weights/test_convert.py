@@ -359,4 +359,5 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     small, large = (int(line) for line in done.stdout.split())
-    assert large - small < 24 << 10, done.stdout
+    # Mapped codes count where they were touched: 32 MiB. A copy of the table would be 60 more.
+    assert large - small < 48 << 10, done.stdout
