@@ -61,6 +61,15 @@ def test_files_are_listed_and_read(desk: Desk):
     assert use(desk, "read_file", path="plans/garden.txt") == {"text": "plant the olive tree"}
 
 
+def test_a_file_is_no_folder_and_the_answer_says_so(desk: Desk):
+    assert use(desk, "list_files", path="plans/garden.txt") == {
+        "error": "plans/garden.txt is a file; read_file reads it"
+    }
+    assert use(desk, "read_file", path="plans") == {
+        "error": "plans is a folder; list_files lists it"
+    }
+
+
 @pytest.mark.parametrize("path", ["../secret.txt", "/../secret.txt", "plans/../../secret.txt"])
 def test_nothing_outside_the_folder_is_read(desk: Desk, path: str):
     result = use(desk, "read_file", path=path)

@@ -76,12 +76,18 @@ class Desk:
         return {"count": len(found), "events": found}
 
     def list_files(self, path: str) -> dict[str, Any]:
-        entries = sorted(self.inside(path).iterdir())
+        folder = self.inside(path)
+        if not folder.is_dir():
+            raise ValueError(f"{path} is a file; read_file reads it")
+        entries = sorted(folder.iterdir())
         names = [entry.name + "/" * entry.is_dir() for entry in entries]
         return {"count": len(names), "files": names[:MAX_FILES]}
 
     def read_file(self, path: str) -> dict[str, Any]:
-        with self.inside(path).open(encoding="utf-8", errors="replace") as file:
+        place = self.inside(path)
+        if place.is_dir():
+            raise ValueError(f"{path} is a folder; list_files lists it")
+        with place.open(encoding="utf-8", errors="replace") as file:
             return {"text": file.read(MAX_CHARACTERS).strip()}
 
     def inside(self, path: str) -> Path:
