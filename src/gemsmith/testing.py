@@ -20,6 +20,7 @@ from gemsmith.config import (
 )
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
+from gemsmith.text.tokenizer import SpecialIds
 
 SIZES = tuple(PRESETS)
 
@@ -84,6 +85,19 @@ def tiny_media_config(size: str, *, sliding_window: int = 8, vocab_size: int = 9
     ids = {name: vocab_size - len(names) + i for i, name in enumerate(names)}
     tiny = tiny_config(size, sliding_window=sliding_window, vocab_size=vocab_size)
     return replace(tiny, vision_config=vision, audio_config=audio, **ids)
+
+
+def media_ids(special: SpecialIds) -> dict[str, int | None]:
+    """Fields of `Gemma4Config` that give media the token ids of a vocabulary."""
+    return {
+        "boi_token_id": special.boi,
+        "eoi_token_id": special.eoi,
+        "image_token_id": special.image,
+        "video_token_id": special.video,
+        "boa_token_id": special.boa,
+        "eoa_token_index": special.eoa,
+        "audio_token_id": special.audio,
+    }
 
 
 def random_towers(

@@ -20,7 +20,7 @@ from gemsmith.cli.main import app
 from gemsmith.cli.tour import ERRANDS, SAMPLES, Tour, long_text
 from gemsmith.engine.engine import LM
 from gemsmith.errors import CapacityError, MediaError
-from gemsmith.testing import random_towers, tiny_config, tiny_media_config
+from gemsmith.testing import media_ids, random_towers, tiny_config, tiny_media_config
 from gemsmith.text.calls import ToolCall
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent
 
@@ -233,13 +233,7 @@ def test_untrained_towers_are_wrong_and_nothing_else():
         pocket.config,
         vision_config=replace(tiny.vision_config, default_output_length=70),
         audio_config=tiny.audio_config,
-        boi_token_id=special.boi,
-        eoi_token_id=special.eoi,
-        image_token_id=special.image,
-        video_token_id=special.video,
-        boa_token_id=special.boa,
-        eoa_token_index=special.eoa,
-        audio_token_id=special.audio,
+        **media_ids(special),
     )
     towers = random_towers(config)
     lm = LM(pocket.model, pocket.tokenizer, config, end_ids=pocket.end_ids, towers=lambda: towers)

@@ -14,6 +14,7 @@ from gemsmith.errors import MediaError
 from gemsmith.media.image import merged_patches, patches
 from gemsmith.testing import (
     SIZES,
+    media_ids,
     random_model,
     random_towers,
     tiny_config,
@@ -32,13 +33,7 @@ def seeing(tokenizer):
         special = tokenizer.special
         config = replace(
             tiny_media_config(size, vocab_size=tokenizer.vocab_size),
-            boi_token_id=special.boi,
-            eoi_token_id=special.eoi,
-            image_token_id=special.image,
-            video_token_id=special.video,
-            boa_token_id=special.boa,
-            eoa_token_index=special.eoa,
-            audio_token_id=special.audio,
+            **media_ids(special),
         )
         options = {"towers": lambda: random_towers(config)} | options
         return LM(random_model(config), tokenizer, config, end_ids=[special.turn_close], **options)

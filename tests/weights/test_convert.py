@@ -60,6 +60,7 @@ def rounded(config: Gemma4Config, recipe: Recipe) -> TextModel:
         ("E2B", Recipe("4")),
         ("E2B", Recipe("8")),
         ("E4B", Recipe("2")),
+        ("12B", Recipe("4")),
         ("31B", Recipe("8", 64)),
         ("26B-A4B", Recipe("4", 32)),
         ("E2B", Recipe("4", float_tables=True)),
