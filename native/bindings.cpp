@@ -2,12 +2,15 @@
 // array argument does. src/gemsmith/ops/cpu.py is the only caller and checks everything; no
 // function here holds the GIL while it works.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
 #include <chrono>
 #include <thread>
 
 #include "kernels.h"
+#include "layer.h"
 #include "threads.h"
 
 #ifdef __linux__
@@ -56,6 +59,31 @@ void linear(Address lines, Address scales, int64_t N, int64_t K, int bits, int64
                    at<const float>(x), M, at<float>(y));
 }
 
+// (lines, scales, outputs, inputs, bits, group), or six zeros for a weight that the layer lacks.
+using WeightFields = std::array<int64_t, 6>;
+
+gemsmith::Weight weight(const WeightFields& f) {
+  return {at<const uint8_t>(static_cast<Address>(f[0])), at<const float>(static_cast<Address>(f[1])),
+          f[2], f[3], static_cast<int>(f[4]), f[5]};
+}
+
+// Orders as in `Layer` of layer.h.
+gemsmith::Layer layer(const std::array<int64_t, 6>& sizes, float eps, float scalar,
+                      const std::array<WeightFields, 9>& weights, const std::array<Address, 7>& norms) {
+  gemsmith::Layer made;
+  int64_t* const size[] = {&made.D, &made.heads, &made.kv_heads, &made.H, &made.F, &made.P};
+  for (int i = 0; i < 6; i++) *size[i] = sizes[i];
+  gemsmith::Weight* const each[] = {&made.q, &made.k, &made.v, &made.o, &made.gate,
+                                    &made.up, &made.down, &made.ple_gate, &made.ple_projection};
+  for (int i = 0; i < 9; i++) *each[i] = weight(weights[i]);
+  const float** const norm[] = {&made.input_norm, &made.q_norm, &made.k_norm, &made.attention_norm,
+                                &made.before_mlp_norm, &made.after_mlp_norm, &made.ple_norm};
+  for (int i = 0; i < 7; i++) *norm[i] = at<const float>(norms[i]);
+  made.eps = eps;
+  made.scalar = scalar;
+  return made;
+}
+
 nb::list isas() {
   int count = 0;
   const char* const* names = gemsmith::isas(&count);
@@ -88,6 +116,11 @@ NB_MODULE(_native, m) {
   m.def("pack_lines", [](Address packed, int64_t N, int64_t K, int bits, Address lines) {
     gemsmith::pack_lines(at<const uint8_t>(packed), N, K, bits, at<uint8_t>(lines));
   }, release);
+  m.def("unpack_rows", [](Address lines, Address scales, int64_t K, int bits, int64_t group,
+                          Address rows, int64_t count, Address out) {
+    gemsmith::unpack_rows(at<const uint8_t>(lines), at<const float>(scales), K, bits, group,
+                          at<const int64_t>(rows), count, at<float>(out));
+  }, release);
   m.def("quantize_rows", [](Address x, int64_t M, int64_t K, Address x8, Address sx) {
     gemsmith::quantize_rows(at<const float>(x), M, K, at<int8_t>(x8), at<float>(sx));
   }, release);
@@ -95,8 +128,23 @@ NB_MODULE(_native, m) {
   m.def("gemv", matmul, release);
   m.def("gemm", matmul, release);
   m.def("linear", linear, release);
+  nb::class_<gemsmith::Layer>(m, "Layer")
+      .def("before", [](const gemsmith::Layer& self, Address x, int64_t M, Address cosine,
+                        Address sine, int64_t pairs, Address q, Address k, Address v) {
+        self.before(at<const float>(x), M, at<const float>(cosine), at<const float>(sine), pairs,
+                    at<float>(q), at<float>(k), at<float>(v));
+      }, release)
+      .def("after", [](const gemsmith::Layer& self, Address x, Address o, Address ple,
+                       int64_t ple_stride, int64_t M, Address y) {
+        self.after(at<const float>(x), at<const float>(o), at<const float>(ple), ple_stride, M,
+                   at<float>(y));
+      }, release);
+  m.def("layer", layer);
   m.def("read_memory", [](Address data, int64_t bytes) {
     return gemsmith::read_memory(at<const uint8_t>(data), bytes);
+  }, release);
+  m.def("checksum", [](Address data, int64_t bytes) {
+    return gemsmith::checksum(at<const uint8_t>(data), bytes);
   }, release);
   m.def("advise_hugepages", advise_hugepages, release);
 }

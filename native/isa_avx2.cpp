@@ -95,9 +95,10 @@ bool runs_here() { return __builtin_cpu_supports("avx2"); }
 }  // namespace
 }  // namespace gemsmith
 
+#include "layer-inl.h"
 #include "product-inl.h"
 #include "rows-inl.h"
 
 namespace gemsmith {
-const Kernels AVX2 = {"avx2", runs_here, product, quantize, read};
+const Kernels AVX2 = {"avx2", runs_here, product, quantize, norm, add_norm, geglu, rotate, read};
 }

@@ -97,9 +97,10 @@ bool runs_here() {
 }  // namespace
 }  // namespace gemsmith
 
+#include "layer-inl.h"
 #include "product-inl.h"
 #include "rows-inl.h"
 
 namespace gemsmith {
-const Kernels AVX512VNNI = {"avx512vnni", runs_here, product, quantize, read};
+const Kernels AVX512VNNI = {"avx512vnni", runs_here, product, quantize, norm, add_norm, geglu, rotate, read};
 }

@@ -41,9 +41,10 @@ bool runs_here() { return true; }
 }  // namespace
 }  // namespace gemsmith
 
+#include "layer-inl.h"
 #include "product-inl.h"
 #include "rows-inl.h"
 
 namespace gemsmith {
-const Kernels GENERIC = {"generic", runs_here, product, quantize, read};
+const Kernels GENERIC = {"generic", runs_here, product, quantize, norm, add_norm, geglu, rotate, read};
 }

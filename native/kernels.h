@@ -51,6 +51,15 @@ struct Kernels {
   void (*product)(const Product&, int64_t b0, int64_t b1, int64_t m0, int64_t m1);
   // See quantize_rows below, for rows m0..m1.
   void (*quantize)(const float* x, int64_t K, int64_t m0, int64_t m1, int8_t* x8, float* sx);
+  // See layer-inl.h.
+  void (*norm)(const float* x, const float* weight, int64_t D, float eps, int64_t m0, int64_t m1,
+               float* y);
+  void (*add_norm)(const float* x, const float* branch, const float* weight, int64_t D, float eps,
+                   float scale, int64_t m0, int64_t m1, float* y);
+  void (*geglu)(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride,
+                int64_t n, int64_t m0, int64_t m1, float* y);
+  void (*rotate)(float* x, int64_t heads, int64_t H, int64_t pairs, const float* cosine,
+                 const float* sine, int64_t m0, int64_t m1);
   // Sum of 64-byte lines as 64-bit words: reads memory and does nothing else, for benchmarks.
   uint64_t (*read)(const uint8_t* data, int64_t line0, int64_t line1);
 };
@@ -67,6 +76,9 @@ bool force_isa(const char* name);
 // lines.cpp
 // packed: uint8 [N][ceil(K*b/8)], codes u of consecutive inputs from the low bits up.
 void pack_lines(const uint8_t* packed, int64_t N, int64_t K, int bits, uint8_t* lines);
+// Floats [count][K] of some rows (outputs) of a weight; group as in matmul.
+void unpack_rows(const uint8_t* lines, const float* scales, int64_t K, int bits, int64_t group,
+                 const int64_t* rows, int64_t count, float* out);
 
 // matmul.cpp
 // Per row of x [M][K]: sx = max|x| / 127, or 1 where that is 0; x8 = x / sx rounded half to even.
@@ -81,5 +93,8 @@ void linear(const uint8_t* lines, const float* scales, int64_t N, int64_t K, int
             int64_t group, const float* x, int64_t M, float* y);
 // Reads `bytes` of memory with all threads; a multiple of 64.
 uint64_t read_memory(const uint8_t* data, int64_t bytes);
+// A number that any changed, lost or moved bytes change, all but one time in 2^64; no defence
+// against malice. The same on every instruction set; bytes: a multiple of 64.
+uint64_t checksum(const uint8_t* data, int64_t bytes);
 
 }  // namespace gemsmith

@@ -1,4 +1,4 @@
-// Packing of weights into the lines of kernels.h. Done once per weight, so plain loops.
+// Weights into the lines of kernels.h, once per weight, and single rows out of them: plain loops.
 #include <cstring>
 
 #include "kernels.h"
@@ -28,6 +28,23 @@ void pack_lines(const uint8_t* packed, int64_t N, int64_t K, int bits, uint8_t* 
       }
       std::memcpy(lines + (block * count + l) * LINE, line, LINE);
     }
+}
+
+void unpack_rows(const uint8_t* lines, const float* scales, int64_t K, int bits, int64_t group,
+                 const int64_t* rows, int64_t count, float* out) {
+  const int fields = 8 / bits;
+  const int64_t inputs = 4 * fields, line_count = ceil_div(K, inputs), groups = group ? K / group : 1;
+  const int mask = (1 << bits) - 1, zero = 1 << (bits - 1);
+  for (int64_t r = 0; r < count; r++, out += K) {
+    const int64_t block = rows[r] / BLOCK, row = rows[r] % BLOCK;
+    const uint8_t* from = lines + block * line_count * LINE + 4 * row;
+    const float* scale = scales + block * groups * BLOCK + row;
+    for (int64_t k = 0; k < K; k++) {
+      const int64_t field = k % inputs / 4;
+      const int code = from[k / inputs * LINE + k % 4] >> (field * bits) & mask;
+      out[k] = static_cast<float>(code - zero) * scale[group ? k / group * BLOCK : 0];
+    }
+  }
 }
 
 }  // namespace gemsmith

@@ -73,6 +73,30 @@ void run_read(const void* data, int64_t piece) {
   job.sums[piece] = job.kernels.read(job.data, job.lines.begin(piece), job.lines.end(piece));
 }
 
+constexpr int64_t CHECKED = 1 << 20;  // bytes of a piece of a checksum
+constexpr uint64_t ODD = 0x9e3779b97f4a7c15u;
+
+struct CheckJob {
+  const uint8_t* data;
+  int64_t bytes;
+  uint64_t* sums;
+};
+
+// Eight lanes of words, each a sum and the sum of its sums: these know where a word stood.
+void run_check(const void* data, int64_t piece) {
+  const auto& job = *static_cast<const CheckJob*>(data);
+  const int64_t end = clamp((piece + 1) * CHECKED, 0, job.bytes);
+  uint64_t sum[8] = {}, sums[8] = {};
+  for (int64_t at = piece * CHECKED; at < end; at += 64) {
+    uint64_t words[8];
+    std::memcpy(words, job.data + at, 64);
+    for (int i = 0; i < 8; i++) sums[i] += sum[i] += words[i];
+  }
+  uint64_t mixed = 0;
+  for (int i = 0; i < 8; i++) mixed = ((mixed ^ sum[i]) * ODD ^ sums[i]) * ODD;
+  job.sums[piece] = mixed;
+}
+
 }  // namespace
 
 void quantize_rows(const float* x, int64_t M, int64_t K, int8_t* x8, float* sx) {
@@ -124,6 +148,17 @@ void linear(const uint8_t* lines, const float* scales, int64_t N, int64_t K, int
   const std::unique_ptr<float[]> sx(new float[static_cast<size_t>(M)]);
   quantize_rows(x, M, K, x8.get(), sx.get());
   matmul(lines, scales, N, K, bits, group, x8.get(), sx.get(), M, y);
+}
+
+uint64_t checksum(const uint8_t* data, int64_t bytes) {
+  const int64_t count = ceil_div(bytes, CHECKED);
+  if (count == 0) return 0;
+  const std::unique_ptr<uint64_t[]> sums(new uint64_t[static_cast<size_t>(count)]);
+  const CheckJob job{data, bytes, sums.get()};
+  parallel(count, run_check, &job);
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < count; i++) sum = (sum ^ sums[static_cast<size_t>(i)]) * ODD + 1;
+  return sum;
 }
 
 uint64_t read_memory(const uint8_t* data, int64_t bytes) {

@@ -70,6 +70,18 @@ def machine() -> Machine:
     )
 
 
+def cache_folder() -> Path:
+    """Where gemsmith keeps what it can make again: $GEMSMITH_CACHE, or the user's cache folder."""
+    own = os.environ.get("GEMSMITH_CACHE")
+    if own:
+        return Path(own).expanduser()
+    if platform.system() == "Darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "gemsmith"
+
+
 def gpus() -> list[Gpu]:
     """CUDA devices that torch can use."""
     import torch

@@ -21,6 +21,7 @@ from gemsmith.model.text import Experts, TextModel
 from gemsmith.quant import linear
 from gemsmith.quant.formats import Format
 from gemsmith.quant.linear import QuantLinear, float_product
+from gemsmith.quant.packed import Packed
 from gemsmith.quant.quantize import quantize
 from gemsmith.testing import assert_close, random_model, random_towers, tolerance
 from gemsmith.weights.convert import PROGRESS, Recipe, left_as_floats, quantize_checkpoint
@@ -53,6 +54,12 @@ def rounded(config: Gemma4Config, recipe: Recipe) -> TextModel:
     return wide.eval().requires_grad_(False)
 
 
+def with_float_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nothing but the weights' codes differs from floats."""
+    monkeypatch.setattr(linear, "integer_product", float_product)
+    monkeypatch.setattr(Packed, "takes", lambda *_: False)
+
+
 @pytest.mark.parametrize("ple", ["disk", "memory"])
 @pytest.mark.parametrize(
     ("size", "recipe"),
@@ -68,7 +75,7 @@ def rounded(config: Gemma4Config, recipe: Recipe) -> TextModel:
     ids=str,
 )
 def test_the_written_model_computes_with_its_codes(tmp_path, monkeypatch, size, recipe, ple):
-    monkeypatch.setattr(linear, "integer_product", float_product)
+    with_float_products(monkeypatch)
     config = low_config(size)
     quantize_checkpoint(floats(tmp_path / "floats", size), tmp_path / "low", recipe)
     loaded_config, model = load_model(tmp_path / "low", dtype=torch.float32, ple=ple)
@@ -86,7 +93,7 @@ def test_the_written_model_computes_with_its_codes(tmp_path, monkeypatch, size, 
 
 
 def test_the_mobile_layout_has_its_head_apart_and_its_mix(tmp_path, monkeypatch):
-    monkeypatch.setattr(linear, "integer_product", float_product)
+    with_float_products(monkeypatch)
     quantize_checkpoint(floats(tmp_path / "floats"), tmp_path / "low", Recipe("mobile"))
     config, model = load_model(tmp_path / "low", dtype=torch.float32)
     assert not config.text_config.tie_word_embeddings
@@ -110,7 +117,8 @@ def test_linear_layers_of_the_towers_are_int8(tmp_path, recipe):
     original = random_towers(config, dtype=torch.bfloat16)
     for name, module in found.items():
         weight = original.get_submodule(name).weight
-        assert torch.equal(module.quantized.packed, quantize(weight, Format(8)).packed), name  # pyright: ignore[reportArgumentType]
+        wanted = quantize(weight, Format(8)).dequantize()  # pyright: ignore[reportArgumentType]
+        assert torch.equal(module.stored.dequantize(), wanted), name
     # Biases and everything else are as they were.
     state = {**dict(towers.named_parameters()), **dict(towers.named_buffers())}
     kept = {n: t for n, t in original.state_dict().items() if n in state}
@@ -329,7 +337,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_largest_tensor(tmp_path):
-    """A table of 64 MiB, 32 as codes, costs little more than one of 4, to write and to load."""
+    """A table of 64 MiB costs its 32 of codes, mapped, and 32 of lines, and no copy beside them."""
     config = low_config("31B")
     text = replace(
         config.text_config,
@@ -360,5 +368,5 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     small, large = (int(line) for line in done.stdout.split())
-    # Mapped codes count where they were touched: 32 MiB. A copy of the table would be 60 more.
-    assert large - small < 48 << 10, done.stdout
+    # A copy of either, or floats of the table, would be 30 or more on top.
+    assert large - small < 76 << 10, done.stdout

@@ -18,6 +18,7 @@ The inner sum is exact; the outer one is float32, in ascending order, each produ
 rounded. So every instruction set and torch give equal bits, whatever the number of threads.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -181,6 +182,28 @@ class PackedWeight:
         """Bytes that a product of few rows reads."""
         return self.lines.nbytes + self.scales.nbytes
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [n, K]: the rows (outputs) of int64 ids [n], each q * scale.
+
+        Raises:
+          WeightsError: an id is negative or not below the outputs.
+        """
+        _check(ids, "ids", torch.int64, (None,))
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.outputs:
+            raise WeightsError(
+                f"row {int(ids.min()) if int(ids.min()) < 0 else int(ids.max())} of a table of "
+                f"{self.outputs}; the tokenizer belongs to another model"
+            )
+        native = _native()
+        if native is None:
+            return unpack_rows_reference(self, ids)
+        out = torch.empty((len(ids), self.inputs))
+        native.unpack_rows(
+            self.lines.data_ptr(), self.scales.data_ptr(), self.inputs, self.bits,
+            self.group or 0, ids.data_ptr(), len(ids), out.data_ptr(),
+        )  # fmt: skip
+        return out
+
 
 def pack_lines(packed: Tensor, inputs: int, bits: int) -> Tensor:
     """Lines of a weight given as uint8 [N, ceil(K*b/8)]: codes u, consecutive ones in a byte,
@@ -255,6 +278,116 @@ def linear(weight: PackedWeight, x_MK: Tensor) -> Tensor:
     return y_MN
 
 
+class Layer:
+    """A decoder layer of low-bit weights, but for its attention; `model.text.DecoderLayer`'s halves
+    in two calls of the extension, for float32 hidden states. Needs the extension.
+
+    Shapes: M rows, D hidden size, N query heads, K key/value heads (0: reads another layer's), H
+    head size, F width of the MLP, P per-layer inputs (0: none).
+    """
+
+    __slots__ = ("_D", "_H", "_K", "_N", "_P", "_kept", "_layer")
+
+    WEIGHTS = ("q", "k", "v", "o", "gate", "up", "down", "ple_gate", "ple_projection")
+    NORMS = ("input", "q", "k", "attention", "before_mlp", "after_mlp", "ple")
+
+    def __init__(
+        self,
+        weights: Mapping[str, PackedWeight],
+        norms: Mapping[str, Tensor],
+        *,
+        heads: int,
+        head_dim: int,
+        eps: float,
+        scalar: float,
+    ):
+        """weights, norms: by WEIGHTS and NORMS; without "k" the layer owns no keys and values,
+        without "v" its values are its keys, without the "ple" ones it has no per-layer inputs.
+
+        Raises:
+          WeightsError: something is missing, or the sizes do not belong together.
+        """
+        native = _native()
+        if native is None:
+            raise RuntimeError("gemsmith._native is not built; run the layer's modules instead")
+        q, gate = weights["q"], weights["gate"]
+        D, H, F = q.inputs, head_dim, gate.outputs
+        K = weights["k"].outputs // H if "k" in weights else 0
+        P = weights["ple_gate"].outputs if "ple_gate" in weights else 0
+        sizes = {
+            "q": (heads * H, D), "k": (K * H, D), "v": (K * H, D), "o": (D, heads * H),
+            "gate": (F, D), "up": (F, D), "down": (D, F), "ple_gate": (P, D),
+            "ple_projection": (D, P),
+        }  # fmt: skip
+        optional = (
+            {"v"} | (set() if K else {"k"}) | (set() if P else {"ple_gate", "ple_projection"})
+        )
+        for name in self.WEIGHTS:
+            found = (weights[name].outputs, weights[name].inputs) if name in weights else None
+            if found != sizes[name] and not (found is None and name in optional):
+                raise WeightsError(f"weight {name} of the layer is {found}, not {sizes[name]}")
+        lengths = {"q": H, "k": H if K else 0, "ple": D if P else 0}
+        for name in self.NORMS:
+            length = lengths.get(name, D)
+            if length:
+                _check(norms[name], f"norm {name}", torch.float32, (length,))
+        if H % 2:
+            raise WeightsError(f"heads of {H} values cannot be turned in pairs")
+        kept_norms = [norms.get(name) for name in self.NORMS]
+        kept_weights = [weights.get(name) for name in self.WEIGHTS]
+        self._kept = (kept_weights, kept_norms)
+        """What the addresses belong to."""
+        self._D, self._N, self._K, self._H, self._P = D, heads, K, H, P
+        self._layer = native.layer(
+            [D, heads, K, H, F, P],
+            eps,
+            scalar,
+            [[0] * 6 if w is None else w._arguments for w in kept_weights],
+            [0 if n is None else n.data_ptr() for n in kept_norms],
+        )
+
+    def before(
+        self, x_MD: Tensor, cos_MR: Tensor, sin_MR: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """q [M, N, H], and k and v [M, K, H] or None, normed and turned: R of the H/2 pairs of
+        a head turn, by angles of these cosines and sines."""
+        M, R = x_MD.shape[0], cos_MR.shape[-1]
+        _check(x_MD, "x", torch.float32, (M, self._D))
+        _check(cos_MR, "cos", torch.float32, (M, min(R, self._H // 2)))
+        _check(sin_MR, "sin", torch.float32, (M, R))
+        _ready()
+        q_MNH = torch.empty((M, self._N, self._H))
+        k_MKH = torch.empty((M, self._K, self._H)) if self._K else None
+        v_MKH = torch.empty((M, self._K, self._H)) if self._K else None
+        self._layer.before(
+            x_MD.data_ptr(), M, cos_MR.data_ptr(), sin_MR.data_ptr(), R, q_MNH.data_ptr(),
+            k_MKH.data_ptr() if k_MKH is not None else 0,
+            v_MKH.data_ptr() if v_MKH is not None else 0,
+        )  # fmt: skip
+        return q_MNH, k_MKH, v_MKH
+
+    def after(self, x_MD: Tensor, o_MNH: Tensor, ple_MP: Tensor | None) -> Tensor:
+        """The layer's output [M, D] from its input and attention's output."""
+        M = x_MD.shape[0]
+        _check(x_MD, "x", torch.float32, (M, self._D))
+        _check(o_MNH, "o", torch.float32, (M, self._N, self._H))
+        place, stride = 0, 0
+        if ple_MP is not None:
+            if ple_MP.stride(-1) != 1 or ple_MP.dtype != torch.float32:
+                ple_MP = ple_MP.float().contiguous()
+            if tuple(ple_MP.shape) != (M, self._P):
+                raise WeightsError(f"per-layer inputs {list(ple_MP.shape)}, not {[M, self._P]}")
+            place, stride = ple_MP.data_ptr(), ple_MP.stride(0)
+        elif self._P:
+            raise WeightsError(f"the layer wants per-layer inputs [{M}, {self._P}]")
+        _ready()
+        y_MD = torch.empty((M, self._D))
+        self._layer.after(
+            x_MD.data_ptr(), o_MNH.data_ptr(), place, stride, M, y_MD.data_ptr()
+        )  # fmt: skip
+        return y_MD
+
+
 def advise_hugepages(tensor: Tensor) -> bool:
     """Ask for 2 MiB pages behind a large tensor, before it is written: weights stream about a tenth
     faster from them. False where that cannot be (another system than Linux, memory too small)."""
@@ -274,6 +407,20 @@ def read_memory(tensor: Tensor) -> int:
     if native is None:
         raise RuntimeError("gemsmith._native is not built, and torch cannot read memory that fast")
     return native.read_memory(tensor.data_ptr(), tensor.nbytes)
+
+
+def checksum(tensor: Tensor) -> int:
+    """64 bits that any change of the tensor's bytes changes, all but surely; no defence against
+    malice. Needs the extension; the bytes must be a multiple of 64.
+
+    Raises:
+      WeightsError: it is not contiguous on the CPU, or of another size.
+    """
+    _check(tensor, "memory", tensor.dtype, tuple(tensor.shape))
+    native = _ready()
+    if native is None or tensor.nbytes % LINE:
+        raise WeightsError(f"no checksum of {tensor.nbytes} bytes: lines of {LINE} are summed")
+    return native.checksum(tensor.data_ptr(), tensor.nbytes)
 
 
 def _check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
@@ -319,6 +466,15 @@ def unpack_lines(lines: Tensor, outputs: int, inputs: int, bits: int) -> Tensor:
     codes = _fields(lines, bits).view(blocks, count, 8 // bits, BLOCK, 4).permute(0, 3, 1, 2, 4)
     codes = codes.reshape(blocks * BLOCK, -1)[:outputs, :inputs]
     return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def unpack_rows_reference(weight: PackedWeight, ids: Tensor) -> Tensor:
+    """`PackedWeight.rows` by torch."""
+    block, row = ids // BLOCK, ids % BLOCK
+    at = (torch.arange(len(ids)) * BLOCK + row).long()
+    q_nK = unpack_lines(weight.lines[block], len(ids) * BLOCK, weight.inputs, weight.bits)[at]
+    scales_nG = weight.scales[block].transpose(1, 2).flatten(0, 1)[at]
+    return (q_nK.view(len(ids), scales_nG.shape[1], -1) * scales_nG[..., None]).flatten(1)
 
 
 def _fields(packed: Tensor, bits: int) -> Tensor:

@@ -133,6 +133,10 @@ class Quantized:
         return Quantized(self.format, shape, packed, scales)
 
     @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes in memory."""
         return self.packed.nbytes + self.scales.nbytes
@@ -145,3 +149,8 @@ class Quantized:
         """float32 [..., N, K]: the whole weight; take rows of a large one."""
         grouped = self.codes().unflatten(-1, (self.scales.shape[-1], -1))
         return (grouped * self.scales[..., None]).flatten(-2)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [..., K]: the rows of a weight [N, K] whose numbers are ids [...]."""
+        shape = (*ids.shape, self.shape[-1])
+        return Quantized(self.format, shape, self.packed[ids], self.scales[ids]).dequantize()

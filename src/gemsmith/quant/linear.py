@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from gemsmith.errors import WeightsError
 from gemsmith.ops import moe
+from gemsmith.ops.cpu import BLOCK
 from gemsmith.quant.formats import Quantized
+from gemsmith.quant.packed import Packed
 
 BLOCK_WEIGHTS = 1 << 20
 """Weights unpacked at once: 4 to 8 MB beside the model."""
@@ -77,51 +79,65 @@ def float_product(x_TK: Tensor, weight: Quantized) -> Tensor:
 class QuantWeight:
     """What the model sees as a weight: sliced by rows, multiplied with. An `ops.linear.Factor`."""
 
-    quantized: Quantized
+    stored: Quantized | Packed
     dtype: torch.dtype
     """What rows read from it, and hidden states, are in."""
+    skipped: int = 0
+    """Rows at the beginning of `stored` that are not asked for."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.quantized.shape
+        *stack, rows, columns = self.stored.shape
+        return (*stack, rows - self.skipped, columns)
 
     @property
     def device(self) -> torch.device:
-        return self.quantized.packed.device
+        return self.stored.device
 
     def __getitem__(self, index: int | slice) -> "QuantWeight":
-        return QuantWeight(self.quantized[index], self.dtype)
+        if isinstance(index, int) or isinstance(self.stored, Quantized):
+            return QuantWeight(self.stored[index], self.dtype)
+        start, stop, _ = index.indices(self.shape[-2])
+        start, stop = start + self.skipped, stop + self.skipped
+        aligned = start - start % BLOCK
+        return QuantWeight(self.stored[aligned:stop], self.dtype, start - aligned)
 
     def multiply(self, x_TD: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x_TD.requires_grad:
             raise WeightsError(
-                f"a product with weights in {self.quantized.format} gives its input no gradient; "
+                f"a product with weights in {self.stored.format} gives its input no gradient; "
                 "train the checkpoint of floats"
             )
         x_TK = x_TD.reshape(-1, x_TD.shape[-1])
-        product = integer_product if x_TK.device.type == "cpu" else float_product
-        y_TN = product(x_TK, self.quantized).to(x_TD.dtype)
-        return y_TN.view(*x_TD.shape[:-1], -1)
+        if isinstance(self.stored, Packed):
+            y_TN = self.stored.product(x_TK)[:, self.skipped :]
+        elif x_TK.device.type == "cpu":
+            y_TN = integer_product(x_TK, self.stored)
+        else:
+            y_TN = float_product(x_TK, self.stored)
+        return y_TN.to(x_TD.dtype).view(*x_TD.shape[:-1], -1)
 
 
 class QuantModule(nn.Module):
     """Holds a weight's codes and scales as buffers, which follow the module to a device."""
 
-    def __init__(self, quantized: Quantized, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Quantized | Packed, dtype: torch.dtype) -> None:
         super().__init__()
-        self.format, self.shape, self.dtype = quantized.format, quantized.shape, dtype
-        self.register_buffer("packed", quantized.packed)
-        self.register_buffer("scales", quantized.scales)
-        self.packed: Tensor
+        self.format, self.shape, self.dtype = weight.format, weight.shape, dtype
+        self._kind = type(weight)
+        codes = weight.lines if isinstance(weight, Packed) else weight.packed
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", weight.scales)
+        self.codes: Tensor
         self.scales: Tensor
 
     @property
-    def quantized(self) -> Quantized:
-        return Quantized(self.format, self.shape, self.packed, self.scales)
+    def stored(self) -> Quantized | Packed:
+        return self._kind(self.format, self.shape, self.codes, self.scales)
 
     @property
     def weight(self) -> QuantWeight:
-        return QuantWeight(self.quantized, self.dtype)
+        return QuantWeight(self.stored, self.dtype)
 
     def extra_repr(self) -> str:
         return f"{', '.join(map(str, self.shape))}, {self.format}"
@@ -131,10 +147,10 @@ class QuantLinear(QuantModule):
     """Replaces nn.Linear: [..., K] to [..., N]."""
 
     def __init__(
-        self, quantized: Quantized, dtype: torch.dtype, bias: Tensor | None = None
+        self, weight: Quantized | Packed, dtype: torch.dtype, bias: Tensor | None = None
     ) -> None:
-        super().__init__(quantized, dtype)
-        self.out_features, self.in_features = quantized.shape
+        super().__init__(weight, dtype)
+        self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,20 +161,20 @@ class QuantLinear(QuantModule):
 class QuantEmbedding(QuantModule):
     """Replaces nn.Embedding: the rows asked for, in `dtype`."""
 
-    def __init__(self, quantized: Quantized, dtype: torch.dtype) -> None:
-        super().__init__(quantized, dtype)
-        self.num_embeddings, self.embedding_dim = quantized.shape
+    def __init__(self, weight: Quantized | Packed, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        self.num_embeddings, self.embedding_dim = weight.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        shape = (*ids.shape, self.embedding_dim)
-        rows = Quantized(self.format, shape, self.packed[ids], self.scales[ids])
-        return rows.dequantize().to(self.dtype)
+        return self.stored.rows(ids).to(self.dtype)
 
 
 class QuantExperts(nn.Module):
     """Replaces the model's experts: gate_up [E, 2F, D], gate first, and down [E, D, F]."""
 
-    def __init__(self, gate_up: Quantized, down: Quantized, dtype: torch.dtype) -> None:
+    def __init__(
+        self, gate_up: Quantized | Packed, down: Quantized | Packed, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.gate_up_proj, self.down_proj = QuantModule(gate_up, dtype), QuantModule(down, dtype)
 

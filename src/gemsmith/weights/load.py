@@ -12,8 +12,8 @@ each weight goes straight to its place, one at a time; there are never two copie
 The per-layer table (PLE) stays on disk by default, see ple.py. A mapped file may be renamed,
 replaced by renaming, or deleted; it must not be rewritten in place.
 
-Weights of few bits (see layouts.py) stay as they are stored: modules of quant/linear.py hold the
-mapped codes. No float copy of them is ever made.
+Weights of few bits (see layouts.py) never become floats: modules of quant/linear.py hold their
+codes, on the CPU in the order of its kernels (see cached.py).
 
 What it is not: a reader of pickle (`.bin`, `.pt`), which runs code as it is read, or of GGUF. Image
 and audio towers are read by `load_towers`, once they are needed.
@@ -24,7 +24,7 @@ private mapping.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,7 +38,10 @@ from gemsmith.errors import CapacityError, ConfigError, WeightsError
 from gemsmith.model.text import Experts, TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.quant.formats import Quantized
+from gemsmith.quant.layer import fuse
 from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
+from gemsmith.quant.packed import Packed
+from gemsmith.weights.cached import packed_weights
 from gemsmith.weights.layouts import LowBit, codes_of, fold, read_section
 from gemsmith.weights.names import (
     EMBEDDING,
@@ -86,9 +89,10 @@ def load_model(
     """Read a checkpoint folder: its config and its decoder, in evaluation mode, gradients off.
 
     dtype None keeps the dtype of the stored embedding, or of the last norm where that is in few
-    bits (float16 is refused, see below). Weights on the CPU in the stored dtype are private
-    mappings of the files: writing to them changes neither the file nor another process. `ple`
-    "memory" makes the per-layer table a weight like the others.
+    bits (float16 is refused, see below); on the CPU weights of few bits compute in float32.
+    Weights of floats on the CPU in the stored dtype are private mappings of the files: writing to
+    them changes neither the file nor another process. `ple` "memory" makes the per-layer table a
+    weight like the others.
 
     Raises:
       ConfigError: config.json or an option is wrong.
@@ -107,15 +111,19 @@ def load_model(
     chosen = match(shapes, text, files, str(folder))
     _check_dtypes(stored, chosen, low, folder)
     _check_head(stored, shapes, chosen, low)
-    typical = chosen[LAST_NORM if chosen[EMBEDDING] in low else EMBEDDING]
-    dtype = _compute_dtype(dtype, stored[typical], folder)
+    typical = stored[chosen[LAST_NORM if chosen[EMBEDDING] in low else EMBEDDING]]
+    if dtype is None and low and device.type == "cpu":
+        dtype = torch.float32  # what the integer products give; few values are floats at all
+    dtype = _compute_dtype(dtype, typical, folder)
 
     model = TextModel(text, device="meta", dtype=dtype)
     if PLE_TABLE in chosen and ple == "disk":
         table = _ple_store(stored, chosen.pop(PLE_TABLE), low, dtype, device)
         model.set_submodule("embed_tokens_per_layer", table)
     _fill(model, stored, chosen, low, device, dtype)
-    return config, model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    fuse(model)
+    return config, model
 
 
 def load_towers(
@@ -177,8 +185,10 @@ def _fill(
 ) -> None:
     """Stream the tensors `chosen` ({module name: key}) into the places of a meta model."""
     names = {key: name for name, key in chosen.items() if key not in low}
-    cpu, done = device.type == "cpu", 0
-    for key, tensor in _tensors(stored, names, lambda view: cpu and view.dtype == dtype):
+    reader, done = _Reader(stored), 0
+    for key in sorted(names, key=lambda key: _order(stored[key])):
+        stays = device.type == "cpu" and DTYPES[stored[key].dtype] == dtype
+        tensor = reader.get(key, stays=stays)
         try:
             ready = tensor.to(device, dtype)
         except torch.OutOfMemoryError:
@@ -190,38 +200,58 @@ def _fill(
             ready = ready.clone()  # only a file that mixes odd dtypes begins values at odd bytes
         done += ready.nbytes
         _place(model, names[key], ready)
+        del tensor
     weights = {name: low[key] for name, key in chosen.items() if key in low}
-    _place_low(model, _low_bit(stored, weights, device), dtype)
+    if weights:
+        _place_low(model, _low_bit(stored, weights, device), dtype)
 
 
 def _low_bit(
     stored: dict[str, StoredTensor], weights: dict[str, LowBit], device: torch.device
-) -> dict[str, Quantized]:
-    """Low-bit weights by name; on the CPU their codes are the file's pages where they can be."""
-    small = [key for w in weights.values() for key in (w.scales, w.stated_shape) if key]
-    beside = {key: tensor.clone() for key, tensor in _tensors(stored, small, lambda view: False)}
-    names = {weight.codes: name for name, weight in weights.items()}
-    cpu, out = device.type == "cpu", {}
-    for key, tensor in _tensors(stored, names, lambda view: cpu and view.dtype != torch.int8):
-        name, weight = names[key], weights[names[key]]
-        if weight.stated_shape and beside[weight.stated_shape].tolist() != list(weight.shape):
-            raise WeightsError(
-                f"{stored[key].file.name}: {weight.stated_shape} says "
-                f"{beside[weight.stated_shape].tolist()[:4]}, this model has {list(weight.shape)}; "
-                "config.json belongs to another model"
-            )
-        scales = beside[weight.scales].to(device, torch.float32)
+) -> Mapping[str, Quantized | Packed]:
+    """Low-bit weights by name: packed where the CPU's kernels take them all, else codes, which are
+    the file's pages where they can be."""
+    weights = dict(sorted(weights.items(), key=lambda item: _order(stored[item[1].codes])))
+    layout = {name: (low.format, low.shape) for name, low in weights.items()}
+    if device.type == "cpu" and all(Packed.takes(*each) for each in layout.values()):
+        files = {stored[low.codes].file for low in weights.values()}
+        folder = next(iter(files)).parent
+        return packed_weights(folder, files, layout, _codes(stored, weights, device, stays=False))
+    return dict(_codes(stored, weights, device, stays=device.type == "cpu"))
+
+
+def _codes(
+    stored: dict[str, StoredTensor],
+    weights: dict[str, LowBit],
+    device: torch.device,
+    *,
+    stays: bool,
+) -> Iterator[tuple[str, Quantized]]:
+    """Each weight as it is stored, in the order given; `stays`: as views of the files."""
+    reader = _Reader(stored)
+    for name, weight in weights.items():
+        if weight.stated_shape:
+            stated = reader.get(weight.stated_shape, stays=False).tolist()
+            if stated != list(weight.shape):
+                raise WeightsError(
+                    f"{stored[weight.codes].file.name}: {weight.stated_shape} says {stated[:4]}, "
+                    f"this model has {list(weight.shape)}; config.json belongs to another model"
+                )
+        scales = reader.get(weight.scales, stays=False).to(device, torch.float32, copy=True)
+        codes = reader.get(weight.codes, stays=stays)
         try:
-            codes = codes_of(tensor, weight).to(device)
+            codes = codes_of(codes, weight).to(device)
         except torch.OutOfMemoryError:
             raise CapacityError(
-                f"{device}: out of memory at {key}; free memory there, or load on another device"
+                f"{device}: out of memory at {weight.codes}; free memory there, or load on another "
+                "device"
             ) from None
-        out[name] = Quantized(weight.format, weight.shape, codes, scales)
-    return out
+        yield name, Quantized(weight.format, weight.shape, codes, scales)
 
 
-def _place_low(model: nn.Module, weights: dict[str, Quantized], dtype: torch.dtype) -> None:
+def _place_low(
+    model: nn.Module, weights: Mapping[str, Quantized | Packed], dtype: torch.dtype
+) -> None:
     """Put modules of few bits where the model has modules of floats."""
     for name, weight in weights.items():
         at, _, leaf = name.rpartition(".")
@@ -369,29 +399,36 @@ def _opened(file: Path) -> safe_open:
         raise WeightsError(f"{file}: {_short(str(error))}; {FETCH_ANEW}") from None
 
 
-def _tensors(
-    stored: dict[str, StoredTensor],
-    keys: Iterable[str],
-    stays: Callable[[Tensor], bool],
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `keys` as views of their files, file by file in stored order.
+def _order(tensor: StoredTensor) -> tuple[Path, int]:
+    return tensor.file, tensor.offset
+
+
+class _Reader:
+    """Gives tensors as views of their files; quickest in stored order.
 
     A view that `stays`, as a weight, keeps its mapping alive; once a file's mapping has served
     REMAP_BYTES of tensors that are copied, it is dropped with all the pages it brought in.
     """
-    handle, file, copied = None, None, 0
-    for key in sorted(keys, key=lambda key: (stored[key].file, stored[key].offset)):
-        tensor = stored[key]
-        if handle is None or tensor.file != file or copied > REMAP_BYTES:
-            handle, file, copied = _opened(tensor.file), tensor.file, 0
+
+    def __init__(self, stored: dict[str, StoredTensor]) -> None:
+        self._stored = stored
+        self._file: Path | None = None
+        self._handle: safe_open | None = None
+        self._copied = 0
+
+    def get(self, key: str, *, stays: bool) -> Tensor:
+        tensor = self._stored[key]
+        if self._handle is None or tensor.file != self._file or self._copied > REMAP_BYTES:
+            self._handle, self._file, self._copied = _opened(tensor.file), tensor.file, 0
         try:
-            view = handle.get_tensor(key)
+            view = self._handle.get_tensor(key)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise WeightsError(f"{file}: {key}: {_short(str(error))}; {FETCH_ANEW}") from None
-        if not stays(view):
-            copied += view.nbytes
-        yield key, view
-        del view
+            raise WeightsError(
+                f"{tensor.file}: {key}: {_short(str(error))}; {FETCH_ANEW}"
+            ) from None
+        if not stays:
+            self._copied += view.nbytes
+        return view
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:

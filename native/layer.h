@@ -1,0 +1,42 @@
+// A decoder layer of low-bit weights between two calls of attention: everything of it but attention
+// itself, for M rows of float32 hidden states. src/gemsmith/model/text.py, DecoderLayer, is the
+// definition; names are its. Sizes are checked by the caller (src/gemsmith/ops/cpu.py).
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace gemsmith {
+
+// As matmul in kernels.h takes it; lines null: the layer has no such weight.
+struct Weight {
+  const uint8_t* lines = nullptr;
+  const float* scales = nullptr;
+  int64_t N = 0, K = 0;
+  int bits = 0;
+  int64_t group = 0;
+};
+
+struct Layer {
+  int64_t D = 0;         // hidden size
+  int64_t heads = 0;     // of queries
+  int64_t kv_heads = 0;  // 0: reads another layer's keys and values
+  int64_t H = 0;         // head size
+  int64_t F = 0;         // width of the MLP
+  int64_t P = 0;         // per-layer inputs; 0: none
+  float eps = 0, scalar = 1;
+  Weight q, k, v, o, gate, up, down, ple_gate, ple_projection;  // v null where K = V
+  // Weights of norms, float32. k_norm null without keys, ple_norm without per-layer inputs.
+  const float *input_norm = nullptr, *q_norm = nullptr, *k_norm = nullptr, *attention_norm = nullptr,
+              *before_mlp_norm = nullptr, *after_mlp_norm = nullptr, *ple_norm = nullptr;
+
+  // x [M][D] -> q [M][heads][H], k and v [M][kv_heads][H]: projected, normed, turned by the angles
+  // whose cosines and sines are [M][pairs].
+  void before(const float* x, int64_t M, const float* cosine, const float* sine, int64_t pairs,
+              float* q, float* k, float* v) const;
+  // x and attention's output o [M][heads * H] -> the layer's output y [M][D]. ple: [M][P], its rows
+  // ple_stride apart.
+  void after(const float* x, const float* o, const float* ple, int64_t ple_stride, int64_t M,
+             float* y) const;
+};
+
+}  // namespace gemsmith

@@ -1,0 +1,89 @@
+"""Decoder layers of packed weights, computed in two calls of the C++ extension each.
+
+The same numbers as the modules they hold, up to the order in which norms add; a step of one token
+spends its time reading weights then, and not on calls. Layers with experts stay as they are.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemsmith.model.text import DecoderLayer, TextModel
+from gemsmith.ops import cpu
+from gemsmith.quant.linear import QuantLinear
+from gemsmith.quant.packed import Packed
+
+WEIGHTS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "ple_gate": "per_layer_input_gate",
+    "ple_projection": "per_layer_projection",
+}
+NORMS = {
+    "input": "input_layernorm",
+    "q": "self_attn.q_norm",
+    "k": "self_attn.k_norm",
+    "attention": "post_attention_layernorm",
+    "before_mlp": "pre_feedforward_layernorm",
+    "after_mlp": "post_feedforward_layernorm",
+    "ple": "post_per_layer_input_norm",
+}
+"""What ops/cpu.py calls each, and where the layer has it."""
+
+
+class PackedLayer(DecoderLayer):
+    """A decoder layer whose two halves, before and after attention, the extension computes."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(layer.__dict__)  # the same modules under the same names
+        modules: dict[str, Any] = dict(layer.named_modules())
+        weights: dict[str, cpu.PackedWeight] = {}
+        for name, at in WEIGHTS.items():
+            if at in modules:
+                weights[name] = modules[at].stored.weight
+        norms: dict[str, Any] = {
+            name: modules[at].weight.detach() for name, at in NORMS.items() if at in modules
+        }
+        self._native = cpu.Layer(
+            weights,
+            norms,
+            heads=layer.self_attn.q_proj.out_features // layer.plan.head_dim,
+            head_dim=layer.plan.head_dim,
+            eps=layer.self_attn.eps,
+            scalar=float(layer.layer_scalar),
+        )
+
+    def before_attention(
+        self, x_TD: Tensor, table: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        cos, sin = (angle.flatten(1) for angle in table)
+        return self._native.before(x_TD.contiguous(), cos, sin)
+
+    def after_attention(self, x_TD: Tensor, o_TNH: Tensor, ple_TP: Tensor | None) -> Tensor:
+        return self._native.after(x_TD.contiguous(), o_TNH.contiguous(), ple_TP)
+
+
+def takes(layer: DecoderLayer) -> bool:
+    """Whether `PackedLayer` can stand in: all its matrices packed, the rest float32 on the CPU."""
+    if layer.has_experts or not cpu.available():
+        return False
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            return False
+        if isinstance(module, QuantLinear) and not isinstance(module.stored, Packed):
+            return False
+    return all(p.dtype == torch.float32 and p.is_cpu for p in layer.parameters())
+
+
+def fuse(model: TextModel) -> None:
+    """Replace the layers that can be by `PackedLayer`s, in place."""
+    for index, layer in enumerate(model.layers):
+        if isinstance(layer, DecoderLayer) and takes(layer):
+            model.layers[index] = PackedLayer(layer)

@@ -1,0 +1,223 @@
+"""Packed weights on disk: a checkpoint of few bits is packed once, and read as it is ever after.
+
+One file per checkpoint folder, in the user's cache folder: every weight's lines and scales, one
+after the other, then a trailer that says which checkpoint they are of and what their checksum is.
+The file is read into large pages, from which weights stream faster than from a mapped file; where
+memory is too small for that, it is mapped. A file that is cut short, changed, or of another
+checkpoint or version is made anew; without room on the disk weights are packed at each start.
+
+What it is not: a format to exchange. The bytes are ops/cpu.py's lines, and the checkpoint itself is
+never touched.
+"""
+
+import hashlib
+import math
+import mmap
+import os
+import struct
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from gemsmith import hardware
+from gemsmith.errors import CapacityError, WeightsError
+from gemsmith.ops import cpu
+from gemsmith.quant.formats import Format, Quantized
+from gemsmith.quant.packed import Packed
+
+VERSION = 1
+MAGIC = b"gemsmith packed\n"
+TRAILER = struct.Struct("<16s32s32sq")
+"""MAGIC, fingerprint, digest of the tensors' checksums, bytes before the trailer."""
+LEAST_BYTES = 64 << 20
+"""Smaller checkpoints are packed in less time than a file takes to check."""
+READ_BYTES = 32 << 20
+LARGE_PAGE = 2 << 20
+
+Layout = dict[str, tuple[Format, tuple[int, ...]]]
+"""Format and shape of each weight, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a weight lies in the file: shapes of its tensors, and their first bytes."""
+
+    format: Format
+    shape: tuple[int, ...]
+    lines: tuple[int, ...]
+    lines_at: int
+    scales: tuple[int, ...]
+    scales_at: int
+
+    def of(self, data: Tensor) -> Packed:
+        lines = data[self.lines_at : self.scales_at].view(self.lines)
+        stop = self.scales_at + 4 * math.prod(self.scales)
+        scales = data[self.scales_at : stop].view(torch.float32).view(self.scales)
+        return Packed(self.format, self.shape, lines, scales)
+
+
+def packed_weights(
+    folder: Path, files: Iterable[Path], layout: Layout, weights: Iterator[tuple[str, Quantized]]
+) -> dict[str, Packed]:
+    """The weights of a checkpoint folder, packed.
+
+    files: what the folder's weights are read from. layout: what `weights` will give, in its order;
+    `weights` is not begun where the cache has them.
+    """
+    places, total = _places(layout)
+    if total < LEAST_BYTES:
+        return {name: Packed.of(weight) for name, weight in weights}
+    path = cached_file(folder)
+    fingerprint = _fingerprint(files, layout)
+    found = _read(path, fingerprint, places, total)
+    if found is not None:
+        return found
+    made: dict[str, Packed] = {}
+    fits = _fits(total)
+    try:
+        _write(path, fingerprint, weights, made, keep=fits)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if not fits:
+            raise CapacityError(
+                f"{total / 2**30:.1f} GiB of weights fit neither into memory nor, packed, on the "
+                f"disk ({path}: {reason}); set GEMSMITH_CACHE to a folder with room"
+            ) from None
+        warnings.warn(
+            f"{path} cannot be written ({reason}): the weights are packed anew at each start; set "
+            "GEMSMITH_CACHE to a folder with room",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        made |= {name: Packed.of(weight) for name, weight in weights}
+    if fits:
+        return made
+    found = _read(path, fingerprint, places, total)
+    if found is None:
+        raise WeightsError(f"{path} does not read as it was written; is the disk failing?")
+    return found
+
+
+def cached_file(folder: Path) -> Path:
+    """Where the packed weights of a checkpoint folder are kept."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
+    return hardware.cache_folder() / "packed" / f"{name}.bin"
+
+
+def _places(layout: Layout) -> tuple[dict[str, _Place], int]:
+    """Where each weight lies, and the bytes of all."""
+    places, at = {}, 0
+    for name, (format, shape) in layout.items():
+        *stack, N, K = shape
+        lines = (*stack, *cpu.lines_shape(N, K, format.bits))
+        scales = (*lines[:-2], cpu.groups_of(K, format.group), cpu.BLOCK)
+        scales_at = at + math.prod(lines)
+        places[name] = _Place(format, shape, lines, at, scales, scales_at)
+        at = scales_at + 4 * math.prod(scales)
+    return places, at
+
+
+def _fingerprint(files: Iterable[Path], layout: Mapping[str, object]) -> bytes:
+    """Changes with the checkpoint's files and with how they are packed."""
+    parts = [f"{VERSION} {sys.byteorder}", *(f"{name} {what}" for name, what in layout.items())]
+    for file in sorted(files):
+        stat = file.stat()
+        parts.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).digest()
+
+
+def _fits(total: int) -> bool:
+    """Whether memory has room for so many bytes, as far as is known."""
+    available = hardware.machine().available_bytes
+    return available is None or total < 0.9 * available
+
+
+def _write(
+    path: Path,
+    fingerprint: bytes,
+    weights: Iterator[tuple[str, Quantized]],
+    made: dict[str, Packed],
+    *,
+    keep: bool,
+) -> None:
+    """Pack and write one weight after the other; only a whole file gets its name. `made` keeps
+    what was packed, so that nothing is lost if the disk fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    checksums: list[int] = []
+    total = 0
+    try:
+        with open(temporary, "wb") as file:
+            for name, weight in weights:
+                packed = Packed.of(weight)
+                if keep:
+                    made[name] = packed
+                for tensor in (packed.lines, packed.scales):
+                    file.write(tensor.view(torch.uint8).numpy().data)
+                    checksums.append(cpu.checksum(tensor))
+                    total += tensor.nbytes
+            file.write(TRAILER.pack(MAGIC, fingerprint, _digest(checksums), total))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(checksums: Iterable[int]) -> bytes:
+    return hashlib.sha256(b"".join(each.to_bytes(8, "little") for each in checksums)).digest()
+
+
+def _read(
+    path: Path, fingerprint: bytes, places: Mapping[str, _Place], total: int
+) -> dict[str, Packed] | None:
+    """The weights of the file; None if it is not there, not theirs, or not whole."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell() != total + TRAILER.size:
+                return None
+            trailer = os.pread(file.fileno(), TRAILER.size, total)
+            magic, theirs, digest, count = TRAILER.unpack(trailer)
+            if (magic, theirs, count) != (MAGIC, fingerprint, total):
+                return None
+            data = _into_memory(file.fileno(), total) if _fits(total) else _mapped(file, total)
+    except (OSError, struct.error):
+        return None
+    found = {name: place.of(data) for name, place in places.items()}
+    tensors = (tensor for packed in found.values() for tensor in (packed.lines, packed.scales))
+    return found if _digest(map(cpu.checksum, tensors)) == digest else None
+
+
+def _into_memory(fd: int, total: int) -> Tensor:
+    """The file's first bytes, in large pages."""
+    room = torch.empty(total + LARGE_PAGE, dtype=torch.uint8)
+    skipped = -room.data_ptr() % LARGE_PAGE
+    data = room[skipped : skipped + total]
+    cpu.advise_hugepages(data)
+    view = data.numpy().data
+
+    def read(start: int) -> None:
+        stop = min(start + READ_BYTES, total)
+        while start < stop:
+            count = os.preadv(fd, [view[start:stop]], start)
+            if count == 0:
+                raise OSError(0, "it was cut short while it was read")
+            start += count
+
+    with ThreadPoolExecutor(cpu.threads()) as pool:
+        for _ in pool.map(read, range(0, total, READ_BYTES)):
+            pass
+    return data
+
+
+def _mapped(file: BinaryIO, total: int) -> Tensor:
+    """The same, left on the disk: pages come in as they are used, and may leave."""
+    return torch.frombuffer(mmap.mmap(file.fileno(), total, mmap.MAP_PRIVATE), dtype=torch.uint8)
