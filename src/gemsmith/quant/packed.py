@@ -94,4 +94,5 @@ class Packed:
 
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [..., K]: the rows whose numbers are ids [...]."""
-        return self.weight.rows(ids.reshape(-1).contiguous()).view(*ids.shape, -1)
+        rows = self.weight.rows(ids.reshape(-1).contiguous())
+        return rows.view(*ids.shape, self.shape[-1])

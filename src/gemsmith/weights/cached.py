@@ -2,9 +2,11 @@
 
 One file per checkpoint folder, in the user's cache folder: every weight's lines and scales, one
 after the other, then a trailer that says which checkpoint they are of and what their checksum is.
-The file is read into large pages, from which weights stream faster than from a mapped file; where
-memory is too small for that, it is mapped. A file that is cut short, changed, or of another
-checkpoint or version is made anew; without room on the disk weights are packed at each start.
+The file is mapped: a start copies nothing, processes share the memory, and pages may leave when
+memory is short. (Reading it into large pages instead made no product faster where the system keeps
+such files in large pages itself, and a start many times slower where fresh memory is dear.) A file
+that is cut short, changed, or of another checkpoint or version is made anew; without room on the
+disk weights are packed at each start.
 
 What it is not: a format to exchange. The bytes are ops/cpu.py's lines, and the checkpoint itself is
 never touched.
@@ -17,17 +19,15 @@ import os
 import struct
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from gemsmith import hardware
-from gemsmith.errors import CapacityError, WeightsError
+from gemsmith.errors import WeightsError
 from gemsmith.ops import cpu
 from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.packed import Packed
@@ -38,8 +38,6 @@ TRAILER = struct.Struct("<16s32s32sq")
 """MAGIC, fingerprint, digest of the tensors' checksums, bytes before the trailer."""
 LEAST_BYTES = 64 << 20
 """Smaller checkpoints are packed in less time than a file takes to check."""
-READ_BYTES = 32 << 20
-LARGE_PAGE = 2 << 20
 
 Layout = dict[str, tuple[Format, tuple[int, ...]]]
 """Format and shape of each weight, by name."""
@@ -64,41 +62,34 @@ class _Place:
 
 
 def packed_weights(
-    folder: Path, files: Iterable[Path], layout: Layout, weights: Iterator[tuple[str, Quantized]]
+    folder: Path,
+    files: Iterable[Path],
+    layout: Layout,
+    weights: Callable[[], Iterator[tuple[str, Quantized]]],
 ) -> dict[str, Packed]:
     """The weights of a checkpoint folder, packed.
 
-    files: what the folder's weights are read from. layout: what `weights` will give, in its order;
-    `weights` is not begun where the cache has them.
+    files: what the folder's weights are read from. layout: what `weights()` will give, in its
+    order; it is not called where the cache has them.
     """
     places, total = _places(layout)
     if total < LEAST_BYTES:
-        return {name: Packed.of(weight) for name, weight in weights}
+        return {name: Packed.of(weight) for name, weight in weights()}
     path = cached_file(folder)
     fingerprint = _fingerprint(files, layout)
     found = _read(path, fingerprint, places, total)
     if found is not None:
         return found
-    made: dict[str, Packed] = {}
-    fits = _fits(total)
     try:
-        _write(path, fingerprint, weights, made, keep=fits)
+        _write(path, fingerprint, weights())
     except OSError as error:
-        reason = error.strerror or str(error)
-        if not fits:
-            raise CapacityError(
-                f"{total / 2**30:.1f} GiB of weights fit neither into memory nor, packed, on the "
-                f"disk ({path}: {reason}); set GEMSMITH_CACHE to a folder with room"
-            ) from None
         warnings.warn(
-            f"{path} cannot be written ({reason}): the weights are packed anew at each start; set "
-            "GEMSMITH_CACHE to a folder with room",
+            f"{path} cannot be written ({error.strerror or error}): the weights are packed anew at "
+            "each start; set GEMSMITH_CACHE to a folder with room",
             RuntimeWarning,
             stacklevel=2,
         )
-        made |= {name: Packed.of(weight) for name, weight in weights}
-    if fits:
-        return made
+        return {name: Packed.of(weight) for name, weight in weights()}
     found = _read(path, fingerprint, places, total)
     if found is None:
         raise WeightsError(f"{path} does not read as it was written; is the disk failing?")
@@ -133,32 +124,16 @@ def _fingerprint(files: Iterable[Path], layout: Mapping[str, object]) -> bytes:
     return hashlib.sha256("\n".join(parts).encode()).digest()
 
 
-def _fits(total: int) -> bool:
-    """Whether memory has room for so many bytes, as far as is known."""
-    available = hardware.machine().available_bytes
-    return available is None or total < 0.9 * available
-
-
-def _write(
-    path: Path,
-    fingerprint: bytes,
-    weights: Iterator[tuple[str, Quantized]],
-    made: dict[str, Packed],
-    *,
-    keep: bool,
-) -> None:
-    """Pack and write one weight after the other; only a whole file gets its name. `made` keeps
-    what was packed, so that nothing is lost if the disk fails."""
+def _write(path: Path, fingerprint: bytes, weights: Iterator[tuple[str, Quantized]]) -> None:
+    """Pack and write one weight after the other; only a whole file gets its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     checksums: list[int] = []
     total = 0
     try:
         with open(temporary, "wb") as file:
-            for name, weight in weights:
+            for _, weight in weights:
                 packed = Packed.of(weight)
-                if keep:
-                    made[name] = packed
                 for tensor in (packed.lines, packed.scales):
                     file.write(tensor.view(torch.uint8).numpy().data)
                     checksums.append(cpu.checksum(tensor))
@@ -184,40 +159,15 @@ def _read(
             file.seek(0, os.SEEK_END)
             if file.tell() != total + TRAILER.size:
                 return None
-            trailer = os.pread(file.fileno(), TRAILER.size, total)
-            magic, theirs, digest, count = TRAILER.unpack(trailer)
+            file.seek(total)
+            magic, theirs, digest, count = TRAILER.unpack(file.read())
             if (magic, theirs, count) != (MAGIC, fingerprint, total):
                 return None
-            data = _into_memory(file.fileno(), total) if _fits(total) else _mapped(file, total)
+            mapping = mmap.mmap(file.fileno(), total, access=mmap.ACCESS_COPY)
     except (OSError, struct.error):
         return None
+    data = torch.frombuffer(mapping, dtype=torch.uint8)
+    cpu.advise_hugepages(data)
     found = {name: place.of(data) for name, place in places.items()}
     tensors = (tensor for packed in found.values() for tensor in (packed.lines, packed.scales))
     return found if _digest(map(cpu.checksum, tensors)) == digest else None
-
-
-def _into_memory(fd: int, total: int) -> Tensor:
-    """The file's first bytes, in large pages."""
-    room = torch.empty(total + LARGE_PAGE, dtype=torch.uint8)
-    skipped = -room.data_ptr() % LARGE_PAGE
-    data = room[skipped : skipped + total]
-    cpu.advise_hugepages(data)
-    view = data.numpy().data
-
-    def read(start: int) -> None:
-        stop = min(start + READ_BYTES, total)
-        while start < stop:
-            count = os.preadv(fd, [view[start:stop]], start)
-            if count == 0:
-                raise OSError(0, "it was cut short while it was read")
-            start += count
-
-    with ThreadPoolExecutor(cpu.threads()) as pool:
-        for _ in pool.map(read, range(0, total, READ_BYTES)):
-            pass
-    return data
-
-
-def _mapped(file: BinaryIO, total: int) -> Tensor:
-    """The same, left on the disk: pages come in as they are used, and may leave."""
-    return torch.frombuffer(mmap.mmap(file.fileno(), total, mmap.MAP_PRIVATE), dtype=torch.uint8)

@@ -26,6 +26,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -216,7 +217,8 @@ def _low_bit(
     if device.type == "cpu" and all(Packed.takes(*each) for each in layout.values()):
         files = {stored[low.codes].file for low in weights.values()}
         folder = next(iter(files)).parent
-        return packed_weights(folder, files, layout, _codes(stored, weights, device, stays=False))
+        codes = partial(_codes, stored, weights, device, stays=False)
+        return packed_weights(folder, files, layout, codes)
     return dict(_codes(stored, weights, device, stays=device.type == "cpu"))
 
 

@@ -1,0 +1,128 @@
+"""Packed weights are kept on disk, and nothing that is wrong there is ever used."""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tests.weights.test_convert import floats, logits
+
+from gemsmith.ops import cpu
+from gemsmith.quant.packed import Packed
+from gemsmith.weights import cached
+from gemsmith.weights.convert import Recipe, quantize_checkpoint
+from gemsmith.weights.load import load_model
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the extension is not built")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A low-bit checkpoint, all of which is worth a cache that is empty."""
+    monkeypatch.setenv("GEMSMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cached, "LEAST_BYTES", 0)
+    quantize_checkpoint(floats(tmp_path / "floats"), tmp_path / "low", Recipe("4"))
+    return tmp_path / "low"
+
+
+@pytest.fixture
+def packings(monkeypatch) -> list[str]:
+    """Grows by one with every weight that is packed."""
+    seen: list[str] = []
+    real = Packed.of
+
+    def of(weight):
+        seen.append("one")
+        return real(weight)
+
+    monkeypatch.setattr(Packed, "of", of)
+    return seen
+
+
+def test_the_second_start_packs_nothing_and_computes_the_same(folder, packings):
+    first = logits(load_model(folder)[1])
+    assert packings
+    packings.clear()
+    assert torch.equal(logits(load_model(folder)[1]), first)
+    assert not packings
+    file = cached.cached_file(folder)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_small_checkpoints_leave_nothing_behind(folder, monkeypatch):
+    monkeypatch.setattr(cached, "LEAST_BYTES", 1 << 30)
+    load_model(folder)
+    assert not cached.cached_file(folder).exists()
+
+
+def flip(file: Path, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+def swap(file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[64:128] + data[:64] + data[128:])
+
+
+DAMAGES = {
+    "a bit of the first weight": lambda f: flip(f, 5),
+    "a bit of the last scale": lambda f: flip(f, f.stat().st_size - cached.TRAILER.size - 64),
+    "two lines change places": swap,
+    "the magic": lambda f: flip(f, f.stat().st_size - cached.TRAILER.size),
+    "the fingerprint": lambda f: flip(f, f.stat().st_size - cached.TRAILER.size + 20),
+    "the digest": lambda f: flip(f, f.stat().st_size - 20),
+    "cut short": lambda f: os.truncate(f, f.stat().st_size - 1),
+    "empty": lambda f: os.truncate(f, 0),
+    "longer": lambda f: f.write_bytes(f.read_bytes() + b"\0"),
+    "a folder": lambda f: (f.unlink(), f.mkdir(), shutil.rmtree(f)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_made_anew(folder, packings, damage):
+    first = logits(load_model(folder)[1])
+    file = cached.cached_file(folder)
+    whole = file.read_bytes()
+    DAMAGES[damage](file)
+    packings.clear()
+    assert torch.equal(logits(load_model(folder)[1]), first)
+    assert packings
+    assert file.read_bytes() == whole
+
+
+def test_another_version_or_a_checkpoint_written_anew_is_noticed(folder, packings, monkeypatch):
+    load_model(folder)
+    packings.clear()
+    monkeypatch.setattr(cached, "VERSION", cached.VERSION + 1)
+    load_model(folder)
+    assert packings
+    packings.clear()
+    os.utime(folder / "model.safetensors", ns=(0, 12345))
+    load_model(folder)
+    assert packings
+
+
+def test_without_room_on_the_disk_it_works_and_says_so(folder, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(RuntimeWarning, match=r"No space left on device.: the weights"):
+        _, model = load_model(folder)
+    assert list(cached.cached_file(folder).parent.iterdir()) == []
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(logits(load_model(folder)[1]), logits(model))
+
+
+def full(fd: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_cache_that_cannot_be_made_is_named(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GEMSMITH_CACHE", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="Not a directory"):
+        load_model(folder)
