@@ -39,10 +39,10 @@ from gemsmith.errors import CapacityError, ConfigError, WeightsError
 from gemsmith.model.text import Experts, TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.quant.formats import Quantized
-from gemsmith.quant.layer import fuse
 from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from gemsmith.quant.packed import Packed
 from gemsmith.weights.cached import packed_weights
+from gemsmith.weights.fuse import fuse
 from gemsmith.weights.layouts import LowBit, codes_of, fold, read_section
 from gemsmith.weights.names import (
     EMBEDDING,

@@ -12,11 +12,11 @@ from gemsmith.errors import WeightsError
 from gemsmith.model.text import Experts, TextModel
 from gemsmith.ops import cpu
 from gemsmith.quant.formats import Format
-from gemsmith.quant.layer import PackedLayer, fuse
 from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from gemsmith.quant.packed import Packed
 from gemsmith.quant.quantize import quantize
 from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
+from gemsmith.weights.fuse import PackedLayer, fuse
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the extension is not built")
 
