@@ -1,6 +1,7 @@
 """Layers in two native calls compute what their modules compute."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def packed_model(config: Gemma4Config, format: Format) -> TextModel:
         elif isinstance(old, Experts):
             parts = packed(old.gate_up_proj), packed(old.down_proj)
             model.set_submodule(name, QuantExperts(*parts, dtype))
-    for layer in model.layers:
+    layers: Any = model.layers
+    for layer in layers:
         layer.layer_scalar.fill_(0.75)
         for norm in layer.modules():
             if hasattr(norm, "eps") and hasattr(norm, "weight"):
@@ -79,7 +81,7 @@ def test_half_a_layer_is_near_its_definition():
     config = tiny_config("E2B")
     model = packed_model(config, Format(8))
     fuse(model)
-    layer = model.layers[0]
+    layer: Any = model.layers[0]
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
     angle = torch.linspace(0, 3, 7 * 8).view(7, 1, 8)
     q, k, v = layer.before_attention(x, (angle.cos(), angle.sin()))
@@ -105,12 +107,13 @@ def test_layers_keep_their_names_and_those_with_floats_or_experts_stay():
     config = tiny_config("E2B")
     model = packed_model(config, Format(8))
     names = list(model.state_dict())
-    old = model.layers[1].mlp.up_proj
-    model.layers[1].mlp.up_proj = nn.Linear(64, 48, bias=False)
+    mlp: Any = model.get_submodule("layers.1.mlp")
+    old = mlp.up_proj
+    mlp.up_proj = nn.Linear(64, 48, bias=False)
     fuse(model)
     assert not isinstance(model.layers[1], PackedLayer)
     assert isinstance(model.layers[0], PackedLayer)
-    model.layers[1].mlp.up_proj = old
+    mlp.up_proj = old
     assert list(model.state_dict()) == names
     sparse = packed_model(tiny_config("26B-A4B"), Format(8))
     fuse(sparse)
