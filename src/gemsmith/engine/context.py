@@ -94,10 +94,29 @@ class Context:
         return self.model.logits(hidden_1D)[0]
 
     @torch.no_grad()  # not inference mode: the caller may change what it gets
-    def run_all(self, ids: list[int]) -> Tensor:
-        """Append tokens (at least one); returns the logits [T, V] after each, float32."""
-        chunks = (ids[start:stop] for start, stop in _chunks(len(ids), None))
-        return torch.cat([self.model.logits(self._pass(c, c, None, None, None)) for c in chunks])
+    def scan(
+        self,
+        ids: Sequence[int],
+        *,
+        block: int = CHUNK_TOKENS,
+        keys: Sequence[Hashable] | None = None,
+        soft: Soft | None = None,
+        blocks_T: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """Append tokens (at least one); yields the logits after each, float32 [<= block, V].
+
+        No more than one block of them is in memory. keys, soft, blocks_T: as in `run`.
+        """
+        for start, stop in _chunks(len(ids), blocks_T):
+            hidden_TD = self._pass(
+                ids[start:stop],
+                (keys or ids)[start:stop],
+                None,
+                _between(soft, start, stop),
+                None if blocks_T is None else blocks_T[start:stop],
+            )
+            for hidden_RD in hidden_TD.split(block):
+                yield self.model.logits(hidden_RD)
 
     def _pass(
         self,

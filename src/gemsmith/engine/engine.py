@@ -233,23 +233,49 @@ class LM:
             if not (self.is_chat or tools or enable_thinking):
                 return self._start(Prompt(self._raw_ids([(prompt, False)])), params, chat=False)
             prompt = [{"role": "user", "content": prompt}]
+        encoded = self.encode(
+            prompt,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            preserve_thinking=preserve_thinking,
+            image_budget=image_budget,
+        )
+        return self._start(encoded, params, chat=True)
+
+    def encode(
+        self,
+        messages: Sequence[chat.Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool = False,
+        preserve_thinking: bool = False,
+        image_budget: int | str | None = None,
+        reply_follows: bool = True,
+    ) -> Prompt:
+        """What the model reads of a conversation: token ids, and what the soft ones stand for.
+
+        reply_follows: end where the model is to go on; otherwise after the last message.
+
+        Raises:
+          RequestError: as `generate`, but for the length of the prompt.
+        """
         if not self.is_chat:
             raise RequestError(
                 f"{self.name} is a base model: it knows no messages, tools or thinking. Give plain "
                 "text, or load the instruction-tuned checkpoint (its name ends in -it)"
             )
-        if not prompt:
+        if not messages:
             raise RequestError(
                 "no messages: give at least one, such as {'role': 'user', 'content': 'Hello'}"
             )
-        ids = self._chat_ids(prompt, tools, enable_thinking, preserve_thinking)
-        media = collect_media(prompt, self.config, image_budget=image_budget)
+        ids = self._chat_ids(messages, tools, enable_thinking, preserve_thinking, reply_follows)
+        media = collect_media(messages, self.config, image_budget=image_budget)
         if media and self._load_towers is None:
             raise MediaError(
                 f"{self.name} was loaded without its image and audio towers; load it again with "
                 "towers='auto' to use images, sound or video"
             )
-        return self._start(expand(ids, media, self.config, self.tokenizer), params, chat=True)
+        return expand(ids, media, self.config, self.tokenizer)
 
     def complete(
         self,
@@ -276,9 +302,21 @@ class LM:
         Raises:
           RequestError: no tokens, more than the context, or ids outside the vocabulary.
         """
-        ids = list(token_ids)
-        self._check_ids(ids)
-        return Context(self.model).run_all(ids)
+        return torch.cat(list(self.scan(Prompt(list(token_ids)))))
+
+    def scan(self, prompt: Prompt, *, block: int = 512) -> Iterator[Tensor]:
+        """As `logits`, in blocks float32 [<= block, V], so that long prompts need little memory.
+
+        prompt: as `encode` makes it.
+        """
+        self._check_ids(prompt.ids)
+        return Context(self.model).scan(
+            prompt.ids,
+            block=block,
+            keys=prompt.keys(),
+            soft=self._soft(prompt, 0),
+            blocks_T=self._blocks(prompt, 0),
+        )
 
     def memory(self) -> dict[str, int]:
         """Bytes held: `weights` in memory, `kv` of the last request, kept for the next."""
@@ -297,6 +335,7 @@ class LM:
         tools: Sequence[Mapping[str, Any]] | None,
         enable_thinking: bool,
         preserve_thinking: bool,
+        reply_follows: bool = True,
     ) -> list[int]:
         encode = self._template.encode if self._template else self._encode
         return encode(
@@ -305,7 +344,7 @@ class LM:
             self.tokenizer,
             enable_thinking=enable_thinking,
             preserve_thinking=preserve_thinking,
-            add_generation_prompt=True,
+            add_generation_prompt=reply_follows,
         )
 
     def _raw_ids(self, parts: list[tuple[str, bool]]) -> list[int]:
