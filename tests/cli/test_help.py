@@ -12,7 +12,7 @@ from gemsmith.cli.main import app
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = (
     "", "demo", "chat", "generate", "detect", "point", "transcribe",
-    "quantize", "info", "doctor", "eval",
+    "quantize", "info", "doctor", "eval pocket", "eval fidelity",
 )  # fmt: skip
 
 
@@ -31,7 +31,13 @@ def test_the_reference_page_is_current():
 
 
 def test_every_command_is_on_the_page():
-    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    groups = {"": app}
+    groups |= {f"{group.name} ": group.typer_instance for group in app.registered_groups}
+    names = {
+        prefix + (command.name or command.callback.__name__)
+        for prefix, group in groups.items()
+        for command in group.registered_commands
+    }
     assert names == set(COMMANDS) - {""}
 
 

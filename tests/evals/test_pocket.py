@@ -236,7 +236,7 @@ def test_a_checkpoint_without_towers_is_asked_text_alone_and_the_report_says_so(
         return Report(complete=True)
 
     monkeypatch.setattr(pocket, "evaluate_in_processes", unasked)
-    cli_evaluate.run("pocket", str(folder), limit=None, failures=0, as_json=False)
+    cli_evaluate.run(str(folder), limit=None, failures=0, as_json=False)
     assert len(asked) == len(read_items())
     assert not any(item.media for item in asked)
     shown = " ".join(capsys.readouterr().out.split())

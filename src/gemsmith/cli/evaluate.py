@@ -1,4 +1,4 @@
-"""`gemsmith eval`: ask the held-out items, show how far it is, print the scores."""
+"""`gemsmith eval pocket`: ask the held-out items, show how far it is, print the scores."""
 
 import json
 from contextlib import nullcontext
@@ -7,21 +7,17 @@ from rich.console import Console
 from rich.progress import Progress
 
 from gemsmith.config import Gemma4Config
-from gemsmith.errors import RequestError
 from gemsmith.evals import pocket
 from gemsmith.evals.items import held_out
 from gemsmith.weights.hub import resolve
 
 
-def run(name: str, model: str, *, limit: int | None, failures: int, as_json: bool) -> None:
-    """Measure `model` on the items called `name` and print the report.
+def run(model: str, *, limit: int | None, failures: int, as_json: bool) -> None:
+    """Measure `model` on the held-out items and print the report.
 
     Raises:
-      RequestError: no such items.
       HubError, ConfigError, WeightsError, TokenizerError: the model cannot be loaded.
     """
-    if name != "pocket":
-        raise RequestError(f"no evaluation {name!r}; there is pocket")
     config = Gemma4Config.load(resolve(model))
     items, left_out = held_out(config, limit=limit)
     errors = Console(stderr=True)

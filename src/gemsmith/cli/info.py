@@ -1,5 +1,10 @@
-"""`gemsmith info`: what a model is and costs, from its config alone; needs no torch."""
+"""`gemsmith info`: what a model is and costs, from its config alone; needs no torch.
 
+Of a folder that `gemsmith eval fidelity --save` was told to keep its report in, its headline too.
+"""
+
+import json
+import math
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +22,10 @@ from gemsmith.weights import hub
 CONTEXTS = (4096, 32_768, 131_072, 262_144)
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 GIB = 1 << 30
+FIDELITY = "fidelity.json"
+"""Where a build keeps how faithful it is, see cli/fidelity.py."""
+MAX_FIDELITY_BYTES = 1 << 22
+"""A report has some kilobytes."""
 
 
 def config_of(name: str) -> Gemma4Config:
@@ -37,6 +46,7 @@ def describe(name: str, config: Gemma4Config) -> dict[str, Any]:
     parts = sizing.parameters(config)
     contexts = [*(n for n in CONTEXTS if n < text.max_position_embeddings)]
     contexts.append(text.max_position_embeddings)
+    report = Path(name) / FIDELITY
     return {
         "name": name,
         "model_type": config.model_type,
@@ -60,7 +70,27 @@ def describe(name: str, config: Gemma4Config) -> dict[str, Any]:
             }
             for dtype, size in DTYPE_BYTES.items()
         },
+        **({"fidelity": fidelity(report)} if report.is_file() else {}),
     }
+
+
+def fidelity(path: Path) -> str:
+    """The headline of a saved fidelity report, or that there is none in this file."""
+    try:
+        with path.open("rb") as file:
+            report = json.loads(file.read(MAX_FIDELITY_BYTES))
+        replies, tools = report["replies"]["all"], report["tools"]
+        top1, kl = 100 * float(replies["top1"]), float(replies["kl"]["mean"])
+        points = float(tools["all"]["valid"]["points"]) if tools else 0.0
+        if not all(map(math.isfinite, (top1, kl, points))):
+            raise ValueError("a figure is no number")
+        count, reference = int(replies["positions"]), str(report["reference"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        return f"{FIDELITY} cannot be read ({type(error).__name__})"
+    # Whoever made the file chose the name: nothing in it may steer a terminal.
+    reference = "".join(c for c in reference if c.isprintable())[:80]
+    calls = f", valid tool calls {points:+.1f} points" if tools else ""
+    return f"beside {reference}: top-1 {top1:.2f} %, mean KL {kl:.2g}{calls} ({count:,} positions)"
 
 
 def _runs(text: TextConfig) -> list[dict[str, Any]]:
@@ -93,6 +123,9 @@ def show(facts: dict[str, Any], console: Console) -> None:
     text = facts["config"]["text_config"]
     console.print(f"[bold]{facts['name']}[/bold] ({facts['model_type']})", highlight=False)
     console.print(_features(text), highlight=False, soft_wrap=True)
+    if "fidelity" in facts:
+        line = f"fidelity {facts['fidelity']}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(layer_table(facts))
     console.print(parameter_table(facts))
     console.print(memory_table(facts))

@@ -182,6 +182,11 @@ def ask(lm: LanguageModel, item: Item) -> Reply:
         )
     except GemsmithError as error:
         return Reply(problems=(f"{type(error).__name__}: {error}",), finish_reason="error")
+    return reply_of(made)
+
+
+def reply_of(made: Any) -> Reply:
+    """What scoring needs of an `engine` Generation."""
     return Reply(
         text=made.text,
         calls=tuple((call.name, call.arguments) for call in made.tool_calls),

@@ -248,7 +248,7 @@ def dropped(said: str, heard: str) -> int:
     return len(re.findall(f"-{{{DROPPED},}}", right))
 
 
-def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(correct: float, count: float, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's interval of a rate, 95 % unless z says otherwise; (0, 1) where nothing was counted.
 
     Source: E. B. Wilson, Journal of the American Statistical Association 22 (1927), 209.
