@@ -301,6 +301,7 @@ def draw(facts: dict[str, Any], path: Path) -> None:
         left.annotate(f"{share:.2f}", (share, place), (0, 6), textcoords="offset points",
                       ha="center", fontsize="x-small")  # fmt: skip
     left.set(xlabel="same likeliest token, % (bar: 95 % interval)")
+    left.margins(x=0.08)
     left.set_yticks(places, names, parse_math=False)
     left.invert_yaxis()
 

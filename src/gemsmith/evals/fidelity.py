@@ -52,6 +52,8 @@ from gemsmith.weights.hub import POCKET, resolve
 BLOCK_VALUES = 1 << 22
 """Logits of one build in memory at a time: 16 positions of the released vocabulary, 64 MiB with
 what is computed of them; all of a usual prompt of pocket's."""
+ROUNDING = 1e-9
+"""By as much a figure may miss a bound that it meets: 100 times 0.57 is a little less than 57."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -610,14 +612,13 @@ class Gate:
         found: list[str] = []
         if replies is not None:
             top1, kl = 100 * replies.top1, replies.kl.value
-            # 100 times a share may miss a round number by a rounding error.
-            if self.min_top1 is not None and top1 < self.min_top1 - 1e-9:
+            if self.min_top1 is not None and top1 < self.min_top1 - ROUNDING:
                 found.append(f"top-1 agreement {_below(top1)} % < --min-top1 {self.min_top1:g}")
-            if self.max_kl is not None and kl > self.max_kl:
+            if self.max_kl is not None and kl > self.max_kl + ROUNDING:
                 found.append(f"mean KL {kl:.3g} > --max-kl {self.max_kl:g}")
         if self.max_validity_loss is not None and tools is not None:
             loss = -tools.valid.points
-            if loss > self.max_validity_loss + 1e-9:
+            if loss > self.max_validity_loss + ROUNDING:
                 bound = f"--max-validity-loss {self.max_validity_loss:g}"
                 found.append(f"tool-call validity lost {loss:.2f} points > {bound}")
         return found
@@ -625,4 +626,4 @@ class Gate:
 
 def _below(percent: float) -> str:
     """Rounded down, so that what is short of a bound is not shown as the bound."""
-    return f"{math.floor(percent * 100) / 100:.2f}"
+    return f"{math.floor(percent * 100 + ROUNDING) / 100:.2f}"
