@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from rich.console import Console
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from benchmarks import random_checkpoint
 from gemsmith.cli import fidelity as worker
@@ -67,11 +66,14 @@ def test_json_is_the_whole_report_and_nothing_else(folder: Path) -> None:
 
 
 def test_a_broken_bound_is_exit_code_1_and_one_line(folder: Path) -> None:
-    result = run(folder, "b", "--max-kl", "1e-6")
+    result = run(folder, "b", "--max-kl", "1e-6", "--save")
     assert result.exit_code == 1
     [line] = result.stderr.splitlines()
     assert line.startswith("fidelity: mean KL ")
     assert line.endswith("> --max-kl 1e-06")
+    # What was found is a fact, whatever was hoped for.
+    kept = json.loads((folder / "b" / "fidelity.json").read_text())
+    assert len(kept["gate"]["broken"]) == 1
     same = run(folder, "a", "--min-top1", "100", "--max-kl", "0", "--max-validity-loss", "0")
     assert (same.exit_code, same.stderr) == (0, "")
     assert "no difference at any of 10 reply positions: KL 0, top-1 100 %" in same.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from gemsmith.cli.main import app
+from gemsmith.cli.main import app, evaluation
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = (
@@ -31,10 +31,10 @@ def test_the_reference_page_is_current():
 
 
 def test_every_command_is_on_the_page():
-    groups = {"": app}
-    groups |= {f"{group.name} ": group.typer_instance for group in app.registered_groups}
+    groups = {"": app, "eval ": evaluation}
+    assert {f"{group.name} " for group in app.registered_groups} == set(groups) - {""}
     names = {
-        prefix + (command.name or command.callback.__name__)
+        prefix + (command.name or getattr(command.callback, "__name__", ""))
         for prefix, group in groups.items()
         for command in group.registered_commands
     }

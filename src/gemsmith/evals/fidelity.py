@@ -38,6 +38,7 @@ import torch
 
 from gemsmith.engine.engine import LM
 from gemsmith.engine.media import Prompt
+from gemsmith.engine.request import Generation
 from gemsmith.errors import GemsmithError, RequestError, WeightsError
 from gemsmith.evals.divergence import Divergence, Positions, at_positions
 from gemsmith.evals.items import Item, held_out
@@ -481,36 +482,32 @@ def _given_reply(lm: LM, case: Case, prompt: list[int]) -> list[int]:
 
 
 def _compare(a: LM, b: LM, case: Case) -> Outcome:
-    prompt, reply = _prompts(a, b, case)
-    greedy = reply is None
-    answers, made = None, None
-    if case.tools or greedy:
-        made = _ask(a, case)
-        reply = list(made.token_ids) if greedy else reply
-    if case.tools:
+    prompt, given = _prompts(a, b, case)
+    made = _ask(a, case) if case.tools or given is None else None
+    answers = None
+    if case.tools and made is not None:
+        first, second = made, _ask(b, case)
         expected = case.expected
-        first = reply_of(made)
-        due = expected["type"] == "calls" if expected else bool(first.calls)
-        other = _ask(b, case)
-        answers = (
-            Answer(made.token_ids, is_valid(first, case.tools, due), _right(case, first)),
-            Answer(
-                other.token_ids,
-                is_valid(reply_of(other), case.tools, due),
-                _right(case, reply_of(other)),
-            ),
-        )
-    positions, is_reply, counts = _positions(a, b, prompt, reply or [], case)
+        due = expected["type"] == "calls" if expected else bool(first.tool_calls)
+        answers = _answer(case, first, due), _answer(case, second, due)
+    reply = given if given is not None else list(made.token_ids) if made else []
+    positions, is_reply, counts = _positions(a, b, prompt, reply, case)
     return Outcome(
         case.category,
         positions.only(is_reply & counts),
         positions.only(~is_reply & counts),
         answers,
-        greedy,
+        given is None,
     )
 
 
-def _ask(lm: LM, case: Case) -> Any:
+def _answer(case: Case, made: Generation, due: bool) -> Answer:
+    reply = reply_of(made)
+    valid = is_valid(reply, case.tools or (), due)
+    return Answer(made.token_ids, valid, _right(case, reply))
+
+
+def _ask(lm: LM, case: Case) -> Generation:
     return lm.generate(
         case.messages,
         tools=case.tools,
