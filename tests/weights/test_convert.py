@@ -153,6 +153,7 @@ def test_companions_are_copied_and_leftovers_of_shared_layers_dropped(tmp_path):
     source = floats(tmp_path / "floats")
     (source / "tokenizer.json").write_text("{}")
     (source / "notes.bin").write_bytes(b"x")
+    (source / "fidelity.json").write_text("{}")  # says nothing of other weights
     quantize_checkpoint(source, tmp_path / "low", Recipe("8"))
     names = set(contents(tmp_path / "low"))
     assert names == {"config.json", "model.safetensors", "tokenizer.json"}

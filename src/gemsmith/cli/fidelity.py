@@ -18,13 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gemsmith import __version__
-from gemsmith.cli.info import FIDELITY
 from gemsmith.engine.engine import LM
 from gemsmith.errors import RequestError
 from gemsmith.evals import fidelity
 from gemsmith.evals.divergence import TOP, Divergence
 from gemsmith.evals.fidelity import Gate, Outcome, Pairs, Report
-from gemsmith.weights.hub import POCKET
+from gemsmith.weights.hub import FIDELITY, POCKET
 
 FORMATS = (".png", ".svg", ".pdf")
 FEW = 30

@@ -18,12 +18,11 @@ from gemsmith import sizing
 from gemsmith.config import Gemma4Config, LayerPlan, TextConfig, preset
 from gemsmith.errors import ConfigError
 from gemsmith.weights import hub
+from gemsmith.weights.hub import FIDELITY
 
 CONTEXTS = (4096, 32_768, 131_072, 262_144)
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 GIB = 1 << 30
-FIDELITY = "fidelity.json"
-"""Where a build keeps how faithful it is, see cli/fidelity.py."""
 MAX_FIDELITY_BYTES = 1 << 22
 """A report has some kilobytes."""
 

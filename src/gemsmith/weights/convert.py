@@ -32,6 +32,7 @@ from gemsmith.model.towers import Towers
 from gemsmith.quant.formats import Format
 from gemsmith.quant.quantize import quantize, squares
 from gemsmith.weights import layouts
+from gemsmith.weights.hub import FIDELITY
 from gemsmith.weights.load import (
     DTYPES,
     INDEX,
@@ -520,7 +521,8 @@ def _read_rows(tensor: StoredTensor) -> Iterator[Tensor]:
 def _copy_companions(source: Path, target: Path) -> None:
     """Tokenizer, template and settings: small files beside the weights."""
     for path in sorted(source.iterdir()):
-        companion = path.suffix in COMPANIONS and path.name not in ("config.json", INDEX, PROGRESS)
+        own = path.name in ("config.json", INDEX, PROGRESS, FIDELITY)
+        companion = path.suffix in COMPANIONS and not own
         if companion and path.is_file() and path.stat().st_size <= MAX_COMPANION_BYTES:
             shutil.copyfile(path, target / path.name)
 

@@ -19,6 +19,8 @@ from gemsmith.config import PRESETS
 from gemsmith.errors import HubError
 
 POCKET = "pocket"
+FIDELITY = "fidelity.json"
+"""In a folder: how faithful these weights are to others. Worth nothing beside any other weights."""
 KNOWN_IDS = tuple(f"google/gemma-4-{size}{kind}" for size in PRESETS for kind in ("", "-it"))
 FETCHED = (
     "config.json",
