@@ -206,8 +206,8 @@ def show(report: Report, console: Console) -> None:
         last,
         lambda d: (
             f"{d.rms_change:.3%}",
-            f"{d.perplexity_p:.4g}",
-            f"{d.perplexity_q:.4g}",
+            f"{d.perplexity_p:#.4g}",
+            f"{d.perplexity_q:#.4g}",
             f"{d.ratio:.5f}",
             ""
             if d.ratio_interval is None
