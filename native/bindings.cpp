@@ -6,12 +6,11 @@
 #include <nanobind/stl/string.h>
 
 #include <array>
-#include <chrono>
-#include <thread>
 
 #include "kernels.h"
 #include "layer.h"
 #include "threads.h"
+#include "without_gil.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -20,27 +19,9 @@
 namespace nb = nanobind;
 using Address = uintptr_t;
 
+void bind_tokenizer(nb::module_& m);  // bindings_tokenizer.cpp
+
 namespace {
-
-// Works without the GIL. A daemon thread that asks for it back while the interpreter ends is ended
-// by CPython before 3.14, by an unwinding that C++ frames turn into an abort of the process; such a
-// thread is held here instead, for the little that is left, as CPython 3.14 does.
-class WithoutGil {
- public:
-  WithoutGil() : state_(PyEval_SaveThread()) {}
-  ~WithoutGil() {
-    try {
-      PyEval_RestoreThread(state_);
-    } catch (...) {
-      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
-    }
-  }
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
-
- private:
-  PyThreadState* state_;
-};
 
 template <class T>
 T* at(Address address) {
@@ -147,4 +128,5 @@ NB_MODULE(_native, m) {
     return gemsmith::checksum(at<const uint8_t>(data), bytes);
   }, release);
   m.def("advise_hugepages", advise_hugepages, release);
+  bind_tokenizer(m);
 }

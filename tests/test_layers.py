@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "hardware": BASE,
     "_native": set(),  # the C++ extension
     "ops": BASE | {"hardware", "_native"},
-    "text": BASE | {"hardware"},
+    "text": BASE | {"hardware", "_native"},
     "media": BASE | {"hardware"},
     "model": LOW,
     "quant": LOW,

@@ -1,4 +1,4 @@
-"""The machine: processor, instruction sets, memory, accelerators. Read only, never set.
+"""The machine: processor, instruction sets, memory, accelerators, place for caches. Nothing is set.
 
 Reads the kernel's own files where they exist (Linux) and asks the standard library elsewhere; what
 cannot be known is None. torch is asked for accelerators alone, and imported only then.
@@ -8,6 +8,7 @@ Legend: bytes everywhere; GiB in text is 2^30. A cgroup is the kernel's limit on
 
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,15 +72,21 @@ def machine() -> Machine:
 
 
 def cache_folder() -> Path:
-    """Where gemsmith keeps what it can make again: $GEMSMITH_CACHE, or the user's cache folder."""
-    own = os.environ.get("GEMSMITH_CACHE")
-    if own:
-        return Path(own).expanduser()
-    if platform.system() == "Darwin":
+    """Where files that can be made again are kept: GEMSMITH_CACHE, or the user's place for caches.
+
+    Raises:
+      RuntimeError: the user has no home folder and the environment names no other.
+    """
+    chosen = os.environ.get("GEMSMITH_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "gemsmith"
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gemsmith"
 
 
 def gpus() -> list[Gpu]:
