@@ -1,8 +1,9 @@
 """The compiled vocabulary beside the `tokenizers` library: memory, time to open, speed.
 
-Each opening is a process of its own: resident memory before and after, and after the text has been
-encoded, as Linux counts it (a mapped file's pages count too, though processes share them). Speed is
-measured in one process, in turns, after the ids of both have been compared.
+Each opening is a process of its own: resident memory before and after, after a prompt and the
+whole text have been encoded, and at most, as Linux counts it (pages of a mapped file too, though
+processes share them). Speed is measured in one process, in turns, after the ids of both have been
+compared.
 
 Texts: this repository's prose and code, and Python's own source; the same prose without its spaces
 (one long word a line); a letter repeated; random characters of all scripts.
@@ -32,9 +33,9 @@ OPEN = """
 import json, sys, time
 from pathlib import Path
 
-def resident():
-    fields = (line.split(":") for line in open("/proc/self/status"))
-    return {key: int(value.split()[0]) * 1024 for key, value in fields if key == "VmRSS"}["VmRSS"]
+def resident(key="VmRSS"):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
 from gemsmith.text import vocabulary
 from gemsmith.text.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ tokenizer.encode(text[:2000])
 little = resident()
 tokenizer.encode(text)
 print(json.dumps({"seconds": seconds, "opened": opened - before, "prompt": little - before,
-                  "text": resident() - before}))
+                  "text": resident() - before, "peak": resident("VmHWM") - before}))
 """
 
 
@@ -107,11 +108,12 @@ def main() -> None:
     given = texts()
     opened = openings(options.file, given["prose and code"], repeats=options.repeats)
     for name, found in opened.items():
-        mib = {key: found[key]["median"] / 2**20 for key in ("opened", "prompt", "text")}
+        mib = {key: found[key]["median"] / 2**20 for key in ("opened", "prompt", "text", "peak")}
         print(
             f"{name:11} opens in {found['seconds']['median'] * 1e3:7.1f} ms and takes "
             f"{mib['opened']:6.1f} MiB, {mib['prompt']:6.1f} after a prompt, "
-            f"{mib['text']:6.1f} after {CHARACTERS} characters"
+            f"{mib['text']:6.1f} after {CHARACTERS} characters, "
+            f"{mib['peak']:6.1f} at most"
         )
     results: dict[str, Any] = {}
     for name, text in given.items():

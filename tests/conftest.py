@@ -1,6 +1,17 @@
 """Settings for every test."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 # Tiny tensors gain nothing from threads and lose much to them on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What gemsmith keeps for its next start stays out of the user's folders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GEMSMITH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -69,3 +69,24 @@ def test_a_machine_without_these_files_is_described_all_the_same(
     assert machine.cores >= 1
     assert machine.memory_bytes is None
     assert machine.available_bytes is None
+
+
+def test_caches_go_where_the_environment_says_or_the_system_keeps_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("GEMSMITH_CACHE", str(tmp_path / "chosen"))
+    assert hardware.cache_folder() == tmp_path / "chosen"
+    monkeypatch.delenv("GEMSMITH_CACHE")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    for system, place in (
+        ("linux", ".cache/gemsmith"),
+        ("darwin", "Library/Caches/gemsmith"),
+        ("win32", "AppData/Local/gemsmith"),
+    ):
+        monkeypatch.setattr("sys.platform", system)
+        assert hardware.cache_folder() == tmp_path / place
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert hardware.cache_folder() == tmp_path / "xdg" / "gemsmith"

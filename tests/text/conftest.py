@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from gemsmith.text import vocabulary
 from gemsmith.text.tokenizer import MARKERS, Tokenizer
 
 BESIDE = Path(__file__).parents[3] / "shared" / "data" / "gemma4-tokenizer.gguf"
@@ -23,6 +24,12 @@ def real_path() -> Path:
 @pytest.fixture(scope="session")
 def real(real_path: Path) -> Tokenizer:
     return Tokenizer.load(real_path)
+
+
+@pytest.fixture(scope="session")
+def real_reference(real_path: Path) -> Tokenizer:
+    """The same in the `tokenizers` library."""
+    return Tokenizer(vocabulary._read_gguf(real_path, None))
 
 
 @pytest.fixture(scope="session")
