@@ -44,7 +44,8 @@ struct Model {
   }
 };
 
-// kind 0: merges never join a U+2581 to what is before it; 1: they may; 2: byte tokens merge too.
+// kind 0: merges never join a U+2581 to what is before it; 1: they may; 2: byte tokens merge too;
+// 3: merges of four letters alone, so that they get in each other's way.
 Model random_model(int kind) {
   Model m;
   m.markers = {m.id("<m>"), m.id("</m>")};
@@ -55,6 +56,7 @@ Model random_model(int kind) {
   }
   std::vector<std::string> parts(LETTERS.begin(), LETTERS.begin() + KNOWN);
   for (const std::string& letter : parts) m.id(letter);
+  if (kind == 3) parts.resize(4);
   m.bytes_merge = kind == 2;
   if (kind == 2) parts.insert(parts.end(), {"<0xE2>", "<0x82>", "<0x96>"});
   for (int i = 0; i < 150; i++) {
@@ -234,7 +236,8 @@ void damage(const Block& block) {
   }
   const auto copy = exact(block.data.get(), block.bytes);
   for (int i = 0; i < 2000; i++) {
-    const size_t at = i % 2 ? below(block.bytes) : below(1800);  // half of them in the header
+    // Half of them in the header, some at the very end.
+    const size_t at = i % 2 ? below(block.bytes) : i % 20 ? below(1800) : block.bytes - 1 - below(32);
     const size_t many = i % 3 ? 1 : std::min<size_t>(4, block.bytes - at);
     uint8_t before[4];
     std::memcpy(before, copy.get() + at, many);
@@ -258,7 +261,7 @@ void damage(const Block& block) {
 
 int main() {
   for (int i = 0; i < 60; i++) {
-    const Model m = random_model(i % 3);
+    const Model m = random_model(i % 4);
     const Block block = build(m);
     Vocabulary v;
     if (!verify_vocabulary(block.data.get(), block.bytes, SOURCE) ||
@@ -275,6 +278,11 @@ int main() {
     }
     for (size_t letters : {0, 1, 2, 3, 5, 8, 13, 31, 32, 33, 60, 150})
       for (int k = 0; k < 12; k++) same(m, v, random_text(letters));
+    for (int k = 0; k < 40; k++) {  // long words, where merges that no longer apply are met
+      std::string word;
+      for (size_t n = 33 + below(80); n > 0; n--) word += "abc>"[below(4)];
+      same(m, v, word);
+    }
     for (const char* letter : {"a", " ", "\n", "<x", "\xF0\x9F\x98\x80"}) {
       std::string run;
       for (int k = 0; k < 200; k++) run += letter;
