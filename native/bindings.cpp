@@ -4,8 +4,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
+#include <vector>
 
 #include "kernels.h"
 #include "layer.h"
@@ -65,6 +67,22 @@ gemsmith::Layer layer(const std::array<int64_t, 6>& sizes, float eps, float scal
   return made;
 }
 
+// spans: six integers each, as KeySpan has them.
+void attention(Address q, int64_t R, int64_t N, int64_t K, int64_t H,
+               const std::vector<int64_t>& spans, int k_format, int v_format, Address ranges,
+               Address y) {
+  std::vector<gemsmith::KeySpan> found;
+  for (size_t i = 0; i + 6 <= spans.size(); i += 6) {
+    const int64_t* s = &spans[i];
+    const auto address = [&](int j) { return static_cast<Address>(s[j]); };
+    found.push_back({at<const void>(address(0)), at<const float>(address(1)),
+                     at<const void>(address(2)), at<const float>(address(3)), s[4], s[5]});
+  }
+  gemsmith::attention({at<const float>(q), R, N, K, H, found.data(),
+                       static_cast<int64_t>(found.size()), k_format, v_format,
+                       at<const int64_t>(ranges), at<float>(y)});
+}
+
 nb::list isas() {
   int count = 0;
   const char* const* names = gemsmith::isas(&count);
@@ -121,6 +139,7 @@ NB_MODULE(_native, m) {
                    at<float>(y));
       }, release);
   m.def("layer", layer);
+  m.def("attention", attention, release);
   m.def("read_memory", [](Address data, int64_t bytes) {
     return gemsmith::read_memory(at<const uint8_t>(data), bytes);
   }, release);

@@ -95,10 +95,13 @@ bool runs_here() { return __builtin_cpu_supports("avx2"); }
 }  // namespace
 }  // namespace gemsmith
 
+#include "attention-avx2-inl.h"
+#include "attention-inl.h"
 #include "layer-inl.h"
 #include "product-inl.h"
 #include "rows-inl.h"
 
 namespace gemsmith {
-const Kernels AVX2 = {"avx2", runs_here, product, quantize, norm, add_norm, geglu, rotate, read};
+const Kernels AVX2 = {"avx2", runs_here, product, quantize, norm,
+                             add_norm, geglu, rotate, read, ATTENTION};
 }

@@ -97,10 +97,13 @@ bool runs_here() {
 }  // namespace
 }  // namespace gemsmith
 
+#include "attention-avx512-inl.h"
+#include "attention-inl.h"
 #include "layer-inl.h"
 #include "product-inl.h"
 #include "rows-inl.h"
 
 namespace gemsmith {
-const Kernels AVX512VNNI = {"avx512vnni", runs_here, product, quantize, norm, add_norm, geglu, rotate, read};
+const Kernels AVX512VNNI = {"avx512vnni", runs_here, product, quantize, norm,
+                             add_norm, geglu, rotate, read, ATTENTION};
 }

@@ -41,10 +41,13 @@ bool runs_here() { return true; }
 }  // namespace
 }  // namespace gemsmith
 
+#include "attention-plain-inl.h"
+#include "attention-inl.h"
 #include "layer-inl.h"
 #include "product-inl.h"
 #include "rows-inl.h"
 
 namespace gemsmith {
-const Kernels GENERIC = {"generic", runs_here, product, quantize, norm, add_norm, geglu, rotate, read};
+const Kernels GENERIC = {"generic", runs_here, product, quantize, norm,
+                             add_norm, geglu, rotate, read, ATTENTION};
 }

@@ -1,4 +1,5 @@
-// What the extension computes: products of quantized weights with int8 activations.
+// What the extension computes: products of quantized weights with int8 activations, and attention
+// over stored keys and values.
 //
 // Plain C++ on pointers and sizes: no Python, no torch, no exceptions. Callers check every length
 // (src/gemsmith/ops/cpu.py); here sizes are trusted.
@@ -43,6 +44,83 @@ struct Product {
   float* y;             // [M][N]
 };
 
+// -- attention (attention.cpp) ----------------------------------------------------------------
+//
+// Letters: R query rows (tokens), N query heads, K key/value heads that N / K query heads share
+// each, H values a head (a multiple of 16 up to MAX_HEAD), S keys.
+//
+// Scores are q . k, the softmax has scale 1. Keys are taken in blocks of KEYS, query heads of one
+// key/value head in tiles of TILE_ROWS. With int8 keys q is rounded to 16 bits a head and the dot
+// products are exact; with int8 values the softmax weights of a block (each times its key's scale)
+// are rounded to 16 bits and the sums of a block are exact. Everything else is float32 in one
+// order, so every instruction set and any number of threads give the same bits.
+constexpr int64_t KEYS = 128;
+constexpr int64_t TILE_ROWS = 8;
+constexpr int64_t MAX_HEAD = 512;
+
+enum Format : int { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+
+// Keys first .. first + count of [slots][K][H] stored keys and values; int8 ones with scales
+// [slots][K] float32. Pointers are to slot 0.
+struct KeySpan {
+  const void* k;
+  const float* k_scale;
+  const void* v;
+  const float* v_scale;
+  int64_t first, count;
+};
+
+struct Attention {
+  const float* q;  // [R][N][H]
+  int64_t R, N, K, H;
+  const KeySpan* spans;  // one after the other they are keys 0 .. S
+  int64_t span_count;
+  int k_format, v_format;
+  const int64_t* ranges;  // [R][2]: row r sees keys ranges[r][0] .. ranges[r][1], cut to 0 .. S;
+                          // one that sees none gets NaN
+  float* y;               // [R][N][H]
+};
+
+// Keys of one key/value head. Pointers and scales go on to a multiple of 4, the last pointers
+// again and zeros; v_scale to KEYS.
+struct KeyBlock {
+  int64_t count;
+  const void* k[KEYS];
+  const void* v[KEYS];
+  float k_scale[KEYS], v_scale[KEYS];
+};
+
+// Query rows of one key/value head, and what they have seen so far.
+struct AttentionTile {
+  int64_t rows, H;
+  int k_format, v_format;
+  bool ahead;                               // first of those that work on this block
+  const float* q[TILE_ROWS];                // [H]
+  const int16_t* q16[TILE_ROWS];            // [H up to a multiple of 32], for int8 keys
+  float q_scale[TILE_ROWS];
+  int64_t first[TILE_ROWS], last[TILE_ROWS];  // keys of the block that the row sees
+  float* acc[TILE_ROWS];                    // [H]: sum of e^(score - most) * value
+  float* most;                              // [rows]: greatest score
+  float* sum;                               // [rows]: sum of e^(score - most)
+};
+
+// Softmax weights of a block: values, or codes * scale.
+struct Weights {
+  const float (*values)[KEYS];
+  int16_t codes[TILE_ROWS][KEYS];
+  float scale[TILE_ROWS];
+};
+
+struct AttentionKernels {
+  // x rounded to codes * (the result): the largest becomes 32767. Zeros and 0 below 1e-30; zeros
+  // and NaN where x is not finite.
+  float (*quantize16)(const float* x, int64_t count, int16_t* codes);
+  void (*attend)(const AttentionTile&, const KeyBlock&);
+  // One row's output from parts that lie acc_step values apart, their most and sum step apart.
+  void (*combine)(const float* acc, const float* most, const float* sum, int64_t splits,
+                  int64_t step, int64_t acc_step, int64_t H, float* y);
+};
+
 // The kernels of one instruction set. Each may run on many threads at once, over disjoint outputs.
 struct Kernels {
   const char* name;
@@ -62,6 +140,7 @@ struct Kernels {
                  const float* sine, int64_t m0, int64_t m1);
   // Sum of 64-byte lines as 64-bit words: reads memory and does nothing else, for benchmarks.
   uint64_t (*read)(const uint8_t* data, int64_t line0, int64_t line1);
+  AttentionKernels attention;
 };
 
 extern const Kernels GENERIC, AVX2, AVX512VNNI;  // isa_*.cpp, those that were compiled
@@ -96,5 +175,8 @@ uint64_t read_memory(const uint8_t* data, int64_t bytes);
 // A number that any changed, lost or moved bytes change, all but one time in 2^64; no defence
 // against malice. The same on every instruction set; bytes: a multiple of 64.
 uint64_t checksum(const uint8_t* data, int64_t bytes);
+
+// attention.cpp
+void attention(const Attention& given);
 
 }  // namespace gemsmith

@@ -69,13 +69,14 @@ def load(
     *,
     device: str = "auto",
     dtype: "str | torch.dtype" = "auto",
+    kv: str = "auto",
     revision: str | None = None,
     offline: bool | None = None,
 ) -> "LM":
     """Load a model: a checkpoint folder, a hub id, or "pocket". See `LM.load`."""
     from gemsmith.engine.engine import LM
 
-    return LM.load(name, device=device, dtype=dtype, revision=revision, offline=offline)
+    return LM.load(name, device=device, dtype=dtype, kv=kv, revision=revision, offline=offline)
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,8 @@ from gemsmith.config import (
 
 SLAB_STEP = 256
 MEL_BINS = 128
+KV_SCALE_BYTES = 4
+"""int8 K/V has a float32 scale a token and head, for keys and for values."""
 
 
 def slab_tokens(tokens: int) -> int:
@@ -37,7 +39,8 @@ def kv_layer_bytes(plan: LayerPlan, tokens: int, bytes_per_value: int = 2) -> in
     """K/V bytes of one sequence of `tokens` tokens in one layer.
 
     A sliding layer stops growing at its window. A K = V layer stores V alone and rebuilds K when
-    it is read. A layer that reads another layer's K/V stores nothing.
+    it is read. A layer that reads another layer's K/V stores nothing. One byte a value is int8,
+    which has scales beside it.
     """
     if not plan.owns_kv:
         return 0
@@ -45,7 +48,12 @@ def kv_layer_bytes(plan: LayerPlan, tokens: int, bytes_per_value: int = 2) -> in
     if plan.window is not None:
         held = min(held, plan.window)
     copies = 1 if plan.k_eq_v else 2
-    return held * plan.num_key_value_heads * plan.head_dim * copies * bytes_per_value
+    return held * plan.num_key_value_heads * copies * _head_bytes(plan.head_dim, bytes_per_value)
+
+
+def _head_bytes(head_dim: int, bytes_per_value: int) -> int:
+    """One token's keys or values in one head."""
+    return head_dim * bytes_per_value + (KV_SCALE_BYTES if bytes_per_value == 1 else 0)
 
 
 def kv_bytes(config: TextConfig, tokens: int, bytes_per_value: int = 2) -> int:
@@ -171,7 +179,9 @@ def prefill_flops(config: TextConfig, tokens: int, rows: int, *, skip: bool = Tr
     return total
 
 
-def decode_bytes(config: TextConfig, context: int, bytes_per_value: int = 2) -> int:
+def decode_bytes(
+    config: TextConfig, context: int, bytes_per_value: int = 2, kv_bytes_per_value: int = 2
+) -> int:
     """Bytes of weights and K/V read to generate one token at `context`, every value once."""
     active = active_parameters(config)
     if config.hidden_size_per_layer_input:
@@ -184,8 +194,9 @@ def decode_bytes(config: TextConfig, context: int, bytes_per_value: int = 2) -> 
         source = config.layers[plan.kv_source]
         seen = context if plan.window is None else min(context, plan.window)
         copies = 1 if source.k_eq_v else 2
-        reads += seen * source.num_key_value_heads * source.head_dim * copies
-    return (active + reads) * bytes_per_value
+        head = _head_bytes(source.head_dim, kv_bytes_per_value)
+        reads += seen * source.num_key_value_heads * copies * head
+    return active * bytes_per_value + reads
 
 
 def _vision_width(config: VisionConfig | UnifiedVisionConfig) -> int:

@@ -99,7 +99,7 @@ def test_k_eq_v_layers_store_one_copy_and_rebuild_the_keys():
         names = [n for n in cache._layers[plan.index].tensors if n.endswith(".k")]
         assert bool(names) == (not plan.k_eq_v)
         if plan.k_eq_v:
-            values = cache._layers[plan.index].v[:20]
+            values = cache._layers[plan.index].slots.v[:20]
             rebuilt = model.k_from_v(plan.index, values, torch.arange(20))
             assert_close(rebuilt, stored[plan.index], LIMIT)
 
@@ -158,8 +158,10 @@ def test_restore_refuses_damage_and_strangers(tmp_path):
     feed("E2B", cache, 5)
     path = tmp_path / "kv.safetensors"
     cache.save(path)
-    with pytest.raises(WeightsError, match="K/V of another model or dtype"):
-        RingCache.restore(path, MODELS["E4B"].config, dtype=torch.bfloat16)
+    with pytest.raises(WeightsError, match="K/V of another model; prefill the prompt again"):
+        RingCache.restore(path, MODELS["12B"].config, dtype=torch.float32)
+    with pytest.raises(WeightsError, match=r"saved as float32, and this cache holds int8; restore"):
+        RingCache.restore(path, MODELS["E2B"].config, dtype=torch.int8)
     data = path.read_bytes()
     for bad in (data[:100], data[:-3], b"", b"\xff" * 64):
         path.write_bytes(bad)

@@ -24,8 +24,9 @@ LIMIT = tolerance(torch.float32, 64, steps=8)
 
 
 def random_lm(size: str, tokenizer: Tokenizer, **options) -> LM:
+    """K/V are kept in float32: what others compute is compared to the last bits."""
     config = tiny_config(size, vocab_size=tokenizer.vocab_size)
-    return LM(random_model(config), tokenizer, config, **options)
+    return LM(random_model(config), tokenizer, config, **{"kv": "float32", **options})
 
 
 def tokens(count: int, seed: int, vocab: int) -> list[int]:
@@ -487,12 +488,13 @@ def test_the_same_prompt_again_computes_its_last_token_only(tokenizer):
     assert second.token_ids == first.token_ids
 
 
-def test_memory_counts_weights_and_the_kept_kv(tokenizer):
-    lm = random_lm("E2B", tokenizer)
+@pytest.mark.parametrize(("kv", "value_bytes"), [("float32", 4), ("bfloat16", 2), ("auto", 1)])
+def test_memory_counts_weights_and_the_kept_kv(kv, value_bytes, tokenizer):
+    lm = random_lm("E2B", tokenizer, kv=kv)
     weights = sum(p.nbytes for p in lm.model.parameters()) + 4 * len(lm.model.layers)
     assert lm.memory() == {"weights": weights, "kv": 0}
     lm.complete([5] * 10, max_tokens=2)
-    assert lm.memory()["kv"] == sizing.kv_bytes(lm.config.text_config, 12, 4)
+    assert lm.memory()["kv"] == sizing.kv_bytes(lm.config.text_config, 12, value_bytes)
 
 
 # -- prompts ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gemsmith
+from gemsmith.engine.context import kv_format
 from gemsmith.engine.engine import LM
 from gemsmith.errors import ConfigError, HubError, TokenizerError
 from gemsmith.testing import random_model, tiny_config
@@ -35,6 +36,18 @@ def test_a_folder_generates_as_its_parts_do(folder, tokenizer):
 
 def test_the_stored_dtype_is_kept_unless_asked_otherwise(folder):
     assert LM.load(folder, device="cpu").model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_kv_are_int8_on_the_cpu_unless_asked_otherwise(folder):
+    assert LM.load(folder, device="cpu").kv == torch.int8
+    assert gemsmith.load(folder, device="cpu", kv="bfloat16").kv == torch.bfloat16
+    assert kv_format("auto", torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+
+
+def test_an_unknown_kv_format_is_refused_before_anything_is_read():
+    known = "kv 'fp8': must be one of auto, float32, bfloat16, int8"
+    with pytest.raises(ConfigError, match=known):
+        LM.load("no such folder", kv="fp8")
 
 
 def test_sampling_defaults_come_from_generation_config(folder, tokenizer):

@@ -35,7 +35,7 @@ def seeing(tokenizer):
             tiny_media_config(size, vocab_size=tokenizer.vocab_size),
             **media_ids(special),
         )
-        options = {"towers": lambda: random_towers(config)} | options
+        options = {"towers": lambda: random_towers(config), "kv": "float32"} | options
         return LM(random_model(config), tokenizer, config, end_ids=[special.turn_close], **options)
 
     return make

@@ -27,7 +27,7 @@ class Reply:
 
 def greedy(folder: Path, prompts: list[str], max_tokens: int) -> tuple[list[Reply], list[Reply]]:
     """Our replies and Transformers', each through its own tokenizer, in float32."""
-    lm = LM.load(folder, device="cpu", dtype="float32")
+    lm = LM.load(folder, device="cpu", dtype="float32", kv="float32")
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32

@@ -2,7 +2,8 @@
 
 Sliding layers keep their window in a ring; full layers keep everything in a slab that grows;
 layers that read another layer's K/V keep nothing; K = V layers keep V alone and rebuild K when
-they read it. Bytes held are exactly `sizing.kv_bytes`.
+they read it. Bytes held are exactly `sizing.kv_bytes`. Values are stored as float32, bfloat16, or
+int8 with one float32 scale a token and head.
 
 A step either completes or leaves no trace: rings are written when the step ends (a single token
 at once, so that attention reads the ring itself; what it overwrote is put back if the step
@@ -20,50 +21,49 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gemsmith import sizing
 from gemsmith.config import LayerPlan, TextConfig
-from gemsmith.errors import CapacityError, WeightsError
-from gemsmith.ops.attention import causal_attention, masked_attention, visible
+from gemsmith.errors import CapacityError, ConfigError, WeightsError
+from gemsmith.ops.attention import Queries, Slots, Span, stored_attention
+
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+"""How K/V can be stored, by name."""
 
 KFromV = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass(slots=True)
 class _Layer:
-    """Storage of a layer that owns K/V: [slots, K, H] each; k is None where K = V."""
+    """Storage of a layer that owns K/V."""
 
     plan: LayerPlan
-    k: Tensor | None
-    v: Tensor
+    slots: Slots
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        name = f"layers.{self.plan.index}"
-        keys = {} if self.k is None else {f"{name}.k": self.k}
-        return keys | {f"{name}.v": self.v}
+        return {f"layers.{self.plan.index}.{n}": t for n, t in self.slots.tensors.items()}
 
 
 @dataclass(slots=True)
 class _View:
-    """What a layer's queries look at this step: S keys from position `first` on, in order.
+    """The S keys that a layer's queries look at this step, in order.
 
-    In a step of one token order and position do not matter: every key is visible.
+    In a step of one token order does not matter: every key is visible.
     """
 
-    k_SKH: Tensor
-    v_SKH: Tensor
-    first: int
+    spans: list[Span]
+    keys: int
 
 
 class RingCache:
     """The past of one sequence. Use `step` around each forward pass.
 
-    k_from_v is `TextModel.k_from_v`; configs without K = V layers do not need it.
+    dtype: what values are stored as, see FORMATS. k_from_v is `TextModel.k_from_v`; configs
+    without K = V layers do not need it.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class RingCache:
         device: torch.device | str = "cpu",
         k_from_v: KFromV | None = None,
     ) -> None:
+        if dtype not in FORMATS.values():
+            raise ConfigError(f"K/V cannot be stored as {dtype}; {', '.join(FORMATS)} can be")
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.length = 0
         """Tokens held."""
@@ -81,20 +83,25 @@ class RingCache:
         """Tokens that storage has been sized for; never shrinks."""
         self._k_from_v = k_from_v
         self._layers = {
-            plan.index: _Layer(plan, None if plan.k_eq_v else self._empty(plan), self._empty(plan))
-            for plan in config.layers
-            if plan.owns_kv
+            plan.index: _Layer(plan, self._empty(plan)) for plan in config.layers if plan.owns_kv
         }
         self._sources = {plan.kv_source for plan in config.layers if not plan.owns_kv}
         self._views: dict[int, _View] = {}
-        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
-        self._overwritten: dict[int, tuple[int, list[Tensor]]] = {}
+        self._queries: dict[tuple[int, int | None, bool], Queries] = {}
+        self._pending: dict[int, Slots] = {}
+        self._overwritten: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._step_tokens = 0
         self._blocks_T: Tensor | None = None
 
-    def _empty(self, plan: LayerPlan, slots: int = 0) -> Tensor:
-        shape = (slots, plan.num_key_value_heads, plan.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    def _empty(self, plan: LayerPlan, slots: int = 0) -> Slots:
+        return Slots.empty(
+            slots,
+            plan.num_key_value_heads,
+            plan.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            keys=not plan.k_eq_v,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -120,9 +127,8 @@ class RingCache:
                 slots = sizing.slab_tokens(tokens)
                 if layer.plan.window is not None:
                     slots = min(slots, layer.plan.window)
-                if slots > layer.v.shape[0]:
-                    layer.k = None if layer.k is None else self._grown(layer.plan, layer.k, slots)
-                    layer.v = self._grown(layer.plan, layer.v, slots)
+                if slots > len(layer.slots):
+                    layer.slots = self._grown(layer, slots)
         except (RuntimeError, MemoryError) as error:
             need = sizing.kv_bytes(self.config, tokens, self.dtype.itemsize) / 2**30
             raise CapacityError(
@@ -131,11 +137,12 @@ class RingCache:
             ) from error
         self.reserved = tokens
 
-    def _grown(self, plan: LayerPlan, old: Tensor, slots: int) -> Tensor:
+    def _grown(self, layer: _Layer, slots: int) -> Slots:
         # A ring only grows until it is as long as its window, so slot = position still holds.
-        new = self._empty(plan, slots)
-        held = min(self.length, old.shape[0])
-        new[:held] = old[:held]
+        new = self._empty(layer.plan, slots)
+        held = min(self.length, len(layer.slots))
+        for name, old in layer.slots.tensors.items():
+            new.tensors[name][:held] = old[:held]
         return new
 
     @contextmanager
@@ -149,17 +156,18 @@ class RingCache:
         self._step_tokens, self._blocks_T = tokens, blocks_T
         try:
             yield torch.arange(self.length, self.length + tokens, device=self.device)
-            for index, (k_TKH, v_TKH) in self._pending.items():
-                self._write_ring(self._layers[index], k_TKH, v_TKH)
+            for index, pending in self._pending.items():
+                self._write_ring(self._layers[index], pending)
             self.length += tokens
         except BaseException:
-            for index, (slot, old_kv) in self._overwritten.items():
-                for tensor, old in zip(self._layers[index].tensors.values(), old_kv, strict=True):
-                    tensor[slot] = old
+            for index, (slot, old) in self._overwritten.items():
+                for name, tensor in self._layers[index].slots.tensors.items():
+                    tensor[slot] = old[name]
             raise
         finally:
             self._overwritten.clear()
             self._views.clear()
+            self._queries.clear()
             self._pending.clear()
             self._step_tokens, self._blocks_T = 0, None
 
@@ -174,65 +182,64 @@ class RingCache:
         """See `model.text.KVStore`."""
         plan = self.config.layers[layer]
         if k_TKH is not None and v_TKH is not None:
-            view = self._append(self._layers[layer], k_TKH.to(self.dtype), v_TKH.to(self.dtype))
+            view = self._append(self._layers[layer], k_TKH, v_TKH)
             if layer in self._sources:
                 self._views[layer] = view
         else:
             view = self._views[plan.kv_source]
-        if self._step_tokens == 1:
-            return masked_attention(q, view.k_SKH, view.v_SKH, None)
-        blocks_T = None if plan.window is None else self._blocks_T
-        if rows_R is None:
-            return causal_attention(q, view.k_SKH, view.v_SKH, plan.window, blocks_T)
-        k_at = torch.arange(view.first, view.first + view.k_SKH.shape[0], device=q.device)
-        in_block = ()
-        if blocks_T is not None:
-            past = len(k_at) - len(blocks_T)
-            in_block = (blocks_T[rows_R], F.pad(blocks_T, (past, 0), value=-1))
-        mask = visible(rows_R + self.length, k_at, plan.window, *in_block)
-        return masked_attention(q, view.k_SKH, view.v_SKH, mask)
+        return stored_attention(q, view.spans, self._asking(view.keys, plan.window, rows_R))
+
+    def _asking(self, keys: int, window: int | None, rows_R: Tensor | None) -> Queries:
+        """The same for all layers of a kind in a step."""
+        kind = (keys, window, rows_R is None)
+        if kind not in self._queries:
+            blocks_T = None if window is None else self._blocks_T
+            self._queries[kind] = Queries(self._step_tokens, keys, window, blocks_T, rows_R)
+        return self._queries[kind]
 
     def _append(self, layer: _Layer, k_TKH: Tensor, v_TKH: Tensor) -> _View:
-        start, stop = self.length, self.length + k_TKH.shape[0]
-        window = layer.plan.window
+        tokens = v_TKH.shape[0]
+        start, stop = self.length, self.length + tokens
+        window, slots = layer.plan.window, layer.slots
         if window is None:
-            layer.v[start:stop] = v_TKH
-            v_SKH = layer.v[:stop]
-            if layer.k is None:
-                return _View(self._rebuilt(layer.plan, v_SKH), v_SKH, 0)
-            layer.k[start:stop] = k_TKH
-            return _View(layer.k[:stop], v_SKH, 0)
-        assert layer.k is not None, "K = V layers are full-attention layers"
-        if k_TKH.shape[0] == 1:
+            slots.write(start, k_TKH, v_TKH)
+            if slots.k is None:
+                slots = self._with_keys(layer, stop, k_TKH.dtype)
+            return _View([(slots, 0, stop)], stop)
+        assert slots.k is not None, "K = V layers are full-attention layers"
+        if tokens == 1:
             slot = start % window
-            self._overwritten[layer.plan.index] = (
-                slot,
-                [t[slot].clone() for t in (layer.k, layer.v)],
-            )
-            self._write_ring(layer, k_TKH, v_TKH)
+            old = {name: tensor[slot].clone() for name, tensor in slots.tensors.items()}
+            self._overwritten[layer.plan.index] = (slot, old)
+            slots.write(slot, k_TKH, v_TKH)
             held = min(stop, window)
-            return _View(layer.k[:held], layer.v[:held], stop - held)
-        self._pending[layer.plan.index] = (k_TKH, v_TKH)
+            return _View([(slots, 0, held)], held)
+        pending = self._pending[layer.plan.index] = self._empty(layer.plan, tokens)
+        pending.write(0, k_TKH, v_TKH)
         past = min(start, window - 1)
-        slots = torch.arange(start - past, start, device=self.device) % window
-        return _View(
-            torch.cat((layer.k[slots], k_TKH)), torch.cat((layer.v[slots], v_TKH)), start - past
-        )
+        spans = [*_turns(slots, start - past, start, window), (pending, 0, tokens)]
+        return _View(spans, past + tokens)
 
-    def _rebuilt(self, plan: LayerPlan, v_SKH: Tensor) -> Tensor:
+    def _with_keys(self, layer: _Layer, stop: int, dtype: torch.dtype) -> Slots:
+        """The first `stop` values of a K = V layer with the keys that belong to them."""
         if self._k_from_v is None:
-            raise ValueError(f"layer {plan.index} is K = V: RingCache needs k_from_v")
-        positions_S = torch.arange(v_SKH.shape[0], device=self.device)
-        return self._k_from_v(plan.index, v_SKH, positions_S)
+            raise ValueError(f"layer {layer.plan.index} is K = V: RingCache needs k_from_v")
+        slots = layer.slots
+        _, v_SKH = slots.widened(0, stop, dtype)
+        positions_S = torch.arange(stop, device=self.device)
+        k_SKH = self._k_from_v(layer.plan.index, v_SKH, positions_S)
+        scale = None if slots.v_scale is None else slots.v_scale[:stop]
+        return Slots(slots.v[:stop], k_SKH.contiguous(), scale)
 
-    def _write_ring(self, layer: _Layer, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        assert layer.k is not None
-        assert layer.plan.window is not None
-        kept = min(k_TKH.shape[0], layer.plan.window)
-        stop = self.length + k_TKH.shape[0]
-        slots = torch.arange(stop - kept, stop, device=self.device) % layer.plan.window
-        layer.k[slots] = k_TKH[-kept:]
-        layer.v[slots] = v_TKH[-kept:]
+    def _write_ring(self, layer: _Layer, pending: Slots) -> None:
+        window = layer.plan.window
+        assert window is not None
+        stop = self.length + len(pending)
+        first = stop - min(len(pending), window)
+        for slots, slot, count in _turns(layer.slots, first, stop, window):
+            for name, tensor in slots.tensors.items():
+                tensor[slot : slot + count] = pending.tensors[name][first - stop :][:count]
+            first += count
 
     def trim(self, length: int) -> None:
         """Forget the tokens after the first `length`; storage stays.
@@ -265,8 +272,7 @@ class RingCache:
         )
         copy.length, copy.reserved = self.length, self.reserved
         for index, layer in self._layers.items():
-            k = None if layer.k is None else layer.k.clone()
-            copy._layers[index] = _Layer(layer.plan, k, layer.v.clone())
+            copy._layers[index] = _Layer(layer.plan, layer.slots.clone())
         return copy
 
     def save(self, path: str | Path) -> None:
@@ -276,7 +282,11 @@ class RingCache:
             for layer in self._layers.values()
             for name, tensor in layer.tensors.items()
         }
-        metadata = {"length": str(self.length), "config": self._fingerprint()}
+        metadata = {
+            "length": str(self.length),
+            "format": str(self.dtype).removeprefix("torch."),
+            "config": self._fingerprint(),
+        }
         save_file(tensors, path, metadata)
 
     @classmethod
@@ -289,19 +299,24 @@ class RingCache:
         device: torch.device | str = "cpu",
         k_from_v: KFromV | None = None,
     ) -> Self:
-        """Read what `save` wrote, for the same config and dtype.
+        """Read what `save` wrote, for the same config and format (dtype).
 
         Raises:
-          WeightsError: damaged, or saved from another model or dtype.
+          WeightsError: damaged, or saved from another model or in another format.
         """
         cache = cls(config, dtype=dtype, device=device, k_from_v=k_from_v)
         try:
             with safe_open(path, framework="pt", device=str(cache.device)) as file:
                 metadata = file.metadata() or {}
-                if metadata.get("config") != cache._fingerprint():
+                saved_as = FORMATS[metadata["format"]]
+                if saved_as != dtype:
                     raise WeightsError(
-                        f"{path}: K/V of another model or dtype; prefill the prompt again"
+                        f"{path}: K/V saved as {metadata['format']}, and this cache holds "
+                        f"{str(dtype).removeprefix('torch.')}; restore it as saved, or prefill "
+                        "the prompt again"
                     )
+                if metadata.get("config") != cache._fingerprint():
+                    raise WeightsError(f"{path}: K/V of another model; prefill the prompt again")
                 length = int(metadata["length"])
                 cache.reserve(length)
                 for layer in cache._layers.values():
@@ -318,5 +333,13 @@ class RingCache:
         return cache
 
     def _fingerprint(self) -> str:
-        text = f"{self.config.layers}{self.config.sliding_window}{self.dtype}"
+        text = f"{self.config.layers}{self.config.sliding_window}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _turns(ring: Slots, first: int, stop: int, window: int) -> list[Span]:
+    """Where positions first..stop-1, at most `window` of them, lie in a ring: up to two spans."""
+    slot, count = first % window, stop - first
+    until_end = min(count, window - slot)
+    spans = [(ring, slot, until_end), (ring, 0, count - until_end)]
+    return [span for span in spans if span[2]]

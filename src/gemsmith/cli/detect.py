@@ -31,11 +31,12 @@ def run(
     options: dict[str, Any],
     device: str,
     dtype: str,
+    kv: str,
     as_json: bool,
 ) -> None:
     """Ask, print what was found, and save the drawing (only where something was found)."""
     picture = load_image(image)
-    lm = load(model, device=device, dtype=dtype)
+    lm = load(model, device=device, dtype=dtype, kv=kv)
     places, reply = ask(lm, picture, what, point=point, **options)
     saved = None
     if places.boxes or places.points:

@@ -22,6 +22,7 @@ from gemsmith.weights.hub import FIDELITY
 
 CONTEXTS = (4096, 32_768, 131_072, 262_144)
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+KV_BYTES = {"int8": 1, **DTYPE_BYTES}
 GIB = 1 << 30
 MAX_FIDELITY_BYTES = 1 << 22
 """A report has some kilobytes."""
@@ -58,7 +59,7 @@ def describe(name: str, config: Gemma4Config) -> dict[str, Any]:
         "ple_table_parameters": parts.get("ple_table", 0),
         "kv_bytes": {
             dtype: {str(n): sizing.kv_bytes(text, n, size) for n in contexts}
-            for dtype, size in DTYPE_BYTES.items()
+            for dtype, size in KV_BYTES.items()
         },
         "weights_bytes": {
             dtype: {
@@ -174,20 +175,21 @@ def parameter_table(facts: dict[str, Any]) -> Table:
 
 
 def memory_table(facts: dict[str, Any]) -> Table:
-    table = _table("memory", "", *DTYPE_BYTES)
+    table = _table("memory", "", *KV_BYTES)
     weights = facts["weights_bytes"]
 
-    def row(label: str, figures: list[int]) -> None:
-        table.add_row(label, *map(size, figures))
+    def row(label: str, figures: dict[str, int]) -> None:
+        known = (size(figures[dtype]) if dtype in figures else "" for dtype in KV_BYTES)
+        table.add_row(label, *known)
 
-    row("text weights", [weights[dtype]["text"] for dtype in DTYPE_BYTES])
+    row("text weights", {dtype: weights[dtype]["text"] for dtype in DTYPE_BYTES})
     if facts["ple_table_parameters"]:
         row(
             "  with the PLE table on disk",
-            [weights[dtype]["text_without_ple_table"] for dtype in DTYPE_BYTES],
+            {dtype: weights[dtype]["text_without_ple_table"] for dtype in DTYPE_BYTES},
         )
     for context in facts["kv_bytes"]["bfloat16"]:
-        kv = [facts["kv_bytes"][dtype][context] for dtype in DTYPE_BYTES]
+        kv = {dtype: facts["kv_bytes"][dtype][context] for dtype in KV_BYTES}
         row(f"K/V of {int(context):,} tokens", kv)
     return table
 

@@ -20,6 +20,12 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto.")]
+KV = Annotated[
+    str,
+    typer.Option(
+        help="How keys and values are kept: float32, bfloat16, int8, or auto (int8 on the CPU)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Think = Annotated[bool, typer.Option("--think", help="Let the model think first.")]
 Out = Annotated[str | None, typer.Option(help="Where to save the drawing.")]
@@ -114,11 +120,12 @@ def chat(
     tools: Annotated[bool, typer.Option("--tools", help="Begin with the tools on.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv: KV = "auto",
 ) -> None:
     """Talk to a model; /help inside lists what else can be done."""
     from gemsmith.cli import chat as worker
 
-    worker.run(model, device=device, dtype=dtype, system=system, think=think, tools=tools)
+    worker.run(model, device=device, dtype=dtype, kv=kv, system=system, think=think, tools=tools)
 
 
 @app.command()
@@ -146,6 +153,7 @@ def generate(
     thinking_budget: Annotated[int | None, typer.Option(help="Most tokens of a thought.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv: KV = "auto",
     json: Json = False,
 ) -> None:
     """Answer one message."""
@@ -166,7 +174,7 @@ def generate(
 
     from gemsmith.cli import generate as worker
 
-    worker.run(model, messages, asked, device=device, dtype=dtype, as_json=json)
+    worker.run(model, messages, asked, device=device, dtype=dtype, kv=kv, as_json=json)
 
 
 @app.command()
@@ -178,10 +186,11 @@ def detect(
     budget: Budget = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv: KV = "auto",
     json: Json = False,
 ) -> None:
     """Frame what is asked for in a picture: boxes as a table or JSON, drawn on a copy."""
-    _places(image, what, model, False, out, budget, device, dtype, json)
+    _places(image, what, model, False, out, budget, device, dtype, kv, json)
 
 
 @app.command()
@@ -193,10 +202,11 @@ def point(
     budget: Budget = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv: KV = "auto",
     json: Json = False,
 ) -> None:
     """Point to what is asked for in a picture, as `detect` frames it."""
-    _places(image, what, model, True, out, budget, device, dtype, json)
+    _places(image, what, model, True, out, budget, device, dtype, kv, json)
 
 
 @app.command()
@@ -206,12 +216,13 @@ def transcribe(
     srt: Annotated[bool, typer.Option("--srt", help="Print subtitles, with times.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv: KV = "auto",
     json: Json = False,
 ) -> None:
     """Write down what is said in a recording."""
     from gemsmith.cli import transcribe as worker
 
-    worker.run(recording, model, srt=srt, device=device, dtype=dtype, as_json=json)
+    worker.run(recording, model, srt=srt, device=device, dtype=dtype, kv=kv, as_json=json)
 
 
 def _places(
@@ -223,13 +234,14 @@ def _places(
     budget: str | None,
     device: str,
     dtype: str,
+    kv: str,
     as_json: bool,
 ) -> None:
     from gemsmith.cli import detect as worker
 
     worker.run(
         image, what, model, point=point, out=out, options={"image_budget": _budget(budget)},
-        device=device, dtype=dtype, as_json=as_json,
+        device=device, dtype=dtype, kv=kv, as_json=as_json,
     )  # fmt: skip
 
 

@@ -16,13 +16,13 @@ SMALL_BYTES = 64 << 20
 """Weights below this: a step is too little work for two threads to share."""
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto") -> LM:
+def load(name: str, *, device: str = "auto", dtype: str = "auto", kv: str = "auto") -> LM:
     """`gemsmith.load`, and one thread for a small model.
 
     Threads that wait for each other at every operator stand still while one of them has to share
     its core: pocket's tour beside another busy process takes 8 s on one thread, 128 s on two.
     """
-    lm = gemsmith.load(name, device=device, dtype=dtype)
+    lm = gemsmith.load(name, device=device, dtype=dtype, kv=kv)
     if lm.memory()["weights"] < SMALL_BYTES:
         torch.set_num_threads(1)
     return lm

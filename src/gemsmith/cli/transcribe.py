@@ -13,7 +13,9 @@ from gemsmith.errors import RequestError
 from gemsmith.media.transcript import Segment, to_srt
 
 
-def run(recording: str, model: str, *, srt: bool, device: str, dtype: str, as_json: bool) -> None:
+def run(
+    recording: str, model: str, *, srt: bool, device: str, dtype: str, kv: str, as_json: bool
+) -> None:
     """Transcribe and print.
 
     Raises:
@@ -21,7 +23,7 @@ def run(recording: str, model: str, *, srt: bool, device: str, dtype: str, as_js
     """
     if srt and as_json:
         raise RequestError("choose one of --srt and --json")
-    lm = load(model, device=device, dtype=dtype)
+    lm = load(model, device=device, dtype=dtype, kv=kv)
     asides = Console(stderr=True)
     columns = (TextColumn("{task.fields[text]}"), BarColumn())
     with Progress(*columns, TimeRemainingColumn(), console=asides, transient=True) as bar:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemsmith.cache.ring import RingCache
+from gemsmith.cache.ring import FORMATS, RingCache
+from gemsmith.errors import ConfigError
 from gemsmith.model.text import TextModel
 
 CHUNK_TOKENS = 512
@@ -20,10 +21,25 @@ Soft = tuple[Tensor, Tensor]
 """(indices [M] into the tokens given, ascending; rows [M, D]), as `TextModel.forward` takes."""
 
 
+def kv_format(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """How to store K/V of a model of `dtype` on `device`; "auto" is int8 on the CPU, where reading
+    them is what a long context costs, and the model's dtype elsewhere.
+
+    Raises:
+      ConfigError: an unknown name.
+    """
+    if name == "auto":
+        return torch.int8 if device.type == "cpu" else dtype
+    if name not in FORMATS:
+        raise ConfigError(f"kv {name!r}: must be one of auto, {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
 class Context:
     """One growing sequence on one model."""
 
-    def __init__(self, model: TextModel) -> None:
+    def __init__(self, model: TextModel, kv: torch.dtype | None = None) -> None:
+        """kv: how K/V are stored, see `cache.ring.FORMATS`; None: as `kv_format` chooses."""
         weight: Any = model.embed_tokens.weight
         self.model, self.device = model, weight.device
         self.keys: list[Hashable] = []
@@ -31,7 +47,10 @@ class Context:
         self.whole = True
         """False once a pass was cut off; such a context is not to be used again."""
         self._cache = RingCache(
-            model.config, dtype=weight.dtype, device=weight.device, k_from_v=model.k_from_v
+            model.config,
+            dtype=kv or kv_format("auto", weight.dtype, weight.device),
+            device=weight.device,
+            k_from_v=model.k_from_v,
         )
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gemsmith.config import Gemma4Config
-from gemsmith.engine.context import Context, Soft
+from gemsmith.engine.context import Context, Soft, kv_format
 from gemsmith.engine.media import Prompt, expand
 from gemsmith.engine.media import collect as collect_media
 from gemsmith.engine.request import (
@@ -72,16 +72,18 @@ class LM:
         suppressed_ids: Iterable[int] = (),
         template: ChatTemplate | None = None,
         towers: Callable[[], Towers] | None = None,
+        kv: str = "auto",
         name: str = "model",
     ) -> None:
         """Put loaded parts together; see `load` for checkpoints.
 
         sampling: what a request gets that asks for nothing else. end_ids: tokens that end a reply,
         beside the config's. template: the checkpoint's own, used instead of `text.chat`. towers:
-        loads them when the first image or sound comes; None refuses these.
+        loads them when the first image or sound comes; None refuses these. kv: see `load`.
 
         Raises:
           TokenizerError: the vocabulary has more tokens than the model.
+          ConfigError: kv is unknown.
         """
         vocab_size = config.text_config.vocab_size
         if tokenizer.vocab_size > vocab_size:
@@ -109,7 +111,10 @@ class LM:
         self._encode = partial(chat.encode, variant=variant)
         self._kept: Context | None = None
         self._load_towers, self._towers = towers, None
-        self.device: torch.device = model.embed_tokens.weight.device
+        weight: Any = model.embed_tokens.weight
+        self.device: torch.device = weight.device
+        self.kv = kv_format(kv, weight.dtype, self.device)
+        """How K/V are stored."""
 
     @classmethod
     def load(
@@ -119,6 +124,7 @@ class LM:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         towers: Literal["auto", "none"] = "auto",
+        kv: str = "auto",
         revision: str | None = None,
         offline: bool | None = None,
     ) -> Self:
@@ -126,16 +132,19 @@ class LM:
 
         device: "auto" is CUDA where there is a device, otherwise "cpu". dtype: "auto" is the
         checkpoint's own; "float32" or "bfloat16" convert. towers: "auto" reads those for images
-        and sound when the first one comes; "none" never does.
+        and sound when the first one comes; "none" never does. kv: how keys and values are stored,
+        "float32", "bfloat16" or "int8" (a scale a token and head); "auto" is int8 on the CPU and
+        the model's dtype elsewhere.
 
         Raises:
           HubError, ConfigError, WeightsError, TokenizerError: see there.
         """
         if towers not in ("auto", "none"):
             raise ConfigError(f"towers {towers!r}: must be auto (loaded once needed) or none")
-        folder = resolve(name, revision=revision, offline=offline)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        kv_format(kv, torch.float32, torch.device(device))  # refused before anything is read
+        folder = resolve(name, revision=revision, offline=offline)
         tokenizer = Tokenizer.load(folder)
         config, model = load_model(folder, device=device, dtype=_dtype(dtype))
         habits = load_generation_config(folder, config)
@@ -165,6 +174,7 @@ class LM:
                 device=device,
                 dtype=model.embed_tokens.weight.dtype,
             ),
+            kv=kv,
             name=str(name),
         )
 
@@ -310,7 +320,7 @@ class LM:
         prompt: as `encode` makes it.
         """
         self._check_ids(prompt.ids)
-        return Context(self.model).scan(
+        return Context(self.model, self.kv).scan(
             prompt.ids,
             block=block,
             keys=prompt.keys(),
@@ -386,7 +396,7 @@ class LM:
     def _events(self, prompt: Prompt, params: SamplingParams, chat: bool) -> Iterator[Event]:
         """Prefill, then a token at a time. Nothing is left behind if it is abandoned."""
         started = time.perf_counter()
-        context, self._kept = self._kept or Context(self.model), None
+        context, self._kept = self._kept or Context(self.model, self.kv), None
         try:
             yield from self._reply(context, prompt, params, chat, started)
         finally:

@@ -1,14 +1,30 @@
-"""Attention over contiguous keys: causal, sliding-window, blockwise, or under an explicit mask.
+"""Attention over contiguous keys: causal, sliding-window, blockwise, or under an explicit mask; and
+over keys and values as a cache stores them, float or int8.
 
 Softmax scale is 1.0 always: Gemma 4 puts the scale into the query and key norms. Scores and
 softmax are float32 inside the fused kernels.
 
+int8: one float32 scale a token and head, the rule of `cpu.quantize_rows`. The extension reads the
+stored keys where they lie; torch widens them first.
+
 Shapes: T queries, S keys, N query heads, K key/value heads, H head_dim. N is a multiple of K.
+        R rows: the queries among T that ask.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gemsmith.ops import cpu
+
+NATIVE_ROWS = 32
+"""Most queries that the extension attends with over float K/V; beyond, torch's products are faster.
+Over int8 it is faster for any number."""
 
 
 def masked_attention(
@@ -90,3 +106,178 @@ def causal_attention(
             )
         )
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def quantize_heads(x_TKH: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [T, K, H], float32 scales [T, K]) of keys or values, by the rule of `quantize_rows`."""
+    rows = x_TKH.float().reshape(-1, x_TKH.shape[-1])
+    on_cpu = x_TKH.device.type == "cpu"
+    x8, scale = cpu.quantize_rows(rows) if on_cpu else cpu.quantize_rows_reference(rows)
+    return x8.view(x_TKH.shape), scale.view(x_TKH.shape[:2])
+
+
+class Slots:
+    """Keys and values of one layer as a cache stores them: [slots, K, H] each, contiguous.
+
+    float32, bfloat16, or int8 with scales float32 [slots, K]. k is None where values alone are
+    stored.
+    """
+
+    __slots__ = ("_native", "k", "k_scale", "v", "v_scale")
+
+    def __init__(
+        self,
+        v: Tensor,
+        k: Tensor | None,
+        v_scale: Tensor | None = None,
+        k_scale: Tensor | None = None,
+    ) -> None:
+        self.v, self.k, self.v_scale, self.k_scale = v, k, v_scale, k_scale
+        self._native = None
+        if k is not None and _native_head(v):
+            self._native = cpu.StoredKV(k, v, k_scale, v_scale)
+
+    @classmethod
+    def empty(
+        cls,
+        slots: int,
+        heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        keys: bool = True,
+    ) -> Self:
+        """Uninitialised ones; without `keys`, values alone."""
+
+        def values() -> Tensor:
+            return torch.empty((slots, heads, head_dim), dtype=dtype, device=device)
+
+        def scales() -> Tensor | None:
+            wanted = dtype == torch.int8
+            return torch.empty((slots, heads), device=device) if wanted else None
+
+        return cls(values(), values() if keys else None, scales(), scales() if keys else None)
+
+    def __len__(self) -> int:
+        return self.v.shape[0]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is of v, v_scale, k, k_scale, by these names."""
+        named = {"v": self.v, "v_scale": self.v_scale, "k": self.k, "k_scale": self.k_scale}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def clone(self) -> Self:
+        return type(self)(**{"k": None} | {n: t.clone() for n, t in self.tensors.items()})
+
+    def write(self, first: int, k_TKH: Tensor, v_TKH: Tensor) -> None:
+        """Store T tokens from slot `first` on; k is ignored where values alone are stored."""
+        if self._native is not None and self.v_scale is not None and k_TKH.dtype == torch.float32:
+            self._native.write(first, k_TKH.contiguous(), v_TKH.contiguous())
+            return
+        stop = first + v_TKH.shape[0]
+        for values, scale, x in ((self.v, self.v_scale, v_TKH), (self.k, self.k_scale, k_TKH)):
+            if values is None:
+                continue
+            if scale is None:
+                values[first:stop] = x
+            else:
+                values[first:stop], scale[first:stop] = quantize_heads(x)
+
+    def widened(self, first: int, stop: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+        """Keys (None where values alone are stored) and values of some slots: float ones as they
+        are, int8 as `dtype`."""
+
+        def wide(values: Tensor, scale: Tensor | None) -> Tensor:
+            part = values[first:stop]
+            if scale is None:
+                return part
+            return (part.float() * scale[first:stop, :, None]).to(dtype)
+
+        return None if self.k is None else wide(self.k, self.k_scale), wide(self.v, self.v_scale)
+
+
+Span = tuple[Slots, int, int]
+"""Some slots in a row: from the first, a count."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Which tokens of a step ask, and what they may see of the S keys whose last T are the step's.
+
+    window, block_T: see `causal_attention`. rows_R: the tokens that ask; None: every one.
+    """
+
+    tokens: int
+    keys: int
+    window: int | None
+    block_T: Tensor | None = None
+    rows_R: Tensor | None = None
+
+    @property
+    def past(self) -> int:
+        return self.keys - self.tokens
+
+    @cached_property
+    def ranges_R2(self) -> Tensor:
+        """int64 on the CPU: the first key that each one sees, and one after the last."""
+        at_R = torch.arange(self.tokens) if self.rows_R is None else self.rows_R.cpu()
+        last_R = at_R + (self.past + 1)
+        first_R = torch.zeros_like(last_R)
+        if self.window is not None:
+            first_R = (last_R - self.window).clamp(min=0)
+        if self.block_T is not None:
+            last_R = torch.maximum(last_R, self.past + _block_ends(self.block_T)[at_R])
+        return torch.stack((first_R, last_R), 1)
+
+
+def _block_ends(block_T: Tensor) -> Tensor:
+    """[T]: one after the last token of each one's block, or 0 where it belongs to none."""
+    blocks = block_T.tolist()
+    ends = [0] * len(blocks)
+    for t in reversed(range(len(blocks))):
+        if blocks[t] >= 0:
+            goes_on = t + 1 < len(blocks) and blocks[t + 1] == blocks[t]
+            ends[t] = ends[t + 1] if goes_on else t + 1
+    return torch.tensor(ends)
+
+
+def stored_attention(q_RNH: Tensor, spans: Sequence[Span], queries: Queries) -> Tensor:
+    """Attention over the keys of `spans`, one after the other; [R, N, H] in q's dtype.
+
+    Where one query sees every key their order does not matter.
+    """
+    if _goes_native(q_RNH, spans):
+        natives = [(slots._native, first, n) for slots, first, n in spans if slots._native]
+        q_RNH, dtype = q_RNH.contiguous(), q_RNH.dtype
+        return cpu.attention(q_RNH.float(), natives, queries.ranges_R2).to(dtype)
+    parts = [slots.widened(first, first + count, q_RNH.dtype) for slots, first, count in spans]
+    ks, vs = zip(*parts, strict=True)
+    k_SKH, v_SKH = (x[0] if len(x) == 1 else torch.cat(x) for x in (ks, vs))
+    if q_RNH.dtype != k_SKH.dtype:
+        k_SKH, v_SKH = k_SKH.to(q_RNH.dtype), v_SKH.to(q_RNH.dtype)
+    if queries.tokens == 1:
+        return masked_attention(q_RNH, k_SKH, v_SKH, None)
+    window, block_T, rows_R = queries.window, queries.block_T, queries.rows_R
+    if rows_R is None:
+        return causal_attention(q_RNH, k_SKH, v_SKH, window, block_T)
+    k_at = torch.arange(queries.keys, device=q_RNH.device)
+    in_block = ()
+    if block_T is not None:
+        in_block = (block_T[rows_R], F.pad(block_T, (queries.past, 0), value=-1))
+    mask = visible(rows_R + queries.past, k_at, window, *in_block)
+    return masked_attention(q_RNH, k_SKH, v_SKH, mask)
+
+
+def _goes_native(q_RNH: Tensor, spans: Sequence[Span]) -> bool:
+    if not all(slots._native for slots, _, _ in spans):
+        return False
+    if q_RNH.requires_grad and torch.is_grad_enabled():
+        return False
+    return spans[0][0].v_scale is not None or q_RNH.shape[0] <= NATIVE_ROWS
+
+
+def _native_head(v: Tensor) -> bool:
+    fits = v.shape[-1] % 16 == 0 and v.shape[-1] <= cpu.MAX_HEAD
+    return v.device.type == "cpu" and fits and cpu.available()

@@ -1,4 +1,4 @@
-"""Products of low-bit weights with int8 activations, on the CPU.
+"""Products of low-bit weights with int8 activations, and attention over stored K/V, on the CPU.
 
 The C++ extension `gemsmith._native` does them where it could be built; torch does elsewhere, with
 the same bits and much slower (`gemm_reference` and its kin, the oracle in tests). This is the only
@@ -18,7 +18,7 @@ The inner sum is exact; the outer one is float32, in ascending order, each produ
 rounded. So every instruction set and torch give equal bits, whatever the number of threads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -386,6 +386,117 @@ class Layer:
             x_MD.data_ptr(), o_MNH.data_ptr(), place, stride, M, y_MD.data_ptr()
         )  # fmt: skip
         return y_MD
+
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""How keys and values may be stored, as native/kernels.h numbers it."""
+MAX_HEAD = 512
+
+
+class StoredKV:
+    """Keys and values [slots, K, H] each as `attention` reads them: float32, bfloat16, or int8 with
+    float32 scales [slots, K]. Checked once, here.
+
+    The tensors are kept, not copied, and must not be resized. H is a multiple of 16 up to MAX_HEAD.
+    Needs the extension.
+    """
+
+    __slots__ = ("_arguments", "_tensors", "formats", "head_dim", "heads", "slots")
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ):
+        """Raises:
+        WeightsError: tensors that do not fit each other, not contiguous, or not on the CPU.
+        """
+        if k.ndim != 3 or k.shape[2] % 16 or not 16 <= k.shape[2] <= MAX_HEAD:
+            raise WeightsError(
+                f"keys {list(k.shape)}: they must be [slots, K, H] with H a multiple of 16 up to "
+                f"{MAX_HEAD}"
+            )
+        self.slots, self.heads, self.head_dim = k.shape
+        for name, values, scale in (("k", k, k_scale), ("v", v, v_scale)):
+            if values.dtype not in FORMATS:
+                raise WeightsError(f"{name} is {values.dtype}; it must be one of {list(FORMATS)}")
+            _check(values, name, values.dtype, tuple(k.shape))
+            if (values.dtype == torch.int8) != (scale is not None):
+                raise WeightsError(f"{name} is {values.dtype}: int8 has scales, no other type does")
+            if scale is not None:
+                _check(scale, f"{name}_scale", torch.float32, (self.slots, self.heads))
+        self.formats = FORMATS[k.dtype], FORMATS[v.dtype]
+        self._tensors = (k, v, k_scale, v_scale)
+        self._arguments = tuple(
+            0 if t is None else t.data_ptr() for t in (k, k_scale, v, v_scale)
+        )  # fmt: skip
+
+    def write(self, slot: int, k_TKH: Tensor, v_TKH: Tensor) -> None:
+        """Store float32 k and v of T tokens as int8 from `slot` on, as `quantize_rows` rounds them.
+
+        Raises:
+          WeightsError: they are not float32 [T, K, H], T tokens have no room, or the slots are not
+            int8.
+        """
+        T = k_TKH.shape[0] if k_TKH.ndim else 0
+        shape = (T, self.heads, self.head_dim)
+        _check(k_TKH, "k", torch.float32, shape)
+        _check(v_TKH, "v", torch.float32, shape)
+        self._room(slot, T)
+        if self.formats != (FORMATS[torch.int8],) * 2:
+            raise WeightsError("only int8 slots are written here")
+        native, rows = _ready(), T * self.heads
+        assert native is not None, "StoredKV needs the extension"
+        for x, values, scale in (
+            (k_TKH, self._arguments[0], self._arguments[1]),
+            (v_TKH, self._arguments[2], self._arguments[3]),
+        ):
+            first = slot * self.heads
+            native.quantize_rows(
+                x.data_ptr(), rows, self.head_dim, values + first * self.head_dim, scale + 4 * first
+            )
+
+    def _room(self, first: int, count: int) -> None:
+        if first < 0 or count < 0 or first + count > self.slots:
+            raise WeightsError(f"slots {first} to {first + count} of {self.slots}")
+
+
+def attention(
+    q_RNH: Tensor, spans: Sequence[tuple[StoredKV, int, int]], ranges_R2: Tensor
+) -> Tensor:
+    """Attention of float32 queries over stored keys, scale 1; float32 [R, N, H]. Needs the extension.
+
+    spans: (storage, first slot, count) each; one after the other they are keys 0..S-1. ranges_R2,
+    int64: row r sees keys ranges[r, 0] to ranges[r, 1] - 1; one that sees none gets NaN. N is a
+    multiple of K; consecutive query heads share a key/value head.
+
+    Raises:
+      WeightsError: other types, shapes or layouts; no keys; slots that are not there.
+    """
+    R, N, _ = q_RNH.shape if q_RNH.ndim == 3 else (0, 0, 0)
+    if not spans:
+        raise WeightsError("attention needs keys: no spans were given")
+    kv = spans[0][0]
+    _check(q_RNH, "q", torch.float32, (R, N, kv.head_dim))
+    _check(ranges_R2, "ranges", torch.int64, (R, 2))
+    if N < 1 or N % kv.heads:
+        raise WeightsError(f"{N} query heads do not share {kv.heads} key/value heads evenly")
+    addresses: list[int] = []
+    for each, first, count in spans:
+        each._room(first, count)
+        if (each.formats, each.heads, each.head_dim) != (kv.formats, kv.heads, kv.head_dim):
+            raise WeightsError("spans of different formats or shapes cannot be attended together")
+        addresses += (*each._arguments, first, count)
+    native = _ready()
+    assert native is not None, "StoredKV needs the extension"
+    y_RNH = torch.empty_like(q_RNH)
+    native.attention(
+        q_RNH.data_ptr(), R, N, kv.heads, kv.head_dim, addresses, *kv.formats,
+        ranges_R2.data_ptr(), y_RNH.data_ptr(),
+    )  # fmt: skip
+    return y_RNH
 
 
 def advise_hugepages(tensor: Tensor) -> bool:

@@ -1,0 +1,120 @@
+// Attention of a few query rows over one block of keys, for an isa_*.cpp to include after defining
+// (see attention-plain-inl.h, which is what they must equal)
+//   void scores_int8(const AttentionTile&, const KeyBlock&, float (*scores)[KEYS])
+//   void scores_float(const AttentionTile&, const KeyBlock&, float (*scores)[KEYS])
+//   void values_int8(const AttentionTile&, const KeyBlock&, const Weights&)
+//   void values_float(const AttentionTile&, const KeyBlock&, const Weights&)
+// Internal linkage, see CMakeLists.txt.
+#include <cstring>
+
+#include "math-inl.h"
+
+namespace gemsmith {
+namespace {
+
+constexpr float MINUS_INFINITY = -__builtin_inff();
+
+// See AttentionKernels.
+float quantize16(const float* x, int64_t count, int16_t* out) {
+  constexpr int32_t INFINITE = 0x7f800000;  // no finite float has greater bits
+  constexpr float ROUND = 12582912.0f;      // 1.5 * 2^23: adding it leaves no fraction bits
+  int32_t most = 0;
+  for (int64_t k = 0; k < count; k++) {
+    int32_t bits;
+    std::memcpy(&bits, x + k, sizeof(bits));
+    bits &= 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  float largest;
+  std::memcpy(&largest, &most, sizeof(largest));
+  if (most >= INFINITE || largest < 1e-30f) {
+    std::memset(out, 0, static_cast<size_t>(count) * sizeof(*out));
+    return most >= INFINITE ? largest - largest : 0.0f;  // a NaN, of infinity too
+  }
+  const float inverse = 32767.0f / largest;
+  for (int64_t k = 0; k < count; k++)
+    out[k] = static_cast<int16_t>(static_cast<int32_t>((x[k] * inverse + ROUND) - ROUND));
+  return largest / 32767.0f;
+}
+
+// Sum of 16 floats as a tree: halves are added until one is left.
+inline float tree(const float* lanes) {
+  float sum[8];
+  for (int i = 0; i < 8; i++) sum[i] = lanes[i] + lanes[i + 8];
+  for (int i = 0; i < 4; i++) sum[i] += sum[i + 4];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+// One row's softmax weights of a block, in place of its scores; brings the row's state up to date.
+inline void soften(const AttentionTile& t, const KeyBlock& b, int64_t row, float* scores) {
+  const int64_t first = t.first[row], last = t.last[row];
+  const int64_t end = (b.count + 15) / 16 * 16;
+  for (int64_t i = 0; i < first; i++) scores[i] = MINUS_INFINITY;
+  for (int64_t i = last; i < end; i++) scores[i] = MINUS_INFINITY;
+  float lanes[16];
+  for (int j = 0; j < 16; j++) lanes[j] = t.most[row];
+  for (int64_t i = 0; i < end; i += 16)
+    for (int j = 0; j < 16; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
+  float most = lanes[0];
+  for (int j = 1; j < 16; j++) most = lanes[j] > most ? lanes[j] : most;
+  for (int64_t i = 0; i < end; i++) scores[i] = exp_of(scores[i] - most);
+  for (int j = 0; j < 16; j++) lanes[j] = 0.0f;
+  for (int64_t i = 0; i < end; i += 16)
+    for (int j = 0; j < 16; j++) lanes[j] += scores[i + j];
+  if (most != t.most[row]) {
+    const float shrink = exp_of(t.most[row] - most);
+    float* acc = t.acc[row];
+    for (int64_t d = 0; d < t.H; d++) acc[d] *= shrink;
+    t.sum[row] *= shrink;
+    t.most[row] = most;
+  }
+  t.sum[row] += tree(lanes);
+}
+
+// See AttentionKernels.
+void attend(const AttentionTile& t, const KeyBlock& b) {
+  alignas(64) float scores[TILE_ROWS][KEYS];
+  Weights weights;
+  if (t.k_format == INT8)
+    scores_int8(t, b, scores);
+  else
+    scores_float(t, b, scores);
+  for (int64_t row = 0; row < t.rows; row++) {
+    float* w = scores[row];
+    if (t.first[row] >= t.last[row]) {
+      std::memset(w, 0, sizeof(scores[row]));
+    } else {
+      soften(t, b, row, w);
+      for (int64_t i = (b.count + 15) / 16 * 16; i < KEYS; i++) w[i] = 0.0f;
+    }
+    if (t.v_format == INT8) {
+      for (int64_t i = 0; i < KEYS; i++) w[i] *= b.v_scale[i];
+      weights.scale[row] = quantize16(w, KEYS, weights.codes[row]);
+    }
+  }
+  weights.values = scores;
+  if (t.v_format == INT8)
+    values_int8(t, b, weights);
+  else
+    values_float(t, b, weights);
+}
+
+// See AttentionKernels.
+void combine(const float* acc, const float* most, const float* sum, int64_t splits, int64_t step,
+             int64_t acc_step, int64_t H, float* y) {
+  float top = MINUS_INFINITY, total = 0.0f;
+  for (int64_t i = 0; i < splits; i++) top = most[i * step] > top ? most[i * step] : top;
+  for (int64_t d = 0; d < H; d++) y[d] = 0.0f;
+  for (int64_t i = 0; i < splits; i++) {
+    const float part = exp_of(most[i * step] - top);
+    const float* row = acc + i * acc_step;
+    for (int64_t d = 0; d < H; d++) y[d] += row[d] * part;
+    total += sum[i * step] * part;
+  }
+  for (int64_t d = 0; d < H; d++) y[d] /= total;
+}
+
+const AttentionKernels ATTENTION = {quantize16, attend, combine};
+
+}  // namespace
+}  // namespace gemsmith
