@@ -107,6 +107,99 @@ void quantize(int64_t M, int64_t K) {
   }
 }
 
+// Attention of R rows, the last of S keys, over a ring of S slots that has turned by `turn` and a
+// second storage of S2: within 1e-3 of doubles, and the bits of the first instruction set.
+struct Attended {
+  int64_t R, N, K, H, S, turn, S2, window;
+  int k_format, v_format;
+  std::vector<float> first;
+};
+
+float small() { return static_cast<float>(random_bits() % 2001) / 1000 - 1; }
+
+struct Stored {
+  std::vector<uint8_t> bytes;
+  std::vector<float> scales, plain;
+};
+
+Stored store(int64_t slots, int64_t K, int64_t H, int format) {
+  Stored made;
+  const int64_t size = format == INT8 ? 1 : format == BFLOAT16 ? 2 : 4;
+  made.bytes.resize(slots * K * H * size);
+  made.plain.resize(slots * K * H);
+  if (format == INT8) made.scales.resize(slots * K);
+  for (float& scale : made.scales) scale = 0.005f + static_cast<float>(random_bits() % 100) / 1e4f;
+  for (int64_t i = 0; i < slots * K * H; i++) {
+    float value = small();
+    if (format == INT8) {
+      const auto code = static_cast<int8_t>(random_bits() % 255 - 127);
+      made.bytes[i] = static_cast<uint8_t>(code);
+      value = code * made.scales[i / H];
+    } else if (format == BFLOAT16) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      const auto half = static_cast<uint16_t>(bits >> 16);
+      std::memcpy(&made.bytes[2 * i], &half, 2);
+      bits &= 0xffff0000u;
+      std::memcpy(&value, &bits, 4);
+    } else {
+      std::memcpy(&made.bytes[4 * i], &value, 4);
+    }
+    made.plain[i] = value;
+  }
+  return made;
+}
+
+void attend(Attended& c) {
+  random_bits.seed(static_cast<unsigned>(c.S * 31 + c.H));
+  const Stored k = store(c.S, c.K, c.H, c.k_format), v = store(c.S, c.K, c.H, c.v_format);
+  const Stored k2 = store(c.S2, c.K, c.H, c.k_format), v2 = store(c.S2, c.K, c.H, c.v_format);
+  std::vector<float> q(c.R * c.N * c.H), y(q.size(), -1);
+  for (float& value : q) value = small() / 8;
+  const auto scales = [](const Stored& s) { return s.scales.empty() ? nullptr : s.scales.data(); };
+  const KeySpan spans[] = {
+      {k.bytes.data(), scales(k), v.bytes.data(), scales(v), c.turn, c.S - c.turn},
+      {k.bytes.data(), scales(k), v.bytes.data(), scales(v), 0, c.turn},
+      {k2.bytes.data(), scales(k2), v2.bytes.data(), scales(v2), 0, c.S2}};
+  const int64_t all = c.S + c.S2;
+  std::vector<int64_t> ranges;
+  for (int64_t r = 0; r < c.R; r++) {
+    const int64_t last = all - c.R + r + 1;
+    ranges.push_back(c.window && last > c.window ? last - c.window : 0);
+    ranges.push_back(last);
+  }
+  attention({q.data(), c.R, c.N, c.K, c.H, spans, 3, c.k_format, c.v_format, ranges.data(),
+             y.data()});
+  const auto key = [&](const Stored& one, const Stored& two, int64_t s, int64_t head) {
+    return s < c.S ? &one.plain[((s + c.turn) % c.S * c.K + head) * c.H]
+                   : &two.plain[((s - c.S) * c.K + head) * c.H];
+  };
+  bool same = c.first.empty() || std::memcmp(c.first.data(), y.data(), y.size() * 4) == 0;
+  c.first = y;
+  for (int64_t r = 0; same && r < c.R; r++)
+    for (int64_t n = 0; same && n < c.N; n++) {
+      const int64_t head = n / (c.N / c.K);
+      const float* row = &q[(r * c.N + n) * c.H];
+      std::vector<double> out(c.H);
+      double total = 0;
+      for (int64_t s = ranges[2 * r]; s < ranges[2 * r + 1]; s++) {
+        const float* at = key(k, k2, s, head);
+        double score = 0;
+        for (int64_t d = 0; d < c.H; d++) score += double(row[d]) * at[d];
+        const double weight = std::exp(score);
+        total += weight;
+        for (int64_t d = 0; d < c.H; d++) out[d] += weight * key(v, v2, s, head)[d];
+      }
+      for (int64_t d = 0; d < c.H; d++)
+        same = same && std::fabs(out[d] / total - y[(r * c.N + n) * c.H + d]) < 1e-3;
+    }
+  if (same) return;
+  std::printf("%s: attention differs: R %ld N %ld K %ld H %ld S %ld formats %d %d\n",
+              kernels().name, long(c.R), long(c.N), long(c.K), long(c.H), long(c.S), c.k_format,
+              c.v_format);
+  std::exit(1);
+}
+
 // Many small jobs, so that workers sleep, wake and come late.
 void hammer(const Case& c, int repeats) {
   for (int i = 0; i < repeats; i++) {
@@ -128,6 +221,14 @@ int main() {
   for (int bits : {2, 4, 8})
     for (int kind : {1, 2}) cases.push_back(make({16, 4096, 0}, bits, 4, kind));
   const Case large = make({2048, 512, 0}, 4, 1, 0);  // enough for several threads
+  std::vector<Attended> attended;
+  for (int format : {FLOAT32, BFLOAT16, INT8}) {
+    attended.push_back({1, 1, 1, 16, 1, 0, 0, 0, format, format, {}});
+    attended.push_back({1, 8, 1, 512, 300, 0, 0, 0, format, format, {}});
+    attended.push_back({3, 6, 2, 48, 131, 40, 5, 100, format, INT8, {}});
+    attended.push_back({33, 4, 1, 64, 200, 199, 33, 150, format, FLOAT32, {}});
+  }
+  attended.push_back({2, 8, 1, 256, 2100, 7, 2, 0, INT8, INT8, {}});  // several threads
   int count = 0;
   const char* const* names = isas(&count);
   for (int i = 0; i < count; i++) {
@@ -137,6 +238,7 @@ int main() {
       for (const Case& c : cases) run(c);
       run(large);
       for (int64_t M : {1, 5, 64}) quantize(M, 1037);
+      for (Attended& c : attended) attend(c);
     }
     if (read_memory(large.lines.data(), 0) != 0) return 1;
     std::printf("%s: %zu products as they should be\n", names[i], 2 * cases.size());

@@ -9,7 +9,7 @@ from gemsmith import sizing
 from gemsmith.cache.none import NoCache
 from gemsmith.cache.ring import RingCache
 from gemsmith.config import PRESETS
-from gemsmith.errors import CapacityError, RequestError, WeightsError
+from gemsmith.errors import CapacityError, ConfigError, RequestError, WeightsError
 from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
 
 # Eight reductions a layer in eight layers.
@@ -20,9 +20,9 @@ MODELS = {size: random_model(config) for size, config in CONFIGS.items()}
 IDS = torch.randint(3, 96, (400,), generator=torch.Generator().manual_seed(7))
 
 
-def new_cache(size: str) -> RingCache:
+def new_cache(size: str, dtype: torch.dtype = torch.float32) -> RingCache:
     model = MODELS[size]
-    return RingCache(model.config, dtype=torch.float32, k_from_v=model.k_from_v)
+    return RingCache(model.config, dtype=dtype, k_from_v=model.k_from_v)
 
 
 def feed(size: str, cache: RingCache, count: int) -> torch.Tensor:
@@ -37,6 +37,18 @@ def whole(size: str, count: int) -> torch.Tensor:
     model = MODELS[size]
     store = NoCache(model.config, [count])
     return model.logits(model(IDS[:count], torch.arange(count), store))
+
+
+def rounded(logits: torch.Tensor) -> float:
+    """How far int8 K/V may move logits, relative to the largest.
+
+    A value is off by up to half a step of its row's largest / 127, uniformly: 0.29 / 127 of it,
+    0.7 % of the row's norm in rows of 16 to 32 values (largest = 2 to 3 deviations). A layer's
+    attention moves by that through V and as much through K; its norm and residual stream pass it
+    on. Eight layers at random: sqrt(2 * 8) * 0.7 %, and 8 for the worst of all logits, as in
+    `testing.tolerance`.
+    """
+    return 8 * (2 * 8) ** 0.5 * 0.007
 
 
 CHUNKINGS = [[1] * 30, [37], [5, 1, 1, 20, 1, 1, 1], [8, 8, 8, 8], [7, 9, 1, 17, 1], [3, 1, 1, 1]]
@@ -66,6 +78,82 @@ def test_prefill_skip_with_a_cache_gives_the_logits_of_the_full_run(size):
         hidden = model(IDS[11:32], positions, cache, rows_R=rows)
     assert_close(model.logits(hidden), whole(size, 32)[11:][rows], LIMIT)
     assert_close(feed(size, cache, 1), whole(size, 33)[32:], LIMIT)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("chunks", [[37], [5, 1, 1, 20, 1, 1, 1], [7, 9, 1, 17, 1]], ids=str)
+def test_int8_moves_logits_by_its_rounding_and_no_more(size, chunks):
+    cache = new_cache(size, torch.int8)
+    ours = torch.cat([feed(size, cache, n) for n in chunks])
+    expected = whole(size, sum(chunks))
+    assert_close(ours, expected, rounded(expected))
+    # On average far closer than the worst.
+    off = (ours - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert 0 < off < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("size", ["E2B", "31B"])
+def test_the_extension_and_torch_agree_in_every_format(size, dtype, monkeypatch):
+    """From the same stored past, one step of each kind."""
+    cache = new_cache(size, dtype)
+    feed(size, cache, 29)
+    for count in (1, 6):
+        there, here = cache.fork(), cache.fork()
+        native = feed(size, here, count)
+        with monkeypatch.context() as patch:
+            patch.setattr("gemsmith.ops.attention._goes_native", lambda *_: False)
+            plain = feed(size, there, count)
+        # int8: a value of this step may round the other way, one step in 127.
+        limit = {torch.float32: LIMIT, torch.bfloat16: 0.05, torch.int8: 0.05}[dtype]
+        assert_close(native, plain, limit)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tokens", [1, 255, 257, 300])
+def test_int8_bytes_are_one_a_value_and_four_a_head(size, tokens):
+    cache = new_cache(size, torch.int8)
+    cache.reserve(tokens)
+    assert cache.nbytes == sizing.kv_bytes(MODELS[size].config, tokens, 1)
+    values = sizing.kv_bytes(MODELS[size].config, tokens, 2) // 2
+    scales = sum(
+        t.nbytes
+        for layer in cache._layers.values()
+        for n, t in layer.tensors.items()
+        if "scale" in n
+    )
+    assert cache.nbytes == values + scales > values
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("size", ["E2B", "26B-A4B"])
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_every_format_survives_interruption_fork_trim_and_save(size, tokens, dtype, tmp_path):
+    cache, model = new_cache(size, dtype), MODELS[size]
+    feed(size, cache, 19)
+    other = cache.fork()
+
+    def interrupt() -> None:
+        with cache.step(tokens) as positions:
+            model(IDS[50 : 50 + tokens], positions, cache)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    cache.save(tmp_path / "kv")
+    restored = RingCache.restore(
+        tmp_path / "kv", model.config, dtype=dtype, k_from_v=model.k_from_v
+    )
+    for each in (cache, other, restored):
+        each.trim(18)
+    expected = torch.cat([feed(size, other, 10), feed(size, other, 1)])
+    for each in (cache, restored):
+        assert torch.equal(torch.cat([feed(size, each, 10), feed(size, each, 1)]), expected)
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(ConfigError, match=r"as torch.float16; float32, bfloat16, int8 can be"):
+        new_cache("E2B", torch.float16)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -466,11 +466,11 @@ class StoredKV:
 def attention(
     q_RNH: Tensor, spans: Sequence[tuple[StoredKV, int, int]], ranges_R2: Tensor
 ) -> Tensor:
-    """Attention of float32 queries over stored keys, scale 1; float32 [R, N, H]. Needs the extension.
+    """Attention of float32 queries over stored keys, softmax scale 1; float32 [R, N, H].
 
     spans: (storage, first slot, count) each; one after the other they are keys 0..S-1. ranges_R2,
     int64: row r sees keys ranges[r, 0] to ranges[r, 1] - 1; one that sees none gets NaN. N is a
-    multiple of K; consecutive query heads share a key/value head.
+    multiple of K; consecutive query heads share a key/value head. Needs the extension.
 
     Raises:
       WeightsError: other types, shapes or layouts; no keys; slots that are not there.
