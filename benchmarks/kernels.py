@@ -1,4 +1,5 @@
-"""Products of low-bit weights with a few rows: bytes a second beside the machine's reading speed.
+"""Products of low-bit weights with a few rows, and attention: bytes a second beside the machine's
+reading speed.
 
 Decoding reads every weight once a token, so a product of few rows is as fast as memory is read.
 Each kind of weight fills one buffer that no cache holds (large pages behind it where the system has
@@ -6,6 +7,10 @@ them), is multiplied whole, and its bits are compared with torch's before anythi
 
 Ceiling: the best of the plain readings of the same buffer, same threads and pages, made in turn
 with the products. It reads in the order of addresses and computes nothing but a sum.
+
+Attention: all 35 layers of E2B for one token (or several: verification) over stored K/V of some
+context, its storing of new K/V included. Layers that share K/V read them again, mostly from cache,
+so the rate may pass the ceiling of memory.
 
 Run: python -m benchmarks.kernels
 """
@@ -19,6 +24,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
+from gemsmith import sizing
+from gemsmith.cache.ring import RingCache
+from gemsmith.config import PRESETS
 from gemsmith.ops import cpu
 
 INPUTS = 1536
@@ -68,6 +76,41 @@ def check(weight: cpu.PackedWeight, x8: Tensor, sx: Tensor) -> None:
             sys.exit(f"{name_of(weight)}, {len(x8)} rows: not torch's result; nothing was timed")
 
 
+CONTEXTS = (128, 1024, 8192)
+STEPS = (1, 4, 8)
+"""Tokens of a step."""
+
+
+class Attending:
+    """The attention of steps of E2B at one context; nothing of the step is kept."""
+
+    def __init__(self, context: int, tokens: int, dtype: torch.dtype) -> None:
+        self.config = PRESETS["E2B"].text_config
+        self.cache = RingCache(self.config, dtype=dtype)
+        self.cache.reserve(context)
+        generator = torch.Generator().manual_seed(3)
+        self.new: list[list[Tensor]] = []
+        for plan in self.config.layers:
+            heads = [self.config.num_attention_heads] + [plan.num_key_value_heads] * 2
+            new = [torch.randn(tokens, n, plan.head_dim, generator=generator) for n in heads]
+            new[0] /= plan.head_dim**0.5
+            self.new.append(new)
+            if plan.owns_kv:
+                shape = (context, plan.num_key_value_heads, plan.head_dim)
+                past = torch.randn(shape, generator=generator)
+                slots = self.cache._layers[plan.index].slots
+                slots.write(0, past[: len(slots)], past[: len(slots)])
+        self.start, self.tokens = context - tokens, tokens
+        self.nbytes = sizing.decode_bytes(self.config, context, 0, dtype.itemsize)
+
+    def step(self) -> None:
+        self.cache.length = self.start
+        with self.cache.step(self.tokens):
+            for plan, (q, k, v) in zip(self.config.layers, self.new, strict=True):
+                own = (k, v) if plan.owns_kv else (None, None)
+                self.cache.attend(plan.index, q, *own, None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--gib", type=float, default=0.75, help="size of the weights")
@@ -91,6 +134,12 @@ def main() -> None:
             name = f"{name_of(each)} x{rows}"
             runs[name] = lambda each=each, given=given: cpu.gemm(each, *given)
             sizes[name] = each.nbytes
+    for context in CONTEXTS:
+        for tokens in STEPS:
+            for dtype in (torch.int8, torch.bfloat16):
+                attending = Attending(context, tokens, dtype)
+                name = f"attend {context} {str(dtype).removeprefix('torch.')} x{tokens}"
+                runs[name], sizes[name] = attending.step, attending.nbytes
     seconds = measure.interleaved(runs, repeats=options.repeats)
     rates = {name: [sizes[name] / s / 1e9 for s in found] for name, found in seconds.items()}
     ceiling = max(rates["read"])
@@ -99,8 +148,9 @@ def main() -> None:
     for name, values in rates.items():
         found = results[name] = {**measure.summary(values), "ceiling": ceiling}
         print(
-            f"{name:12} {found['median']:6.1f} GB/s ({found['min']:.1f}-{found['max']:.1f}, "
-            f"n={found['n']})   {found['median'] / ceiling:.0%} of {ceiling:.1f}"
+            f"{name:24} {found['median']:6.1f} GB/s ({found['min']:.1f}-{found['max']:.1f}, "
+            f"n={found['n']})   {found['median'] / ceiling:.0%} of {ceiling:.1f}, "
+            f"{sizes[name] / found['median'] / 1e6:.2f} ms"
         )
     measure.finish(
         "kernels",

@@ -209,8 +209,9 @@ class RingCache:
         assert slots.k is not None, "K = V layers are full-attention layers"
         if tokens == 1:
             slot = start % window
-            old = {name: tensor[slot].clone() for name, tensor in slots.tensors.items()}
-            self._overwritten[layer.plan.index] = (slot, old)
+            if start >= window:
+                old = {name: tensor[slot].clone() for name, tensor in slots.tensors.items()}
+                self._overwritten[layer.plan.index] = (slot, old)
             slots.write(slot, k_TKH, v_TKH)
             held = min(stop, window)
             return _View([(slots, 0, held)], held)
