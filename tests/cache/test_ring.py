@@ -47,12 +47,12 @@ class Rounded(NoCache):
         self.model = MODELS[size]
 
     def attend(self, layer, q, k_TKH, v_TKH, rows_R):
-        if v_TKH is not None:
+        if k_TKH is not None and v_TKH is not None:
             v_TKH = self.there_and_back(v_TKH)
             k_TKH = self.there_and_back(k_TKH)
             if self.layers[layer].k_eq_v:
                 k_TKH = self.model.k_from_v(layer, v_TKH, torch.arange(len(v_TKH)))
-        return super().attend(layer, q, k_TKH, v_TKH, rows_R)
+        return NoCache.attend(self, layer, q, k_TKH, v_TKH, rows_R)
 
     @staticmethod
     def there_and_back(x_TKH: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,8 @@ def queries_of(rows: int, heads: int, head_dim: int, seed: int = 2) -> Tensor:
 def plainly(q: Tensor, spans: list[Span], ranges: Tensor) -> Tensor:
     """The definition in float64, from what is stored."""
     parts = [s.widened(first, first + count, torch.float32) for s, first, count in spans]
-    k, v = (torch.cat([part[i] for part in parts]).double() for i in (0, 1))
+    k = torch.cat([k for k, _ in parts if k is not None]).double()
+    v = torch.cat([v for _, v in parts]).double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = torch.einsum("rnh,snh->nrs", q.double(), k)
