@@ -249,6 +249,21 @@ def test_a_step_that_fails_leaves_no_trace(size, tokens):
     assert_close(ours, whole(size, 29)[18:], LIMIT)
 
 
+def test_a_failed_step_at_the_turn_of_the_ring_loses_nothing():
+    cache = new_cache("E2B")
+    feed("E2B", cache, WINDOW)
+
+    def interrupt() -> None:
+        with cache.step(1) as positions:
+            MODELS["E2B"](IDS[50:51], positions, cache)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    cache.trim(3)
+    assert_close(feed("E2B", cache, 4), whole("E2B", 7)[3:], LIMIT)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_fork_goes_its_own_way(size):
     cache = new_cache(size)
