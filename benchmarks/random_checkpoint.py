@@ -102,8 +102,10 @@ class _Noise:
         """Maker of codes in bytes or words, or as they are in int8."""
         pool = self._pools.get((bits, dtype))
         if pool is None:
-            least = 1 << (bits - 1)
-            q = (self._values / SCALES[bits]).round().clamp(-least, least - 1).to(torch.int8)
+            # Codes of 8 bits are 16 times those of 4, so that a file of 4 bits can hold them too.
+            fine, least = min(bits, 4), 1 << (min(bits, 4) - 1)
+            q = (self._values / SCALES[fine]).round().clamp(-least, least - 1).to(torch.int8)
+            q <<= bits - fine
             whole = len(q) // 16 * 16  # so many codes of 2 bits are a word
             pool = q if dtype == torch.int8 else pack(q[:whole], bits).view(dtype)
             self._pools[bits, dtype] = pool

@@ -1,0 +1,299 @@
+"""Writes a decoder of a checkpoint folder as the GGUF file that llama.cpp reads, for benchmarks.
+
+Of a bfloat16 folder matrices stay bfloat16. Of a 4-bit one (groups of 32) the file has the types
+that llama.cpp's own quantizer gives under Q4_0: Q4_0 for matrices, Q6_K for embedding and per-layer
+table, bfloat16 for the projection of per-layer inputs. Q4_0 holds our codes and scales as they are,
+Q6_K holds them too where 256 weights share a scale, as in random checkpoints. So both programs
+multiply with the same numbers, and need not be asked to quantize 9 GB first. Only what we keep in 8
+bits and Q4_0 does not (gate and projection of per-layer inputs, the per-layer table) is rounded.
+
+What it is not: an export. Tokens of the vocabulary are the real ones if GEMSMITH_GEMMA4_VOCAB names
+a GGUF file that has them, otherwise placeholders, of which only the number is right.
+
+Sources: llama.cpp's `conversion/gemma.py` for names and metadata, its `ggml-common.h` for blocks.
+
+Run: python -m benchmarks.to_gguf FOLDER FILE
+"""
+
+import argparse
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+
+from gemsmith.config import Gemma4Config, TextConfig
+from gemsmith.errors import CapacityError
+from gemsmith.quant.formats import unpack
+from gemsmith.weights import layouts
+from gemsmith.weights.layouts import LowBit
+from gemsmith.weights.load import StoredTensor, read_checkpoint
+from gemsmith.weights.names import EMBEDDING, PLE_TABLE, expected_shapes, written_key
+
+BITS = {Kind.Q4_0: 4, Kind.Q6_K: 6, Kind.Q8_0: 8}
+VOCABULARY = "GEMSMITH_GEMMA4_VOCAB"
+PIECE_WEIGHTS = 1 << 22
+NAMES = {
+    "embed_tokens.": "token_embd.",
+    "norm.": "output_norm.",
+    "embed_tokens_per_layer.": "per_layer_token_embd.",
+    "per_layer_model_projection.": "per_layer_model_proj.",
+    "per_layer_projection_norm.": "per_layer_proj_norm.",
+    "input_layernorm.": "attn_norm.",
+    "self_attn.q_proj.": "attn_q.",
+    "self_attn.k_proj.": "attn_k.",
+    "self_attn.v_proj.": "attn_v.",
+    "self_attn.o_proj.": "attn_output.",
+    "self_attn.q_norm.": "attn_q_norm.",
+    "self_attn.k_norm.": "attn_k_norm.",
+    "post_attention_layernorm.": "post_attention_norm.",
+    "pre_feedforward_layernorm.": "ffn_norm.",
+    "post_feedforward_layernorm.": "post_ffw_norm.",
+    "pre_feedforward_layernorm_2.": "pre_ffw_norm_2.",
+    "post_feedforward_layernorm_1.": "post_ffw_norm_1.",
+    "post_feedforward_layernorm_2.": "post_ffw_norm_2.",
+    "mlp.gate_proj.": "ffn_gate.",
+    "mlp.up_proj.": "ffn_up.",
+    "mlp.down_proj.": "ffn_down.",
+    "layer_scalar": "layer_output_scale.weight",
+    "per_layer_input_gate.": "inp_gate.",
+    "per_layer_projection.": "proj.",
+    "post_per_layer_input_norm.": "post_norm.",
+    "router.proj.": "ffn_gate_inp.",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
+}
+
+Bytes = NDArray[np.uint8]
+
+
+def write(folder: Path, path: Path) -> Path:
+    """Make `path` the GGUF of the checkpoint in `folder`; a complete one is kept.
+
+    Raises:
+      CapacityError: the disk has no room for it.
+    """
+    config = Gemma4Config.load(folder)
+    text = config.text_config
+    stored = read_checkpoint(folder)
+    shapes = expected_shapes(text)
+    low = layouts.fold(stored, shapes)[1]
+    kinds = {name: kind_of(name, shape, bool(low)) for name, shape in shapes.items()}
+    sizes = {name: _bytes(shape, kinds[name]) for name, shape in shapes.items()}
+    newest = max(tensor.file.stat().st_mtime for tensor in stored.values())
+    kept = path.stat() if path.is_file() else None
+    if kept and kept.st_size > sum(sizes.values()) and kept.st_mtime > newest:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < sum(sizes.values()) + (1 << 30):
+        raise CapacityError(
+            f"{path}: needs {sum(sizes.values()) / 2**30:.1f} GiB and 1 GiB to spare, "
+            f"{free / 2**30:.1f} GiB are free; name another --folder"
+        )
+    part = path.with_suffix(".part")
+    writer = gguf.GGUFWriter(part, "gemma4")
+    _metadata(writer, text, low=bool(low))
+    factors = rope_factors(text)
+    writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for name, shape in shapes.items():
+        kind = kinds[name]
+        if kind == Kind.F32:
+            writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), sizes[name])
+        else:
+            per, size = gguf.GGML_QUANT_SIZES[kind]
+            stored_shape = (*shape[:-1], shape[-1] // per * size)
+            writer.add_tensor_info(
+                gguf_name(name), stored_shape, np.dtype(np.uint8), sizes[name], kind
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout, "the file that was just written to"
+    file = writer.fout[0]
+    writer.write_padding(file, file.tell())
+    file.write(factors.data)
+    writer.write_padding(file, factors.nbytes)
+    for name, shape in shapes.items():
+        key = written_key(name)
+        for values, scales, bits in _rows(stored, key, low.get(key)):
+            file.write(encode(values, kinds[name], scales, bits).data)
+        writer.write_padding(file, sizes[name])
+    writer.close()
+    part.rename(path)
+    return path
+
+
+def gguf_name(name: str) -> str:
+    """What llama.cpp calls a tensor of ours."""
+    found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    block, rest = (f"blk.{found[1]}.", found[2]) if found else ("", name)
+    ours = next(ours for ours in NAMES if rest.removesuffix("weight") == ours)
+    return block + rest.replace(ours, NAMES[ours])
+
+
+def kind_of(name: str, shape: tuple[int, ...], low: bool) -> Kind:
+    """The type of a tensor: what llama.cpp's quantizer gives under Q4_0 if `low`."""
+    if len(shape) == 1 or ".router." in name:
+        return Kind.F32
+    if not low or name == "per_layer_model_projection.weight":
+        return Kind.BF16
+    if name not in (EMBEDDING, PLE_TABLE):
+        return Kind.Q4_0
+    return Kind.Q6_K if shape[-1] % 256 == 0 else Kind.Q8_0
+
+
+def encode(q: NDArray[Any], kind: Kind, scale: NDArray[np.float32] | None, bits: int) -> Bytes:
+    """Rows as bytes of a type: floats [n, K], or codes [n, K] of so many bits, scales [n, G].
+
+    Raises:
+      ValueError: weights that this type gives one scale have several.
+    """
+    if scale is None:
+        return q.astype(np.float32).view(np.uint8) if kind == Kind.F32 else bfloat16(q)
+    K, groups = q.shape[-1], scale.shape[-1]
+    if kind == Kind.BF16:
+        return bfloat16(q * np.repeat(scale, K // groups, axis=-1))
+    per = gguf.GGML_QUANT_SIZES[kind][0]
+    of_blocks = np.repeat(scale, max(1, K // per // groups), axis=-1).reshape(q.size // per, -1)
+    if (of_blocks != of_blocks[:, :1]).any():
+        raise ValueError(f"{kind.name}: {per} weights with several scales")
+    # Codes of more bits than the type has lose their last ones.
+    least = 1 << (BITS[kind] - 1)
+    lost = 1 << max(0, bits - BITS[kind])
+    u = np.clip(np.rint(q.reshape(-1, per) / lost), -least, least - 1).astype(np.int16) + least
+    d = (of_blocks[:, :1] * lost).astype(np.float16).view(np.uint8)
+    u = u.astype(np.uint8)
+    if kind == Kind.Q8_0:
+        return np.concatenate([d, u ^ 128], axis=-1)
+    if kind == Kind.Q4_0:
+        return np.concatenate([d, u[:, :16] | u[:, 16:] << 4], axis=-1)
+    # Q6_K: of each half four runs of 32; low four bits of two runs in a byte, high two of four.
+    runs = u.reshape(-1, 2, 4, 32)
+    low, high = runs & 15, runs >> 4
+    low = low[:, :, :2] | low[:, :, 2:] << 4
+    high = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
+    count = len(u)
+    ones = np.ones((count, 16), np.uint8)
+    return np.concatenate([low.reshape(count, -1), high.reshape(count, -1), ones, d], axis=-1)
+
+
+def bfloat16(values: NDArray[Any]) -> Bytes:
+    """Bytes of values that bfloat16 holds exactly."""
+    return torch.from_numpy(values.astype(np.float32)).bfloat16().view(torch.uint8).numpy()
+
+
+def rope_factors(config: TextConfig) -> NDArray[np.float32]:
+    """Divisors of the frequencies of full layers: those beyond the rotated part are switched off."""
+    half = config.global_head_dim // 2
+    rotated = int(config.full_rope.partial_rotary_factor * half)
+    return np.where(np.arange(half) < rotated, 1, 1e30).astype(np.float32)
+
+
+def _bytes(shape: tuple[int, ...], kind: Kind) -> int:
+    per, size = gguf.GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // per * size
+
+
+def _rows(
+    stored: dict[str, StoredTensor], key: str, low: LowBit | None
+) -> Iterator[tuple[NDArray[Any], NDArray[np.float32] | None, int]]:
+    """Some rows at a time: floats, or codes with their scales and bits."""
+
+    def mapped(key: str) -> Tensor:
+        with safe_open(stored[key].file, "pt") as file:
+            tensor = file.get_tensor(key)
+        return tensor.reshape(-1, tensor.shape[-1])
+
+    values = mapped(low.codes if low else key)
+    step = max(1, PIECE_WEIGHTS // values.shape[-1])
+    scales = mapped(low.scales) if low else values
+    for start in range(0, len(values), step):
+        rows = values[start : start + step]
+        if low is None:
+            yield rows.float().numpy(), None, 0
+            continue
+        q = unpack(layouts.codes_of(rows.contiguous(), low), low.format.bits)
+        yield q.numpy(), scales[start : start + step].float().numpy(), low.format.bits
+
+
+def _metadata(writer: gguf.GGUFWriter, config: TextConfig, *, low: bool) -> None:
+    plans = config.layers
+    writer.add_name("random")
+    writer.add_block_count(len(plans))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length([plan.intermediate_size for plan in plans])
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv([plan.num_key_value_heads for plan in plans])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for width in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        width(config.global_head_dim)
+    writer.add_key_length_swa(config.head_dim)
+    writer.add_value_length_swa(config.head_dim)
+    writer.add_rope_dimension_count_swa(config.head_dim)
+    writer.add_rope_freq_base(config.full_rope.rope_theta)
+    writer.add_rope_freq_base_swa(config.sliding_rope.rope_theta)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_sliding_window_pattern([plan.window is not None for plan in plans])
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if config.enable_moe_block:
+        writer.add_expert_count(config.num_experts or 0)
+        writer.add_expert_used_count(config.top_k_experts or 0)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size or 0)
+    file_type = gguf.LlamaFileType.MOSTLY_Q4_0 if low else gguf.LlamaFileType.MOSTLY_BF16
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _vocabulary(writer, config.vocab_size)
+
+
+def _vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+    """The real tokens where they are at hand and as many as the model's, placeholders otherwise."""
+    path = os.environ.get(VOCABULARY)
+    fields = gguf.GGUFReader(path).fields if path else {}
+    real = {name: field.contents() for name, field in fields.items() if "ggml" in name}
+    tokens: Any = real.get("tokenizer.ggml.tokens", ())
+    if len(tokens) != size:
+        tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", "a", "b", "ab"]
+        tokens += [f"<unused{n}>" for n in range(size - len(tokens))]
+        real = {
+            "tokenizer.ggml.scores": [0.0] * size,
+            "tokenizer.ggml.token_type": [int(gguf.TokenType.NORMAL)] * size,
+            "tokenizer.ggml.merges": ["a b"],
+        }
+    writer.add_tokenizer_model("gemma4")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(real["tokenizer.ggml.scores"])
+    writer.add_token_types(real["tokenizer.ggml.token_type"])
+    writer.add_token_merges(real["tokenizer.ggml.merges"])
+    for add, token in (
+        (writer.add_pad_token_id, 0),
+        (writer.add_eos_token_id, 1),
+        (writer.add_bos_token_id, 2),
+        (writer.add_unk_token_id, 3),
+    ):
+        add(token)
+    writer.add_add_space_prefix(False)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("file", type=Path)
+    options = parser.parse_args()
+    print(write(options.folder, options.file))
