@@ -1,13 +1,17 @@
 """Timing, machine limits and the record of a measurement.
 
 A benchmark prints its findings for people and, as its last line, one JSON object; with --record
-that line is also appended to docs/numbers/NAME.jsonl, from which report.py makes docs/numbers.md.
+that line is also appended to NAME.jsonl in docs/numbers, or in the folder that is named, from which
+report.py makes a page.
 """
 
+import argparse
+import ctypes
 import datetime
 import gc
 import importlib.metadata
 import json
+import mmap
 import os
 import platform
 import subprocess
@@ -22,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from gemsmith import hardware
+from gemsmith.ops import cpu
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUMBERS = REPOSITORY / "docs" / "numbers"
@@ -68,10 +73,10 @@ def product_rates(tokens: int, width_in: int, width_out: int) -> dict[str, float
     return rates
 
 
-def read_bandwidth(gib: float = 1.0) -> float:
-    """Bytes per second of summing float32 values that no cache holds."""
-    values = torch.ones(int(gib * 2**28))
-    return values.nbytes / best_seconds(values.sum)
+def read_bandwidth(nbytes: int = 1 << 30) -> float:
+    """Bytes per second of reading memory that no cache holds, the best of several times."""
+    reader = Reader(nbytes)
+    return reader.nbytes / best_seconds(reader.read)
 
 
 def machine() -> dict[str, Any]:
@@ -110,10 +115,22 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
+def add_record(parser: argparse.ArgumentParser) -> None:
+    """The option that every benchmark has."""
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        type=Path,
+        const=NUMBERS,
+        metavar="FOLDER",
+        help="append to docs/numbers, or to this folder",
+    )
+
+
 def finish(
-    name: str, results: Mapping[str, Any], about: Mapping[str, Any], *, record: bool
+    name: str, results: Mapping[str, Any], about: Mapping[str, Any], *, record: Path | None
 ) -> None:
-    """Print the JSON line, and append it to docs/numbers/NAME.jsonl if it is to be recorded.
+    """Print the JSON line, and append it to NAME.jsonl in the folder `record` if there is one.
 
     about: `machine()`, taken before the measurements so that its load average is not their own.
     """
@@ -130,7 +147,66 @@ def finish(
         }
     )
     if record:
-        NUMBERS.mkdir(parents=True, exist_ok=True)
-        with (NUMBERS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        record.mkdir(parents=True, exist_ok=True)
+        with (record / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     print(line)
+
+
+def label(bits: str | None) -> str:
+    """What a table calls a format: bfloat16, 4-bit, mobile."""
+    return "bfloat16" if bits is None else f"{bits}-bit" if bits.isdigit() else bits
+
+
+def environment(threads: int) -> dict[str, str]:
+    """For a process of ours that takes no option for it: so many threads."""
+    return os.environ | {"OMP_NUM_THREADS": str(threads)}
+
+
+class Reader:
+    """Reads a buffer of so many bytes whole, as fast as this machine can.
+
+    With the extension by its plain reading (large pages, prefetch, no computing but a sum), without
+    it by torch's sum of floats.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._buffer = torch.empty(max(1, nbytes // 64) * 16)
+        if cpu.available():
+            cpu.advise_hugepages(self._buffer)
+        self._buffer.fill_(1.0)
+        self.nbytes = self._buffer.nbytes
+
+    def read(self) -> None:
+        if cpu.available():
+            cpu.read_memory(self._buffer)
+        else:
+            self._buffer.sum()
+
+
+def cached_bytes(folder: Path) -> int | None:
+    """Bytes of a folder's files that the system's page cache holds now; None where it cannot say.
+
+    Unlike a process's resident set, this is memory that the system takes back when it needs it.
+    """
+    if sys.platform != "linux":
+        return None
+    page, held = os.sysconf("SC_PAGE_SIZE"), 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    for path in folder.iterdir():
+        size = path.stat().st_size if path.is_file() else 0
+        if size == 0:
+            continue
+        with path.open("rb") as file:
+            # Copy-on-write, so that ctypes may take its address; nothing is written.
+            mapped = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE)
+        pages = ctypes.create_string_buffer(-(-size // page))
+        first = ctypes.c_char.from_buffer(mapped)
+        known = libc.mincore(ctypes.addressof(first), size, pages) == 0
+        del first
+        mapped.close()
+        if not known:
+            return None
+        held += page * sum(byte & 1 for byte in pages.raw)
+    return held

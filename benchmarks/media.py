@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--subject", choices=SUBJECTS, action="append", help="all by default")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--record", action="store_true", help="append to docs/numbers")
+    measure.add_record(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     about = measure.machine()

@@ -14,7 +14,6 @@ Run: python -m benchmarks.prefill [--record]
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,10 @@ from torch import Tensor
 from benchmarks import measure, random_checkpoint
 from gemsmith import sizing
 from gemsmith.cache.ring import RingCache
-from gemsmith.config import PRESETS, TextConfig
+from gemsmith.config import TextConfig
 from gemsmith.model.text import TextModel
 from gemsmith.weights.load import load_model
+from gemsmith.weights.names import PLE_TABLE, written_key
 
 MUST_SPEED_UP, MUST_NOT_BE_SLOWER = 2.5, 1.0
 
@@ -45,8 +45,8 @@ def ours(model: TextModel, ids_T: Tensor, *, skip: bool) -> Tensor:
         return model.logits(hidden_RD)[0]
 
 
-def transformers_run(model: TextModel, folder: Path, ids_T: Tensor) -> Callable[[], Tensor]:
-    """The same through Transformers, which skips too; its weights are the very tensors of `model`.
+def transformers_model(model: TextModel, folder: Path) -> Any:
+    """Transformers' decoder; its weights are the very tensors of `model`, which is of floats.
 
     Its per-layer table, which ours reads from the file, is the file mapped into memory.
     """
@@ -62,15 +62,20 @@ def transformers_run(model: TextModel, folder: Path, ids_T: Tensor) -> Callable[
     buffers = {name: b for name, b in likeness.named_buffers() if "layer_scalar" not in name}
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if config.hidden_size_per_layer_input:
-        table = f"{random_checkpoint.PREFIX}embed_tokens_per_layer.weight"
         with safe_open(folder / "model.safetensors", "pt") as file:
-            weights["model.embed_tokens_per_layer.weight"] = file.get_tensor(table)
+            table = file.get_tensor(written_key(PLE_TABLE))
+            weights["model.embed_tokens_per_layer.weight"] = table
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     theirs.load_state_dict(weights, strict=True, assign=True)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         theirs.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
-    theirs.eval().requires_grad_(False)
+    return theirs.eval().requires_grad_(False)
+
+
+def transformers_run(model: TextModel, folder: Path, ids_T: Tensor) -> Callable[[], Tensor]:
+    """The same prompt through Transformers, which skips too."""
+    theirs = transformers_model(model, folder)
 
     def run() -> Tensor:
         with torch.inference_mode():
@@ -102,18 +107,17 @@ def ceiling(config: TextConfig, tokens: int, *, skip: bool, rate: float, bandwid
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--size", default="E2B", choices=[*PRESETS, "tiny-E2B"])
+    parser.add_argument("--size", default="E2B", choices=random_checkpoint.SIZES)
     parser.add_argument("--folder", type=Path, help="where the random checkpoint is kept")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--record", action="store_true", help="append to docs/numbers")
+    measure.add_record(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     about = measure.machine()
     tokens = options.tokens
-    folder = options.folder or Path(tempfile.gettempdir()) / f"gemsmith-random-{options.size}"
-    folder = random_checkpoint.write(random_checkpoint.config_of(options.size), folder)
+    folder = random_checkpoint.made(options.size, None, options.folder)
     loaded, model = load_model(folder)
     config = loaded.text_config
 

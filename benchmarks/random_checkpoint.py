@@ -18,6 +18,7 @@ import io
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,6 +173,12 @@ def write(
         write_tensors(file, parts)
     os.replace(temporary[SINGLE], path)
     return folder
+
+
+def made(size: str, bits: str | None, folder: Path | None) -> Path:
+    """The checkpoint of a size in `folder`, by default below the system's temporary folder."""
+    name = f"gemsmith-random-{size}" + (f"-{bits}" if bits else "")
+    return write(config_of(size), folder or Path(tempfile.gettempdir()) / name, bits=bits)
 
 
 def _parts(

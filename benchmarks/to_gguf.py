@@ -90,7 +90,7 @@ def write(folder: Path, path: Path) -> Path:
     stored = read_checkpoint(folder)
     shapes = expected_shapes(text)
     low = layouts.fold(stored, shapes)[1]
-    kinds = {name: kind_of(name, shape, bool(low)) for name, shape in shapes.items()}
+    kinds = {name: kind_of(name, shape, low=bool(low)) for name, shape in shapes.items()}
     sizes = {name: _bytes(shape, kinds[name]) for name, shape in shapes.items()}
     newest = max(tensor.file.stat().st_mtime for tensor in stored.values())
     kept = path.stat() if path.is_file() else None
@@ -126,7 +126,7 @@ def write(folder: Path, path: Path) -> Path:
     writer.write_padding(file, file.tell())
     file.write(factors.data)
     writer.write_padding(file, factors.nbytes)
-    for name, shape in shapes.items():
+    for name in shapes:
         key = written_key(name)
         for values, scales, bits in _rows(stored, key, low.get(key)):
             file.write(encode(values, kinds[name], scales, bits).data)
@@ -144,7 +144,7 @@ def gguf_name(name: str) -> str:
     return block + rest.replace(ours, NAMES[ours])
 
 
-def kind_of(name: str, shape: tuple[int, ...], low: bool) -> Kind:
+def kind_of(name: str, shape: tuple[int, ...], *, low: bool) -> Kind:
     """The type of a tensor: what llama.cpp's quantizer gives under Q4_0 if `low`."""
     if len(shape) == 1 or ".router." in name:
         return Kind.F32
@@ -153,6 +153,17 @@ def kind_of(name: str, shape: tuple[int, ...], low: bool) -> Kind:
     if name not in (EMBEDDING, PLE_TABLE):
         return Kind.Q4_0
     return Kind.Q6_K if shape[-1] % 256 == 0 else Kind.Q8_0
+
+
+def bytes_per_token(config: TextConfig) -> int:
+    """Bytes of a 4-bit file's weights that one token reads: of experts those chosen, no table."""
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        nbytes = _bytes(shape, kind_of(name, shape, low=True))
+        if "experts." in name:
+            nbytes = nbytes * (config.top_k_experts or 0) // (config.num_experts or 1)
+        total += 0 if name == PLE_TABLE else nbytes
+    return total
 
 
 def encode(q: NDArray[Any], kind: Kind, scale: NDArray[np.float32] | None, bits: int) -> Bytes:
@@ -170,12 +181,12 @@ def encode(q: NDArray[Any], kind: Kind, scale: NDArray[np.float32] | None, bits:
     of_blocks = np.repeat(scale, max(1, K // per // groups), axis=-1).reshape(q.size // per, -1)
     if (of_blocks != of_blocks[:, :1]).any():
         raise ValueError(f"{kind.name}: {per} weights with several scales")
-    # Codes of more bits than the type has lose their last ones.
-    least = 1 << (BITS[kind] - 1)
-    lost = 1 << max(0, bits - BITS[kind])
-    u = np.clip(np.rint(q.reshape(-1, per) / lost), -least, least - 1).astype(np.int16) + least
-    d = (of_blocks[:, :1] * lost).astype(np.float16).view(np.uint8)
-    u = u.astype(np.uint8)
+    least, lost = 1 << (BITS[kind] - 1), max(0, bits - BITS[kind])
+    q = q.reshape(-1, per)
+    if lost:  # codes of more bits than the type has: rounded to those it has
+        q = np.clip((q.astype(np.int16) + (1 << lost >> 1)) >> lost, -least, least - 1)
+    u = q.astype(np.uint8) + np.uint8(least)
+    d = (of_blocks[:, :1] * (1 << lost)).astype(np.float16).view(np.uint8)
     if kind == Kind.Q8_0:
         return np.concatenate([d, u ^ 128], axis=-1)
     if kind == Kind.Q4_0:
@@ -196,7 +207,7 @@ def bfloat16(values: NDArray[Any]) -> Bytes:
 
 
 def rope_factors(config: TextConfig) -> NDArray[np.float32]:
-    """Divisors of the frequencies of full layers: those beyond the rotated part are switched off."""
+    """Divisors of the frequencies of full layers: those not rotated are switched off."""
     half = config.global_head_dim // 2
     rotated = int(config.full_rope.partial_rotary_factor * half)
     return np.where(np.arange(half) < rotated, 1, 1e30).astype(np.float32)
