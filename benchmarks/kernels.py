@@ -12,7 +12,7 @@ Attention: all 35 layers of E2B for one token (or several: verification) over st
 context, its storing of new K/V included. Layers that share K/V read them again, mostly from cache,
 so the rate may pass the ceiling of memory.
 
-Run: python -m benchmarks.kernels
+Run: python -m benchmarks.kernels [--record]
 """
 
 import argparse
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=0.75, help="size of the weights")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    measure.add_record(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if not cpu.available():
@@ -155,7 +156,8 @@ def main() -> None:
     measure.finish(
         "kernels",
         {
-            "model": "none",
+            "model": "any",
+            "dtype": "low-bit",
             "isa": cpu.isa(),
             "threads": cpu.threads(),
             "inputs": INPUTS,
@@ -164,7 +166,7 @@ def main() -> None:
             "runs": results,
         },
         about,
-        record=False,
+        record=options.record,
     )
 
 

@@ -1,9 +1,10 @@
-"""Makes docs/numbers.md from the records in docs/numbers/*.jsonl.
+"""Makes docs/numbers.md from the records in docs/numbers/*.jsonl, or a page from another folder's.
 
-Of each benchmark, model and machine the latest record is shown. Nothing is typed by hand: change
-the page by measuring again with --record.
+Of each benchmark, model, format and machine the latest record is shown, and for each machine what
+must be reached and whether it was (musts.py). Nothing is typed by hand: change the page by
+measuring again with --record.
 
-Run: python -m benchmarks.report [--check]
+Run: python -m benchmarks.report [--check] [FOLDER]
 """
 
 import argparse
@@ -12,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import musts
 from benchmarks.measure import NUMBERS
+from benchmarks.musts import LLAMA, OURS
 
 Record = dict[str, Any]
 HEAD = """# Numbers
@@ -23,15 +26,19 @@ beside its ceiling: what the machine could do at best, measured just before by t
 
 
 def latest(folder: Path) -> list[Record]:
-    """The last record of each name, model and machine, in a stable order."""
-    found: dict[tuple[str, str, str], Record] = {}
+    """The last record of each name, model, format and machine, in a stable order."""
+    found: dict[tuple[str, str, str, str], Record] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
             record: Record = json.loads(line)
-            about = record["machine"]
-            machine = f"{about['cpu']} {' '.join(about['isa'])} {about['threads']}"
-            found[record["name"], record["model"], machine] = record
+            key = record["name"], record["model"], record.get("dtype", "")
+            found[*key, machine_of(record)] = record
     return [found[key] for key in sorted(found)]
+
+
+def machine_of(record: Record) -> str:
+    about = record["machine"]
+    return f"{about['cpu']} ({', '.join(about['isa'])}), {about['threads']} threads"
 
 
 def prefill(record: Record) -> list[str]:
@@ -70,12 +77,90 @@ def memory(record: Record) -> list[str]:
         "|--:|--:|--:|--:|",
         f"| {gib['peak']:.2f} | {gib['floor']:.2f} | {record['peak_over_floor']:.3f} | "
         f"{gib['ple_table']:.2f} |",
-        "",
-        "| tokens | K/V bytes held | by sizing |",
-        "|--:|--:|--:|",
     ]
+    if record.get("page_cache") is not None:
+        cached = record["page_cache"] / 2**30
+        lines += ["", f"The page cache then held {cached:.2f} GiB of the checkpoint's files."]
+    if record["kv"]:
+        lines += ["", "| tokens | K/V bytes held | by sizing |", "|--:|--:|--:|"]
     return lines + [
         f"| {tokens} | {kv['held']} | {kv['sizing']} |" for tokens, kv in record["kv"].items()
+    ]
+
+
+def decode(record: Record) -> list[str]:
+    passes = record["passes_seconds"]
+    one, start = passes["1"]["median"], record["first_token_seconds"]
+    lines = [
+        f"## Decoding, {record['model']}, {record['dtype']}, one sequence",
+        "",
+        "| context | tok/s, median | spread | n | GB a token | ceiling | of it |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for context, run in record["contexts"].items():
+        lines.append(
+            f"| {context} | {run['median']:.2f} | {run['min']:.2f} - {run['max']:.2f} | {run['n']} "
+            f"| {run['bytes'] / 1e9:.3f} | {run['ceiling']:.1f} | "
+            f"{run['median'] / run['ceiling']:.0%} |"
+        )
+    times = ", ".join(f"of {rows} {p['median'] / one:.2f}" for rows, p in passes.items())
+    return [
+        *lines,
+        "",
+        f"A pass of one token takes {one * 1e3:.1f} ms; in multiples of it, {times}. The first "
+        f"token of a {record['prompt_tokens']}-token prompt is there {start['median']:.2f} s "
+        f"({start['min']:.2f} - {start['max']:.2f}) after the start of the process, whose exit is "
+        f"counted too. The machine reads {record['gb_s_measured']:.1f} GB/s.",
+    ]
+
+
+def peers(record: Record) -> list[str]:
+    lines = [
+        f"## Beside others, {record['model']}, {record['dtype']}, in turn",
+        "",
+        "| | tok/s, median | spread | n | int4 is |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    programs = record["programs"]
+    ours = programs[OURS]["speeds"]
+    for name, program in programs.items():
+        for task, run in program["speeds"].items():
+            ratio = ours[task]["median"] / run["median"] if task in ours and name != OURS else None
+            bound = ", upper bound" if task == "8 streams" and "gemsmith" in name else ""
+            lines.append(
+                f"| {name}: {task}{bound} | {run['median']:.2f} | {run['min']:.2f} - "
+                f"{run['max']:.2f} | {run['n']} | {f'{ratio:.2f}x' if ratio else ''} |"
+            )
+        if program["missing"]:
+            lines.append(f"| {name} | {program['missing']} | | | |")
+    lines += ["", "| | GB a token | peak GB, short context | in all | load s |"]
+    lines += ["|---|--:|--:|--:|--:|"]
+    for name, program in programs.items():
+        if program["peak"]:
+            peaks = list(program["peak"].values())
+            lines.append(
+                f"| {name} | {program['bytes_per_token'] / 1e9:.3f} | {peaks[0] / 1e9:.2f} | "
+                f"{max(peaks) / 1e9:.2f} | {program['load']['median']:.1f} |"
+            )
+    apart, rate = record["logit_distance"], record["gb_s_measured"]
+    said = [] if rate is None else [f"The machine reads {rate:.1f} GB/s."]
+    if apart is not None:
+        said.append(f"Logits of gemsmith and llama.cpp are {apart:.3f} apart, on equal weights.")
+    said.append(f"llama.cpp: {programs[LLAMA]['about'] or 'absent'}.")
+    return [*lines, "", " ".join(said)]
+
+
+def kernels(record: Record) -> list[str]:
+    lines = [
+        f"## Products of few rows, {record['isa']}",
+        "",
+        "| | GB/s, median | spread | n | of plain reading |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    return lines + [
+        f"| {name} | {run['median']:.1f} | {run['min']:.1f} - {run['max']:.1f} | {run['n']} | "
+        f"{run['median'] / run['ceiling']:.0%} |"
+        for name, run in record["runs"].items()
     ]
 
 
@@ -114,11 +199,33 @@ def provenance(record: Record) -> str:
     )
 
 
-SECTIONS = {"prefill": prefill, "memory": memory, "media": media}
+SECTIONS = {
+    "decode": decode,
+    "kernels": kernels,
+    "media": media,
+    "memory": memory,
+    "peers": peers,
+    "prefill": prefill,
+}
+
+
+def required(records: list[Record]) -> list[str]:
+    """What must be reached, for each machine that measured some of it."""
+    lines: list[str] = []
+    for machine in dict.fromkeys(machine_of(record) for record in records):
+        found = musts.musts(r for r in records if machine_of(r) == machine)
+        if not any(must.measured is not None for must in found):
+            continue
+        passed = sum(must.passed for must in found)
+        lines += [f"## Must reach, {machine}: {passed} of {len(found)}", ""]
+        lines += ["| | needed | measured | |", "|---|--:|--:|---|"]
+        lines += ["| " + " | ".join(must.cells) + " |" for must in found]
+        lines.append("")
+    return lines
 
 
 def page(records: list[Record]) -> str:
-    parts = [HEAD]
+    parts = [HEAD, *(["\n".join(needed)] if (needed := required(records)) else [])]
     for record in records:
         parts.append("\n".join([*SECTIONS[record["name"]](record), "", provenance(record)]) + "\n")
     return "\n".join(parts)
@@ -126,12 +233,15 @@ def page(records: list[Record]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path, nargs="?", default=NUMBERS, help="of the records")
     parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
     options = parser.parse_args()
-    path = NUMBERS.with_suffix(".md")
-    text = page(latest(NUMBERS))
+    path = options.folder.with_suffix(".md")
+    records = latest(options.folder)
+    text = page(records)
     if not options.check:
         path.write_text(text, encoding="utf-8")
+        print("\n".join([*required(records), f"all of it: {path}"]))
     elif not path.is_file() or path.read_text(encoding="utf-8") != text:
         sys.exit(f"{path} is not what its records say; run python -m benchmarks.report")
 

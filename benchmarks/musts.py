@@ -1,0 +1,198 @@
+"""What gemsmith must reach on two cores, what it reached, and why not where it did not.
+
+Judged from records alone, never typed: what was not measured says so. A requirement holds for the
+model it names, and for ratios between programs both figures come from one run.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Record = Mapping[str, Any]
+OURS, MOBILE = "gemsmith int4", "gemsmith mobile"
+LLAMA, TRANSFORMERS = "llama.cpp Q4_0", "Transformers bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class Must:
+    """One requirement and how it stands."""
+
+    text: str
+    needed: float
+    unit: str
+    at_most: bool
+    measured: float | None
+    why: str = ""
+    """What the shortfall comes from, or why nothing was measured."""
+
+    @property
+    def passed(self) -> bool:
+        if self.measured is None:
+            return False
+        return self.measured <= self.needed if self.at_most else self.measured >= self.needed
+
+    @property
+    def verdict(self) -> str:
+        if self.measured is None:
+            return f"not measured: {self.why}"
+        if self.passed:
+            return "pass" + (f" ({self.why})" if self.why else "")
+        gap = abs(self.measured - self.needed) / self.needed
+        return f"{gap:.0%} {'over' if self.at_most else 'short'}" + (
+            f": {self.why}" if self.why else ""
+        )
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        sign = "<=" if self.at_most else ">="
+        found = "-" if self.measured is None else _number(self.measured, self.unit)
+        return self.text, f"{sign} {_number(self.needed, self.unit)}", found, self.verdict
+
+
+def musts(records: Iterable[Record]) -> list[Must]:
+    """Every requirement, judged from the latest of the records given (in their order)."""
+    latest: dict[tuple[str, str, str], Record] = {}
+    for record in records:
+        latest[record["name"], record["model"], record.get("dtype", "")] = record
+    e2b = latest.get(("peers", "E2B", "4-bit"))
+    return [
+        *_decoding(e2b),
+        *_prefill(e2b),
+        *_alone(latest),
+        *_large(latest),
+    ]
+
+
+def _decoding(peers: Record | None) -> Iterator[Must]:
+    for name, needed in ((OURS, 1.4), (MOBILE, 2.2)):
+        yield _ratio(peers, "decode 128", name, LLAMA, needed, why=_reading)
+        share, why = None, _absent(peers, name, "decode 128")
+        ceiling = peers and peers["gb_s_measured"]
+        if not why and peers and ceiling:
+            speed = _speed(peers, name, "decode 128") or 0.0
+            share = speed * peers["programs"][name]["bytes_per_token"] / 1e9 / ceiling
+            why = f"of {ceiling:.1f} GB/s; the rest is not reading of weights"
+            why = "" if share >= 0.85 else why
+        yield Must(f"decode, {name}, weights read", 0.85, "%", False, share, why)
+        yield _within(peers, name)
+    yield _ratio(
+        peers, "8 streams", OURS, LLAMA, 2.0,
+        why=lambda *_: "8 rows of one sequence, an upper bound: there are no batches yet",
+    )  # fmt: skip
+
+
+def _within(peers: Record | None, name: str) -> Must:
+    """Speed at 8192 over speed at 128."""
+    why = _absent(peers, name, "decode 8192")
+    share = None
+    if peers and not why:
+        share = (_speed(peers, name, "decode 8192") or 0) / (_speed(peers, name, "decode 128") or 1)
+        why = "" if share >= 0.8 else "attention over the context takes the difference"
+    return Must(f"decode at 8192 over 128, {name}", 0.8, "%", False, share, why)
+
+
+def _prefill(peers: Record | None) -> Iterator[Must]:
+    amx = any(isa.startswith("amx") for isa in peers["machine"]["isa"]) if peers else False
+    for tokens in (512, 2048):
+        task = f"prefill {tokens}"
+        yield _ratio(peers, task, OURS, TRANSFORMERS, 2.5)
+        yield _ratio(peers, task, OURS, LLAMA, 15.0 if amx else 4.0)
+    why, kept = _absent(peers, OURS, "prefill 8192"), None
+    if peers and not why:
+        kept = (_speed(peers, OURS, "prefill 8192") or 0) / (
+            _speed(peers, OURS, "prefill 2048") or 1
+        )
+        theirs = _speed(peers, LLAMA, "prefill 8192"), _speed(peers, LLAMA, "prefill 2048")
+        why = f"llama.cpp keeps {theirs[0] / theirs[1]:.0%}" if theirs[0] and theirs[1] else ""
+    yield Must("prefill of 8192 over 2048 tokens, gemsmith int4", 0.5, "%", False, kept, why)
+
+
+def _alone(latest: Mapping[tuple[str, str, str], Record]) -> Iterator[Must]:
+    for dtype, most in (("4-bit", 1.7), ("mobile", 1.25)):
+        decode = latest.get(("decode", "E2B", dtype))
+        why = (
+            "" if decode else f"run python -m benchmarks.decode --bits {dtype.removesuffix('-bit')}"
+        )
+        passes = decode["passes_seconds"] if decode else {}
+        for rows, times in (("4", 1.4), ("8", 2.0)):
+            found = passes[rows]["median"] / passes["1"]["median"] if passes else None
+            cause = why or (
+                "" if found and found <= times else "computing, not reading, takes longer"
+            )
+            yield Must(f"a pass of {rows} tokens over one, {dtype}", times, "x", True, found, cause)
+        found = decode["first_token_seconds"]["median"] if decode else None
+        yield Must(f"start to first token, {dtype}", 2.5, "s", True, found, why)
+        memory = latest.get(("memory", "E2B", dtype))
+        why = (
+            "" if memory else f"run python -m benchmarks.memory --bits {dtype.removesuffix('-bit')}"
+        )
+        if memory:
+            why = f"{memory['floor'] / 1e9:.2f} GB of it are weights"
+            if memory.get("page_cache") is not None:
+                why += f"; {memory['page_cache'] / 1e9:.2f} GB more in the page cache"
+        found = memory["peak"] / 1e9 if memory else None
+        yield Must(f"peak memory, 256 tokens, {dtype}", most, "GB", True, found, why)
+
+
+def _large(latest: Mapping[tuple[str, str, str], Record]) -> Iterator[Must]:
+    peers = latest.get(("peers", "26B-A4B", "4-bit"))
+    yield _ratio(peers, "decode 128", OURS, LLAMA, 1.4, of="26B-A4B", why=_reading)
+    why, peak = _absent(peers, OURS, "decode 128"), None
+    if peers and not why:
+        peak = peers["programs"][OURS]["peak"]["decode 128"] / 1e9
+    yield Must("peak memory, 26B-A4B int4", 16.0, "GB", True, peak, why)
+
+
+def _ratio(
+    peers: Record | None,
+    task: str,
+    ours: str,
+    theirs: str,
+    needed: float,
+    *,
+    of: str = "",
+    why: Callable[[Record, str, str, float], str] = lambda *_: "",
+) -> Must:
+    text = f"{of} {task}, {ours} over {theirs}".strip()
+    missing = _absent(peers, ours, task) or _absent(peers, theirs, task)
+    if missing or not peers:
+        return Must(text, needed, "x", False, None, missing)
+    ratio = (_speed(peers, ours, task) or 0) / (_speed(peers, theirs, task) or 1)
+    return Must(text, needed, "x", False, ratio, why(peers, ours, theirs, needed))
+
+
+def _reading(peers: Record, ours: str, theirs: str, needed: float) -> str:
+    """What the machine's reading speed allows, if that is the limit."""
+    ceiling = peers["gb_s_measured"]
+    if not ceiling:
+        return ""
+    mine = peers["programs"][ours]["bytes_per_token"]
+    speed, their_speed = (_speed(peers, name, "decode 128") or 1 for name in (ours, theirs))
+    share = speed * mine / 1e9 / ceiling
+    most = ceiling * 1e9 / mine / their_speed
+    if speed / their_speed >= needed:
+        return ""
+    if most < needed:
+        return f"at {ceiling:.1f} GB/s {mine / 1e9:.2f} GB a token allow {most:.2f}x at most"
+    return f"reads at {share:.0%} of {ceiling:.1f} GB/s; at all of it {most:.2f}x"
+
+
+def _absent(peers: Record | None, name: str, task: str) -> str:
+    """Why there is no such figure; empty if there is one."""
+    if peers is None:
+        return "run python -m benchmarks.peers"
+    program = peers["programs"].get(name)
+    if program is None:
+        return f"{name} does not run this model"
+    if task not in program["speeds"]:
+        return f"{name}: {program['missing'] or 'not asked for'}"
+    return ""
+
+
+def _speed(peers: Record, name: str, task: str) -> float | None:
+    found = peers["programs"].get(name, {}).get("speeds", {}).get(task)
+    return found and found["median"]
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.0%}" if unit == "%" else f"{value:.2f} {unit}".replace(" x", "x")
