@@ -1,15 +1,19 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import measure, memory, prefill, random_checkpoint, report
+from benchmarks import decode, measure, memory, musts, prefill, random_checkpoint, report
 from gemsmith import sizing
 from gemsmith.config import PRESETS, text_only
 from gemsmith.testing import tolerance
 from gemsmith.weights.load import load_model
+
+PRESET = random_checkpoint.config_of("tiny-E2B")
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -73,6 +77,12 @@ def test_ceiling_counts_every_weight_once() -> None:
     assert read_only == pytest.approx(2 * (1.2993 + 0.4027), rel=0.01)
 
 
+def test_the_table_in_few_bits_is_counted_with_its_scales(tmp_path: Path) -> None:
+    folder = random_checkpoint.made("tiny-E2B", "4", tmp_path)
+    # 1024 rows of 8 layers x 32: a byte a weight, a bfloat16 scale a layer, the stated shape.
+    assert memory.table_bytes(folder) == 1024 * 8 * (32 + 2) + 16
+
+
 def test_memory_floor_of_e2b_is_what_every_token_passes_through() -> None:
     assert memory.floor_bytes(text_only(PRESETS["E2B"])) == 2 * 2_279_759_104
 
@@ -108,6 +118,154 @@ def test_media_stand_beside_decoding_alone_and_their_peers(tmp_path: Path) -> No
     assert "| photo: Transformers | 500.0 | 250.0 - 1000.0 | 5 | 5.00 | 2.50x as fast |" in page
     assert "| photo: decoding alone | 100.0 | 50.0 - 200.0 | 5 | 1.00 |  |" in page
     assert "| photo: torchvision | not installed |" in page
+
+
+def peers_record(**speeds: dict[str, float]) -> dict[str, Any]:
+    """A record of peers.py: of each program, tok/s by task."""
+    names = {
+        "int4": musts.OURS,
+        "mobile": musts.MOBILE,
+        "llama": musts.LLAMA,
+        "transformers": musts.TRANSFORMERS,
+    }
+    programs = {
+        names[short]: {
+            "speeds": {t: {"median": v, "min": v, "max": v, "n": 5} for t, v in tasks.items()},
+            "peak": {"decode 128": 2_000_000_000},
+            "load": {"median": 1.0},
+            "bytes_per_token": 1_500_000_000,
+            "about": "an ISA",
+            "missing": "" if tasks else "not installed",
+        }
+        for short, tasks in speeds.items()
+    }
+    return record(
+        name="peers", dtype="4-bit", programs=programs, gb_s_measured=30.0, logit_distance=0.05
+    )
+
+
+def judged(records: list[dict[str, Any]]) -> dict[str, musts.Must]:
+    return {must.text: must for must in musts.musts(records)}
+
+
+def test_a_must_is_passed_missed_by_so_much_or_not_measured() -> None:
+    made = peers_record(
+        int4={"decode 128": 15.0, "decode 8192": 13.0, "prefill 512": 800.0},
+        llama={"decode 128": 10.0, "prefill 512": 100.0},
+        mobile={"decode 128": 18.0},
+        transformers={},
+    )
+    found = judged([made])
+    ratio = found["decode 128, gemsmith int4 over llama.cpp Q4_0"]
+    assert ratio.cells[1:] == (">= 1.40x", "1.50x", "pass")
+    mobile = found["decode 128, gemsmith mobile over llama.cpp Q4_0"]
+    # 30 GB/s over 1.5 GB a token are 20 tokens a second: twice llama.cpp, whatever we do.
+    assert mobile.cells[2:] == (
+        "1.80x",
+        "18% short: at 30.0 GB/s 1.50 GB a token allow 2.00x at most",
+    )
+    assert found["decode, gemsmith int4, weights read"].cells[2] == "75%"
+    assert found["decode at 8192 over 128, gemsmith int4"].passed
+    absent = found["prefill 512, gemsmith int4 over Transformers bf16"]
+    assert not absent.passed
+    assert absent.verdict == "not measured: Transformers bf16: not installed"
+    # Without AMX four times llama.cpp are asked for, with it fifteen.
+    assert found["prefill 512, gemsmith int4 over llama.cpp Q4_0"].needed == 4.0
+    made["machine"]["isa"] = ["avx2", "amx_int8"]
+    assert judged([made])["prefill 512, gemsmith int4 over llama.cpp Q4_0"].needed == 15.0
+
+
+def test_nothing_measured_is_nothing_passed() -> None:
+    found = musts.musts([])
+    assert len(found) == 22
+    assert not any(must.passed for must in found)
+    assert all(must.verdict.startswith("not measured: run python -m") for must in found)
+
+
+def test_memory_and_passes_are_judged_by_their_own_records() -> None:
+    one, eight = {"median": 0.1, "min": 0.1, "max": 0.1, "n": 7}, {"median": 0.25}
+    run = {"median": 9.0, "min": 8.0, "max": 10.0, "n": 7, "bytes": 10**9, "ceiling": 20.0}
+    decode = record(
+        name="decode",
+        dtype="mobile",
+        contexts={"128": run},
+        passes_seconds={"1": one, "4": one, "8": eight},
+        first_token_seconds=one | {"median": 2.0},
+        prompt_tokens=32,
+    )
+    memory_record = record(
+        name="memory",
+        dtype="mobile",
+        peak=1_300_000_000,
+        floor=10**9,
+        ple_table=1,
+        peak_over_floor=1.3,
+        page_cache=2 * 10**9,
+        kv={},
+    )
+    found = judged([decode, memory_record])
+    assert found["a pass of 4 tokens over one, mobile"].passed
+    assert found["a pass of 8 tokens over one, mobile"].cells[2:] == (
+        "2.50x",
+        "25% over: computing, not reading, takes longer",
+    )
+    assert found["start to first token, mobile"].passed
+    assert found["peak memory, 256 tokens, mobile"].verdict == (
+        "4% over: 1.00 GB of it are weights; 2.00 GB more in the page cache"
+    )
+    page = report.page([decode, memory_record, peers_record(int4={"decode 128": 5.0}, llama={})])
+    assert "## Must reach, A processor (avx2), 2 threads: 2 of 22" in page
+    assert "| 128 | 9.00 | 8.00 - 10.00 | 7 | 1.000 | 20.0 | 45% |" in page
+    assert "The page cache then held 1.86 GiB of the checkpoint's files." in page
+    assert "| gemsmith int4: decode 128 | 5.00 | 5.00 - 5.00 | 5 |  |" in page
+    assert "| llama.cpp Q4_0 | not installed | | | |" in page
+
+
+def test_a_dry_run_of_decode_writes_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(decode, "first_token", lambda *_: ([1.5, 2.0, 2.5], 32))
+    argv = ["decode", "--size", "tiny-E2B", "--folder", str(tmp_path / "folder")]
+    argv += ["--contexts", "8", "64", "--repeats", "2", "--record", str(tmp_path / "numbers")]
+    monkeypatch.setattr("sys.argv", argv)
+    decode.main()
+    (made,) = report.latest(tmp_path / "numbers")
+    assert made == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert made["contexts"].keys() == {"8", "64"}
+    for tokens, run in made["contexts"].items():
+        kv = sizing.decode_bytes(PRESET.text_config, int(tokens), 1) - sizing.decode_bytes(
+            PRESET.text_config, 0, 1
+        )
+        assert (run["bytes"] - decode.weight_bytes(tmp_path / "folder")) % kv == 0
+        assert run["median"] > 0
+    assert made["passes_seconds"].keys() == {"1", "4", "8"}
+    assert made["first_token_seconds"]["median"] == 2.0
+    assert "## Decoding, tiny-E2B, 4-bit, one sequence" in report.page([made])
+
+
+def test_a_prompt_of_the_first_token_has_32_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[str] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        prompts.append(command[-1])
+        usage = {"usage": {"prompt_tokens": 11 + len(command[-1])}}
+        return subprocess.CompletedProcess(command, 0, json.dumps(usage), "")
+
+    monkeypatch.setattr(decode.subprocess, "run", run)
+    seconds, tokens = decode.first_token(tmp_path, 1, 3)
+    assert (len(seconds), tokens) == (3, 32)
+    assert [len(prompt) for prompt in prompts] == [1, 21, 21, 21, 21]  # the first two are warm-up
+
+
+def test_the_page_cache_holds_what_was_just_read(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        assert measure.cached_bytes(tmp_path) is None
+        return
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    (tmp_path / "empty").touch()
+    assert measure.cached_bytes(tmp_path) in range(1 << 20, (1 << 20) + 1)
 
 
 def test_the_page_of_numbers_is_what_its_records_say() -> None:

@@ -1,4 +1,6 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -6,9 +8,10 @@ from safetensors import safe_open
 
 from benchmarks import random_checkpoint
 from gemsmith.config import PRESETS
-from gemsmith.errors import CapacityError
+from gemsmith.errors import CapacityError, ConfigError
 from gemsmith.text.tokenizer import Tokenizer
-from gemsmith.weights.load import load_model
+from gemsmith.weights.convert import Recipe, left_as_floats, quantize_checkpoint
+from gemsmith.weights.load import load_model, read_checkpoint
 
 
 def test_a_random_checkpoint_loads_and_reads_any_text(tmp_path: Path) -> None:
@@ -24,6 +27,38 @@ def test_a_random_checkpoint_loads_and_reads_any_text(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == config.text_config.vocab_size
     text = "Grüße, 世界\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("size", ["tiny-E2B", "tiny-26B-A4B", "tiny-31B"])
+@pytest.mark.parametrize("bits", ["8", "4", "2", "mobile"])
+def test_a_low_bit_folder_is_what_quantize_would_have_written(
+    size: str, bits: str, tmp_path: Path
+) -> None:
+    if bits == "mobile" and "A4B" in size:
+        with pytest.raises(ConfigError, match="its layout has no place for experts"):
+            random_checkpoint.made(size, bits, tmp_path / "straight")
+        return
+    straight = random_checkpoint.made(size, bits, tmp_path / "straight")
+    floats = random_checkpoint.made(size, None, tmp_path / "floats")
+    quantize_checkpoint(floats, tmp_path / "quantized", Recipe(bits))
+    straight_config, quantized_config = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (straight, tmp_path / "quantized")
+    )
+    assert straight_config == quantized_config
+    found, expected = (read_checkpoint(folder) for folder in (straight, tmp_path / "quantized"))
+    assert {key: (t.dtype, t.shape) for key, t in found.items()} == {
+        key: (t.dtype, t.shape) for key, t in expected.items()
+    }
+    assert not left_as_floats(straight) or bits == "mobile"
+
+
+@pytest.mark.parametrize("bits", ["8", "4", "2"])
+def test_low_bit_noise_has_the_same_spread(bits: str, tmp_path: Path) -> None:
+    _, model = load_model(random_checkpoint.made("tiny-E2B", bits, tmp_path), dtype=torch.float32)
+    weight: Any = model.layers[0].mlp.up_proj.weight
+    spread = weight.stored.dequantize().std().item()
+    assert spread == pytest.approx(random_checkpoint.DEVIATION, rel=0.25)
 
 
 def test_rows_of_a_random_matrix_differ(tmp_path: Path) -> None:
