@@ -33,7 +33,7 @@ class Llama:
     """A model and what `peers.py` asks of it."""
 
     def __init__(self, path: str, threads: int, scratch: str) -> None:
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         self.cpp: Any = llama_cpp
         self.threads, self.scratch = threads, Path(scratch)

@@ -174,20 +174,27 @@ def distance(ours: Program, theirs: Program, where: dict[str, Any], vocabulary: 
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def programs(size: str, folder: Path) -> list[Program]:
-    """Those that can run here, and those that cannot with the reason."""
+def programs(size: str, folder: Path | None) -> list[Program]:
+    """Those that can run here, and those that cannot with the reason.
+
+    Checkpoints are kept in `folder`, or where the other benchmarks have theirs.
+    """
+
+    def place(bits: str) -> Path | None:
+        return folder / f"{size}-{bits}" if folder else None
+
     worker = [sys.executable, "-m", "benchmarks.workers"]
     made: list[Program] = []
-    four = random_checkpoint.made(size, "4", folder / f"{size}-4")
+    four = random_checkpoint.made(size, "4", place("4"))
     config = Gemma4Config.load(four)
     made.append(Program("gemsmith int4", [*worker, "gemsmith"], four, decode.weight_bytes(four)))
     if not config.text_config.enable_moe_block:
-        mobile = random_checkpoint.made(size, "mobile", folder / f"{size}-mobile")
+        mobile = random_checkpoint.made(size, "mobile", place("mobile"))
         made.append(
             Program("gemsmith mobile", [*worker, "gemsmith"], mobile, decode.weight_bytes(mobile))
         )
     python, missing = llama_python()
-    file = folder / f"{size}-Q4_0.gguf"
+    file = four.with_name(f"{four.name}-Q4_0.gguf")
     if python:
         to_gguf.write(four, file)
     made.append(
@@ -200,7 +207,7 @@ def programs(size: str, folder: Path) -> list[Program]:
         )
     )
     if not config.text_config.enable_moe_block:
-        floats = random_checkpoint.made(size, None, folder / size)
+        floats = random_checkpoint.made(size, None, place("16"))
         made.append(
             Program(
                 "Transformers bf16",
@@ -225,11 +232,10 @@ def main() -> None:
     cores = (
         sorted(os.sched_getaffinity(0))[: options.threads] if platform.system() == "Linux" else []
     )
-    folder = options.folder or Path(tempfile.gettempdir()) / "gemsmith-peers"
-    all_programs = programs(options.size, folder)
+    all_programs = programs(options.size, options.folder)
     tasks = tasks_of(options.size)
 
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         where = {"threads": options.threads, "cores": cores, "scratch": scratch}
         by_name = {program.name: program for program in all_programs}
         ours, llama = by_name["gemsmith int4"], by_name["llama.cpp Q4_0"]

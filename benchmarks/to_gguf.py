@@ -185,20 +185,21 @@ def encode(q: NDArray[Any], kind: Kind, scale: NDArray[np.float32] | None, bits:
     q = q.reshape(-1, per)
     if lost:  # codes of more bits than the type has: rounded to those it has
         q = np.clip((q.astype(np.int16) + (1 << lost >> 1)) >> lost, -least, least - 1)
-    u = q.astype(np.uint8) + np.uint8(least)
+    u: Bytes = np.add(q.astype(np.uint8), np.uint8(least), dtype=np.uint8)
     d = (of_blocks[:, :1] * (1 << lost)).astype(np.float16).view(np.uint8)
     if kind == Kind.Q8_0:
-        return np.concatenate([d, u ^ 128], axis=-1)
-    if kind == Kind.Q4_0:
-        return np.concatenate([d, u[:, :16] | u[:, 16:] << 4], axis=-1)
-    # Q6_K: of each half four runs of 32; low four bits of two runs in a byte, high two of four.
-    runs = u.reshape(-1, 2, 4, 32)
-    low, high = runs & 15, runs >> 4
-    low = low[:, :, :2] | low[:, :, 2:] << 4
-    high = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
-    count = len(u)
-    ones = np.ones((count, 16), np.uint8)
-    return np.concatenate([low.reshape(count, -1), high.reshape(count, -1), ones, d], axis=-1)
+        parts = [d, u ^ 128]
+    elif kind == Kind.Q4_0:
+        parts = [d, u[:, :16] | u[:, 16:] << 4]
+    else:
+        # Q6_K: of each half four runs of 32; low four bits of two runs in a byte, high two of four.
+        runs = u.reshape(-1, 2, 4, 32)
+        low, high = runs & 15, runs >> 4
+        low = low[:, :, :2] | low[:, :, 2:] << 4
+        high = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
+        ones = np.ones((len(u), 16), np.uint8)
+        parts = [low.reshape(len(u), -1), high.reshape(len(u), -1), ones, d]
+    return np.concatenate(parts, axis=-1).astype(np.uint8, copy=False)
 
 
 def bfloat16(values: NDArray[Any]) -> Bytes:
