@@ -31,23 +31,23 @@ T* at(Address address) {
 }
 
 void matmul(Address lines, Address scales, int64_t N, int64_t K, int bits, int64_t group,
-            Address x8, Address sx, int64_t M, Address y) {
-  gemsmith::matmul(at<const uint8_t>(lines), at<const float>(scales), N, K, bits, group,
-                   at<const int8_t>(x8), at<const float>(sx), M, at<float>(y));
+            int scale_bits, Address x8, Address sx, int64_t M, Address y) {
+  gemsmith::matmul(at<const uint8_t>(lines), at<const void>(scales), N, K, bits, group,
+                   scale_bits, at<const int8_t>(x8), at<const float>(sx), M, at<float>(y));
 }
 
 void linear(Address lines, Address scales, int64_t N, int64_t K, int bits, int64_t group,
-            Address x, int64_t M, Address y) {
-  gemsmith::linear(at<const uint8_t>(lines), at<const float>(scales), N, K, bits, group,
-                   at<const float>(x), M, at<float>(y));
+            int scale_bits, Address x, int64_t M, Address y) {
+  gemsmith::linear(at<const uint8_t>(lines), at<const void>(scales), N, K, bits, group,
+                   scale_bits, at<const float>(x), M, at<float>(y));
 }
 
-// (lines, scales, outputs, inputs, bits, group), or six zeros for a weight that the layer lacks.
-using WeightFields = std::array<int64_t, 6>;
+// (lines, scales, outputs, inputs, bits, group, scale_bits), or seven zeros for a weight that the layer lacks.
+using WeightFields = std::array<int64_t, 7>;
 
 gemsmith::Weight weight(const WeightFields& f) {
-  return {at<const uint8_t>(static_cast<Address>(f[0])), at<const float>(static_cast<Address>(f[1])),
-          f[2], f[3], static_cast<int>(f[4]), f[5]};
+  return {at<const uint8_t>(static_cast<Address>(f[0])), at<const void>(static_cast<Address>(f[1])),
+          f[2], f[3], static_cast<int>(f[4]), f[5], static_cast<int>(f[6])};
 }
 
 // Orders as in `Layer` of layer.h.
@@ -116,16 +116,14 @@ NB_MODULE(_native, m) {
     gemsmith::pack_lines(at<const uint8_t>(packed), N, K, bits, at<uint8_t>(lines));
   }, release);
   m.def("unpack_rows", [](Address lines, Address scales, int64_t K, int bits, int64_t group,
-                          Address rows, int64_t count, Address out) {
-    gemsmith::unpack_rows(at<const uint8_t>(lines), at<const float>(scales), K, bits, group,
-                          at<const int64_t>(rows), count, at<float>(out));
+                          int scale_bits, Address rows, int64_t count, Address out) {
+    gemsmith::unpack_rows(at<const uint8_t>(lines), at<const void>(scales), K, bits, group,
+                          scale_bits, at<const int64_t>(rows), count, at<float>(out));
   }, release);
   m.def("quantize_rows", [](Address x, int64_t M, int64_t K, Address x8, Address sx) {
     gemsmith::quantize_rows(at<const float>(x), M, K, at<int8_t>(x8), at<float>(sx));
   }, release);
-  // One function under two names: M up to 8 and any M. A matrix unit would part them.
-  m.def("gemv", matmul, release);
-  m.def("gemm", matmul, release);
+  m.def("matmul", matmul, release);
   m.def("linear", linear, release);
   nb::class_<gemsmith::Layer>(m, "Layer")
       .def("before", [](const gemsmith::Layer& self, Address x, int64_t M, Address cosine,

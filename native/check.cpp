@@ -28,12 +28,13 @@ struct Case {
   int bits;
   std::vector<uint8_t> lines;
   std::vector<float> scales, sx, expected;
+  std::vector<uint16_t> halves;  // the scales as bfloat16
   std::vector<int8_t> x8;
 };
 
 // kind 0: random; 1: the largest sums there can be; 2: zeros.
 Case make(const Shape& shape, int bits, int64_t M, int kind) {
-  Case made{shape.N, shape.K, shape.group, M, bits, {}, {}, {}, {}, {}};
+  Case made{shape.N, shape.K, shape.group, M, bits, {}, {}, {}, {}, {}, {}};
   const auto [N, K, group] = shape;
   const int64_t blocks = ceil_div(N, BLOCK), groups = group ? K / group : 1;
   const int64_t row_bytes = ceil_div(K * bits, 8);
@@ -48,7 +49,13 @@ Case make(const Shape& shape, int bits, int64_t M, int kind) {
   made.lines.resize(blocks * ceil_div(K, line_inputs(bits)) * LINE);
   pack_lines(packed.data(), N, K, bits, made.lines.data());
   made.scales.resize(blocks * groups * BLOCK);
-  for (float& scale : made.scales) scale = static_cast<float>(random_bits() % 1000) / 999 - 0.5f;
+  for (float& scale : made.scales) {  // such as bfloat16 holds
+    scale = static_cast<float>(random_bits() % 1000) / 999 - 0.5f;
+    uint32_t word;
+    std::memcpy(&word, &scale, sizeof(word));
+    made.halves.push_back(static_cast<uint16_t>(word >> 16));
+    scale = widened(made.halves.back());
+  }
   made.x8.resize(M * K);
   for (int8_t& x : made.x8) x = static_cast<int8_t>(kind == 0 ? random_bits() % 256 - 128 : -128);
   made.sx.resize(M);
@@ -78,10 +85,15 @@ void compare(const char* what, const Case& c, const std::vector<float>& y) {
 }
 
 void run(const Case& c) {
-  std::vector<float> y(c.M * c.N, -1);
-  matmul(c.lines.data(), c.scales.data(), c.N, c.K, c.bits, c.group, c.x8.data(), c.sx.data(), c.M,
-         y.data());
-  compare("product", c, y);
+  for (int scale_bits : {32, 16}) {
+    if (scale_bits == 16 && !c.group) continue;
+    const void* scales = c.scales.data();
+    if (scale_bits == 16) scales = c.halves.data();
+    std::vector<float> y(c.M * c.N, -1);
+    matmul(c.lines.data(), scales, c.N, c.K, c.bits, c.group, scale_bits, c.x8.data(),
+           c.sx.data(), c.M, y.data());
+    compare("product", c, y);
+  }
 }
 
 void quantize(int64_t M, int64_t K) {
@@ -212,14 +224,16 @@ void hammer(const Case& c, int repeats) {
 
 int main() {
   const Shape shapes[] = {{1, 1, 0},   {16, 16, 0},   {17, 33, 0},   {40, 130, 0},
-                          {96, 640, 0}, {15, 128, 32}, {33, 256, 64}, {16, 384, 128}};
-  const int64_t rows[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 35};
+                          {96, 640, 0}, {15, 128, 32}, {33, 256, 64}, {16, 384, 128},
+                          {50, 288, 96}};
+  const int64_t rows[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17, 35, 48};
   std::vector<Case> cases;
   for (const Shape& shape : shapes)
     for (int bits : {2, 4, 8})
       for (int64_t M : rows) cases.push_back(make(shape, bits, M, 0));
   for (int bits : {2, 4, 8})
-    for (int kind : {1, 2}) cases.push_back(make({16, 4096, 0}, bits, 4, kind));
+    for (int kind : {1, 2})
+      for (int64_t M : {4, 33}) cases.push_back(make({16, 4096, 0}, bits, M, kind));
   const Case large = make({2048, 512, 0}, 4, 1, 0);  // enough for several threads
   std::vector<Attended> attended;
   for (int format : {FLOAT32, BFLOAT16, INT8}) {

@@ -1,8 +1,4 @@
 // Which instruction set's kernels run. One row per isa_*.cpp, slowest first.
-//
-// To come: AMX int8 (tiles over the same lines; needs the system's leave, arch_prctl
-// ARCH_REQ_XCOMP_PERM 18, and GCC 12 may drop stores to a tile configuration that nothing else
-// reads) and, on Arm, dot product and i8mm (asked of getauxval).
 #include <atomic>
 #include <cstring>
 
@@ -13,12 +9,21 @@ namespace gemsmith {
 namespace {
 
 const Kernels* const ALL[] = {
+#ifdef GEMSMITH_ISA_AMX_EMULATED
+    &AMX_EMULATED,
+#endif
     &GENERIC,
 #ifdef GEMSMITH_ISA_AVX2
     &AVX2,
 #endif
 #ifdef GEMSMITH_ISA_AVX512VNNI
     &AVX512VNNI,
+#endif
+#ifdef GEMSMITH_ISA_AMX
+    &AMX,
+#endif
+#ifdef GEMSMITH_ISA_NEON
+    &NEON,
 #endif
 };
 constexpr int COUNT = sizeof(ALL) / sizeof(ALL[0]);

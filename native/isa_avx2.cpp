@@ -20,7 +20,19 @@ inline __m256i broadcast4(const int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
-template <int B, int M, bool G>
+// 8 scales, the at-th and on.
+template <int S>
+inline __m256 load_scales(const void* scales, int64_t at) {
+  if constexpr (S == 16) {
+    const __m128i bits = _mm_loadu_si128(
+        reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(scales) + at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  } else {
+    return _mm256_loadu_ps(static_cast<const float*>(scales) + at);
+  }
+}
+
+template <int B, int M, int S>
 void tile(const Product& p, int64_t block, int64_t m0) {
   constexpr int F = 8 / B;
   // Lines added in 16 bits: 8 steps of 2 * 15 * 128, or 32 steps of 2 * 3 * 128, fit.
@@ -30,7 +42,7 @@ void tile(const Product& p, int64_t block, int64_t m0) {
   const int64_t n0 = block * BLOCK;
   for (int half = 0; half < 2 && n0 + 8 * half < p.N; half++) {
     const uint8_t* w = p.lines + block * p.line_count * LINE + 32 * half;
-    const float* scale = p.scales + block * p.groups * BLOCK + 8 * half;
+    int64_t scale = block * p.groups * BLOCK + 8 * half;
     const int8_t* x = p.x + m0 * p.stride;
     __m256 total[M];
     for (int m = 0; m < M; m++) total[m] = _mm256_setzero_ps();
@@ -71,7 +83,7 @@ void tile(const Product& p, int64_t block, int64_t m0) {
             sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(shorts[m], ones));
         }
       }
-      const __m256 s = _mm256_loadu_ps(scale);
+      const __m256 s = load_scales<S>(p.scales, scale);
       for (int m = 0; m < M; m++)
         total[m] = _mm256_add_ps(total[m], _mm256_mul_ps(_mm256_cvtepi32_ps(sum[m]), s));
     }
@@ -102,6 +114,6 @@ bool runs_here() { return __builtin_cpu_supports("avx2"); }
 #include "rows-inl.h"
 
 namespace gemsmith {
-const Kernels AVX2 = {"avx2", runs_here, product, quantize, norm,
-                             add_norm, geglu, rotate, read, ATTENTION};
+const Kernels AVX2 = {"avx2", runs_here, product, quantize, norm, add_norm, geglu,
+    rotate, read, sums, ATTENTION};
 }

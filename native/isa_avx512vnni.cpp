@@ -3,7 +3,7 @@
 //
 // A sum in one register would wait for each vpdpbusd's latency; with few rows each row's sum is
 // therefore spread over several registers that are added at the end (8 for one row: 2.7 times as
-// fast from cache). Reading ahead by software is worth 12 % for one row, 60 % for four.
+// fast from cache). Reading ahead by software is worth half again as much for one row.
 #include <immintrin.h>
 
 #include <cstring>
@@ -20,7 +20,24 @@ namespace gemsmith {
 namespace {
 
 constexpr int SMALL_TILE = 8, LARGE_TILE = 16;
-constexpr int AHEAD = 2048;  // bytes
+
+#define INLINE __attribute__((always_inline))
+
+// sum += u * x, four products a lane. With the intrinsic, GCC 12 copies most of 24 sums to other
+// registers and to memory around each; it takes 2.5 times as long.
+INLINE inline void dot(__m512i& sum, __m512i u, __m512i x) {
+#if defined(__GNUC__)
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(x));
+#else
+  sum = _mm512_dpbusd_epi32(sum, u, x);
+#endif
+}
+
+// Far ahead into L2, and from there into L1: one of the two alone keeps fewer lines on their way.
+INLINE inline void read_ahead(const uint8_t* w) {
+  _mm_prefetch(reinterpret_cast<const char*>(w) + 8192, _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char*>(w) + 1024, _MM_HINT_T0);
+}
 
 template <int B, int M, int A>
 struct Sums {
@@ -28,11 +45,11 @@ struct Sums {
   __m512i sum[M][A];
 
   // One line, the u-th of those that use different registers.
-  __attribute__((always_inline)) void add(const uint8_t* w, const int8_t* x, int64_t stride,
+  INLINE void add(const uint8_t* w, const int8_t* x, int64_t stride,
                                           int u) {
     const __m512i mask = _mm512_set1_epi8((1 << B) - 1);
     const __m512i q = _mm512_loadu_si512(w);
-    _mm_prefetch(reinterpret_cast<const char*>(w) + AHEAD, _MM_HINT_T0);
+    read_ahead(w);
     UNROLL
     for (int f = 0; f < F; f++) {
       __m512i code = f ? _mm512_srli_epi16(q, B * f) : q;
@@ -41,20 +58,31 @@ struct Sums {
       for (int m = 0; m < M; m++) {
         int32_t four;
         std::memcpy(&four, x + m * stride + 4 * f, sizeof(four));
-        __m512i& into = sum[m][(u * F + f) % A];
-        into = _mm512_dpbusd_epi32(into, code, _mm512_set1_epi32(four));
+        dot(sum[m][(u * F + f) % A], code, _mm512_set1_epi32(four));
       }
     }
   }
 };
 
-template <int B, int M, bool G>
+// The 16 scales from the at-th on.
+template <int S>
+inline __m512 load_scales(const void* scales, int64_t at) {
+  if constexpr (S == 16) {
+    const __m256i bits = _mm256_loadu_si256(
+        reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(scales) + at));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  } else {
+    return _mm512_loadu_ps(static_cast<const float*>(scales) + at);
+  }
+}
+
+template <int B, int M, int S>
 void tile(const Product& p, int64_t block, int64_t m0) {
   constexpr int F = 8 / B;
-  constexpr int A = G ? (M == 1 ? 2 : 1) : M == 1 ? 8 : M <= 3 ? 4 : M <= 7 ? 2 : 1;
+  constexpr int A = S ? (M == 1 ? 2 : 1) : M == 1 ? 8 : M <= 3 ? 4 : M <= 8 ? 2 : 1;
   constexpr int U = A > F ? A / F : 1;  // lines at a time
   const uint8_t* w = p.lines + block * p.line_count * LINE;
-  const float* scale = p.scales + block * p.groups * BLOCK;
+  int64_t scale = block * p.groups * BLOCK;
   const int8_t* x = p.x + m0 * p.stride;
   __m512 total[M];
   UNROLL
@@ -72,7 +100,7 @@ void tile(const Product& p, int64_t block, int64_t m0) {
       UNROLL
       for (int u = 0; u < U; u++, w += LINE, x += 4 * F) sums.add(w, x, p.stride, u);
     for (; l < p.group_lines; l++, w += LINE, x += 4 * F) sums.add(w, x, p.stride, 0);
-    const __m512 s = _mm512_loadu_ps(scale);
+    const __m512 s = load_scales<S>(p.scales, scale);
     UNROLL
     for (int m = 0; m < M; m++) {
       __m512i sum = sums.sum[m][0];
@@ -89,6 +117,143 @@ void tile(const Product& p, int64_t block, int64_t m0) {
                           _mm512_mul_ps(total[m], _mm512_set1_ps(p.sx[m0 + m])));
 }
 
+// Many rows. A panel of 12 rows times 2 blocks of outputs fills 24 registers with sums, so that each
+// load of weights serves 12 vpdpbusd and each broadcast of x 2: as fast as the two units that
+// multiply allow, whereas a load for each vpdpbusd would take what the load units have.
+constexpr int PANEL = 12;
+constexpr int PAIR = 2;  // blocks
+
+// Codes of all fields of NB blocks, 8 bits each, as [line][block][64]; their scales as float32
+// [G][block][16].
+template <int B, int NB>
+void unpack(const Product& p, int64_t block, uint8_t* codes, float* scales) {
+  constexpr int F = 8 / B;
+  const __m512i mask = _mm512_set1_epi8((1 << B) - 1);
+  for (int nb = 0; nb < NB; nb++) {
+    const uint8_t* w = p.lines + (block + nb) * p.line_count * LINE;
+    uint8_t* to = codes + nb * LINE;
+    for (int64_t l = 0; l < p.line_count; l++, w += LINE) {
+      const __m512i q = _mm512_loadu_si512(w);
+      read_ahead(w);
+      UNROLL
+      for (int f = 0; f < F; f++, to += NB * LINE) {
+        __m512i code = f ? _mm512_srli_epi16(q, B * f) : q;
+        if (B < 8) code = _mm512_and_si512(code, mask);
+        _mm512_store_si512(to, code);
+      }
+    }
+    int64_t scale = (block + nb) * p.groups * BLOCK;
+    for (int64_t g = 0; g < p.groups; g++, scale += BLOCK)
+      _mm512_store_ps(scales + (g * NB + nb) * BLOCK, p.scale_bits == 16
+                                                          ? load_scales<16>(p.scales, scale)
+                                                          : load_scales<32>(p.scales, scale));
+  }
+}
+
+// f(0), f(1), ... f(N - 1), each a constant already when GCC decides what stays in registers; after
+// an unrolled loop it would be too late.
+template <int I>
+struct Index {
+  constexpr operator int() const { return I; }
+};
+template <int N, int I = 0, class F>
+INLINE inline void each(F&& f) {
+  if constexpr (I < N) {
+    f(Index<I>());
+    each<N, I + 1>(f);
+  }
+}
+// Of R rows of a panel and NB blocks, before they are multiplied by sx: total[R * NB][16].
+// steps: fours of inputs in a group. start: of the first row, p.sums. ahead: memory to be fetched
+// into the L2 cache on the way, `stride` bytes of it a step.
+template <int R, int NB>
+__attribute__((noinline)) void panel(const uint8_t* codes, const float* scale, const int8_t* x,
+                                     const int32_t* start, int64_t steps, int64_t groups,
+                                     const uint8_t* ahead, int64_t stride, float* totals) {
+  alignas(64) float total[R * NB][BLOCK] = {};  // all registers are taken by sums
+  for (int64_t g = 0; g < groups; g++, start++, scale += NB * BLOCK) {
+    __m512i sum[R * NB];
+    each<R>([&](auto r) INLINE {
+      const __m512i first = _mm512_set1_epi32(start[r * groups]);
+      each<NB>([&](auto nb) INLINE { sum[r * NB + nb] = first; });
+    });
+    for (int64_t s = 0; s < steps; s++, codes += NB * LINE, x += 4 * PANEL, ahead += stride) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
+      __m512i code[NB];
+      each<NB>([&](auto nb) INLINE { code[nb] = _mm512_load_si512(codes + nb * LINE); });
+      each<R>([&](auto r) INLINE {
+        int32_t four;
+        std::memcpy(&four, x + 4 * r, sizeof(four));
+        const __m512i fours = _mm512_set1_epi32(four);
+        each<NB>([&](auto nb) INLINE { dot(sum[r * NB + nb], code[nb], fours); });
+      });
+    }
+    each<NB>([&](auto nb) INLINE {
+      const __m512 by = _mm512_load_ps(scale + nb * BLOCK);
+      each<R>([&](auto r) INLINE {
+        float* into = total[r * NB + nb];
+        const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r * NB + nb]), by);
+        _mm512_store_ps(into, _mm512_add_ps(_mm512_load_ps(into), part));
+      });
+    });
+  }
+  std::memcpy(totals, total, sizeof(total));
+}
+
+// Rows m0..m0+rows of y, of which R are computed.
+template <int R, int NB>
+void panel_rows(const Product& p, int64_t block, int64_t m0, int64_t rows, const uint8_t* codes,
+                const float* scales, const uint8_t* ahead, int64_t stride) {
+  // Rows of y lie far apart: without this, storing them takes a third of the time.
+  for (int64_t r = 0; r < rows; r++) {
+    const char* y = reinterpret_cast<const char*>(p.y + (m0 + r) * p.N + block * BLOCK);
+    for (int nb = 0; nb < NB; nb++) _mm_prefetch(y + nb * LINE, _MM_HINT_T0);
+    _mm_prefetch(y + NB * LINE - 1, _MM_HINT_T0);
+  }
+  alignas(64) float totals[R * NB][BLOCK];
+  panel<R, NB>(codes, scales, p.x + m0 * p.stride, p.sums + m0 * p.groups,
+               p.group_lines * (8 / p.bits), p.groups, ahead, stride, totals[0]);
+  for (int nb = 0; nb < NB; nb++) {
+    const int64_t n0 = (block + nb) * BLOCK, left = p.N - n0;
+    const __mmask16 there = static_cast<__mmask16>(left >= BLOCK ? 0xffff : (1 << left) - 1);
+    for (int64_t r = 0; r < rows; r++)
+      _mm512_mask_storeu_ps(
+          p.y + (m0 + r) * p.N + n0, there,
+          _mm512_mul_ps(_mm512_load_ps(totals[r * NB + nb]), _mm512_set1_ps(p.sx[m0 + r])));
+  }
+}
+
+int64_t scratch(const Product& p) { return PAIR * (p.stride * BLOCK + p.groups * LINE); }
+
+template <int NB>
+void blocks_gemm(const Product& p, int64_t block, int64_t m0, int64_t m1, uint8_t* codes) {
+  float* scales = reinterpret_cast<float*>(codes + NB * p.stride * BLOCK);
+  p.bits == 2   ? unpack<2, NB>(p, block, codes, scales)
+  : p.bits == 4 ? unpack<4, NB>(p, block, codes, scales)
+                : unpack<8, NB>(p, block, codes, scales);
+  // Meanwhile the lines of the next blocks are fetched, a share with each panel.
+  const int64_t bytes = NB * p.line_count * LINE, panels = ceil_div(m1 - m0, PANEL);
+  const int64_t stride = ceil_div(bytes, panels * p.line_count * (8 / p.bits));
+  const uint8_t* ahead = p.lines + block * p.line_count * LINE + bytes;
+  for (int64_t m = m0; m < m1; m += PANEL, ahead += bytes / panels) {
+    const int64_t rows = m1 - m < PANEL ? m1 - m : PANEL;
+    if (rows > 8)
+      panel_rows<12, NB>(p, block, m, rows, codes, scales, ahead, stride);
+    else if (rows > 4)
+      panel_rows<8, NB>(p, block, m, rows, codes, scales, ahead, stride);
+    else
+      panel_rows<4, NB>(p, block, m, rows, codes, scales, ahead, stride);
+  }
+}
+
+void gemm(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1, uint8_t* codes) {
+  int64_t block = b0;
+  for (; block + PAIR <= b1; block += PAIR) blocks_gemm<PAIR>(p, block, m0, m1, codes);
+  if (block < b1) blocks_gemm<1>(p, block, m0, m1, codes);
+}
+
+const Gemm GEMM = {24, PANEL, 4, scratch, gemm};
+
 bool runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -104,6 +269,6 @@ bool runs_here() {
 #include "rows-inl.h"
 
 namespace gemsmith {
-const Kernels AVX512VNNI = {"avx512vnni", runs_here, product, quantize, norm,
-                             add_norm, geglu, rotate, read, ATTENTION};
+const Kernels AVX512VNNI = {"avx512vnni", runs_here, product, quantize, norm, add_norm, geglu,
+    rotate, read, sums, ATTENTION, &GEMM};
 }

@@ -6,15 +6,15 @@ namespace {
 
 constexpr int SMALL_TILE = 4, LARGE_TILE = 4;
 
-template <int B, int M, bool G>
+template <int B, int M, int S>
 void tile(const Product& p, int64_t block, int64_t m0) {
   constexpr int F = 8 / B;
   constexpr unsigned MASK = (1u << B) - 1;
   const uint8_t* w = p.lines + block * p.line_count * LINE;
-  const float* scale = p.scales + block * p.groups * BLOCK;
+  const int64_t first = block * p.groups * BLOCK;
   const int8_t* x = p.x + m0 * p.stride;
   float total[M][BLOCK] = {};
-  for (int64_t g = 0; g < p.groups; g++, scale += BLOCK) {
+  for (int64_t g = 0; g < p.groups; g++) {
     int32_t sum[M][BLOCK];
     for (int m = 0; m < M; m++)
       for (int row = 0; row < BLOCK; row++) sum[m][row] = p.sums[(m0 + m) * p.groups + g];
@@ -26,6 +26,14 @@ void tile(const Product& p, int64_t block, int64_t m0) {
             for (int i = 0; i < 4; i++)
               sum[m][row] += static_cast<int32_t>(w[4 * row + i] >> (B * f) & MASK) * at[i];
         }
+    float scale[BLOCK];
+    for (int row = 0; row < BLOCK; row++) {
+      const int64_t at = first + g * BLOCK + row;
+      if constexpr (S == 16)
+        scale[row] = widened(static_cast<const uint16_t*>(p.scales)[at]);
+      else
+        scale[row] = static_cast<const float*>(p.scales)[at];
+    }
     for (int m = 0; m < M; m++)
       for (int row = 0; row < BLOCK; row++)
         total[m][row] += static_cast<float>(sum[m][row]) * scale[row];
@@ -48,6 +56,6 @@ bool runs_here() { return true; }
 #include "rows-inl.h"
 
 namespace gemsmith {
-const Kernels GENERIC = {"generic", runs_here, product, quantize, norm,
-                             add_norm, geglu, rotate, read, ATTENTION};
+const Kernels GENERIC = {"generic", runs_here, product, quantize, norm, add_norm, geglu,
+    rotate, read, sums, ATTENTION};
 }

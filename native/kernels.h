@@ -11,7 +11,8 @@
 // consecutive inputs of 16 outputs. lines is [ceil(N/16)][ceil(K/4f)][64]: in line l of block r,
 // byte 4*row + i, bits p*b.. hold input k = l*4f + 4p + i of output 16r + row, as the unsigned code
 // u = q + 2^(b-1). Unpacked fields of 16 lines are an AMX B tile; 8-row halves suit AVX2.
-// scales is [ceil(N/16)][G][16] float32. Outputs and inputs beyond N and K hold the code of 0.
+// scales is [ceil(N/16)][G][16], float32 or, where that holds them exactly, bfloat16 (scale_bits: 32
+// or 16). Outputs and inputs beyond N and K hold the code of 0.
 //
 // y[m][n] = sx[m] * sum over groups of scale[n][g] * (sum of q*x over the group)
 // The inner sum is an exact int32; then a multiplication and an addition per group in ascending
@@ -19,6 +20,7 @@
 // set therefore gives the same bits.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 namespace gemsmith {
 
@@ -27,17 +29,25 @@ constexpr int64_t BLOCK = 16;  // outputs of a line
 
 static inline int64_t line_inputs(int bits) { return 4 * (8 / bits); }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Of the bits of a bfloat16; exact.
+static inline float widened(uint16_t bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, sizeof(value));
+  return value;
+}
 
 // One product, as the kernels of one instruction set see it.
 struct Product {
   const uint8_t* lines;
-  const float* scales;
+  const void* scales;   // float32 or bfloat16, see scale_bits
   int64_t N;
   int64_t line_count;   // lines of a block
   int64_t group_lines;  // lines of a group; line_count where G = 1
   int64_t groups;       // G
   int bits;
-  const int8_t* x;      // [M][stride], zero from K up to line_count * line_inputs(bits)
+  int scale_bits;
+  const int8_t* x;      // [M][stride], zero from K up to stride; or panels, see Gemm
   int64_t stride;
   const int32_t* sums;  // [M][G]: -2^(b-1) * sum of x over the group, where a sum of u*x starts
   const float* sx;      // [M]
@@ -121,6 +131,18 @@ struct AttentionKernels {
                   int64_t step, int64_t acc_step, int64_t H, float* y);
 };
 
+// A product of many rows, which unpacks weights once for all of them. It reads activations in
+// panels: x is [ceil(M/rows)][stride/bytes][rows][bytes], rows beyond M and inputs beyond K are 0,
+// and stride is a multiple of bytes. sums has as many rows as the panels.
+struct Gemm {
+  int64_t least;  // from so many rows on it is faster than Kernels::product
+  int64_t rows, bytes;
+  // Bytes that a run needs beside, aligned to 64.
+  int64_t (*scratch)(const Product&);
+  // Rows m0..m1 of y for blocks b0..b1 of outputs; m0 is a multiple of rows.
+  void (*run)(const Product&, int64_t b0, int64_t b1, int64_t m0, int64_t m1, uint8_t* scratch);
+};
+
 // The kernels of one instruction set. Each may run on many threads at once, over disjoint outputs.
 struct Kernels {
   const char* name;
@@ -140,10 +162,14 @@ struct Kernels {
                  const float* sine, int64_t m0, int64_t m1);
   // Sum of 64-byte lines as 64-bit words: reads memory and does nothing else, for benchmarks.
   uint64_t (*read)(const uint8_t* data, int64_t line0, int64_t line1);
+  // Sums of x [count][size] over size, times factor.
+  void (*sums)(const int8_t* x, int64_t count, int64_t size, int32_t factor, int32_t* sums);
   AttentionKernels attention;
+  const Gemm* gemm = nullptr;  // none: `product` computes any number of rows
 };
 
-extern const Kernels GENERIC, AVX2, AVX512VNNI;  // isa_*.cpp, those that were compiled
+// isa_*.cpp, those that were compiled
+extern const Kernels AMX_EMULATED, GENERIC, AVX2, AVX512VNNI, AMX, NEON;
 
 // dispatch.cpp: the choice among the instruction sets compiled in, made on first use.
 const Kernels& kernels();
@@ -156,20 +182,20 @@ bool force_isa(const char* name);
 // packed: uint8 [N][ceil(K*b/8)], codes u of consecutive inputs from the low bits up.
 void pack_lines(const uint8_t* packed, int64_t N, int64_t K, int bits, uint8_t* lines);
 // Floats [count][K] of some rows (outputs) of a weight; group as in matmul.
-void unpack_rows(const uint8_t* lines, const float* scales, int64_t K, int bits, int64_t group,
-                 const int64_t* rows, int64_t count, float* out);
+void unpack_rows(const uint8_t* lines, const void* scales, int64_t K, int bits, int64_t group,
+                 int scale_bits, const int64_t* rows, int64_t count, float* out);
 
 // matmul.cpp
 // Per row of x [M][K]: sx = max|x| / 127, or 1 where that is 0; x8 = x / sx rounded half to even.
 // A row with an infinity or a NaN gets sx = NaN and zeros, so that its products are NaN.
 void quantize_rows(const float* x, int64_t M, int64_t K, int8_t* x8, float* sx);
-// The product above; group: inputs that share a scale, a divisor of K and a multiple of 32, or 0.
+// The product above; scale_bits: 32, or 16 for bfloat16; group: inputs that share a scale, a divisor of K and a multiple of 32, or 0.
 // K is at most 65536: sums of 255 * 128 then fit 32 bits.
-void matmul(const uint8_t* lines, const float* scales, int64_t N, int64_t K, int bits,
-            int64_t group, const int8_t* x8, const float* sx, int64_t M, float* y);
+void matmul(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
+            int64_t group, int scale_bits, const int8_t* x8, const float* sx, int64_t M, float* y);
 // quantize_rows and matmul: y of float rows x [M][K].
-void linear(const uint8_t* lines, const float* scales, int64_t N, int64_t K, int bits,
-            int64_t group, const float* x, int64_t M, float* y);
+void linear(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
+            int64_t group, int scale_bits, const float* x, int64_t M, float* y);
 // Reads `bytes` of memory with all threads; a multiple of 64.
 uint64_t read_memory(const uint8_t* data, int64_t bytes);
 // A number that any changed, lost or moved bytes change, all but one time in 2^64; no defence

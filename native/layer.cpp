@@ -49,7 +49,7 @@ struct Rounded {
     quantize_rows(x, M, K, x8.get(), sx.get());
   }
   void times(const Weight& w, float* y) const {
-    matmul(w.lines, w.scales, w.N, w.K, w.bits, w.group, x8.get(), sx.get(), M, y);
+    matmul(w.lines, w.scales, w.N, w.K, w.bits, w.group, w.scale_bits, x8.get(), sx.get(), M, y);
   }
 };
 

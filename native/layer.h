@@ -10,10 +10,11 @@ namespace gemsmith {
 // As matmul in kernels.h takes it; lines null: the layer has no such weight.
 struct Weight {
   const uint8_t* lines = nullptr;
-  const float* scales = nullptr;
+  const void* scales = nullptr;
   int64_t N = 0, K = 0;
   int bits = 0;
   int64_t group = 0;
+  int scale_bits = 32;
 };
 
 struct Layer {

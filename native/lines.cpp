@@ -30,19 +30,22 @@ void pack_lines(const uint8_t* packed, int64_t N, int64_t K, int bits, uint8_t* 
     }
 }
 
-void unpack_rows(const uint8_t* lines, const float* scales, int64_t K, int bits, int64_t group,
-                 const int64_t* rows, int64_t count, float* out) {
+void unpack_rows(const uint8_t* lines, const void* scales, int64_t K, int bits, int64_t group,
+                 int scale_bits, const int64_t* rows, int64_t count, float* out) {
   const int fields = 8 / bits;
   const int64_t inputs = 4 * fields, line_count = ceil_div(K, inputs), groups = group ? K / group : 1;
   const int mask = (1 << bits) - 1, zero = 1 << (bits - 1);
   for (int64_t r = 0; r < count; r++, out += K) {
     const int64_t block = rows[r] / BLOCK, row = rows[r] % BLOCK;
     const uint8_t* from = lines + block * line_count * LINE + 4 * row;
-    const float* scale = scales + block * groups * BLOCK + row;
+    const int64_t first = block * groups * BLOCK + row;
     for (int64_t k = 0; k < K; k++) {
       const int64_t field = k % inputs / 4;
       const int code = from[k / inputs * LINE + k % 4] >> (field * bits) & mask;
-      out[k] = static_cast<float>(code - zero) * scale[group ? k / group * BLOCK : 0];
+      const int64_t at = first + (group ? k / group * BLOCK : 0);
+      const float scale = scale_bits == 16 ? widened(static_cast<const uint16_t*>(scales)[at])
+                                           : static_cast<const float*>(scales)[at];
+      out[k] = static_cast<float>(code - zero) * scale;
     }
   }
 }

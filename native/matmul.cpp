@@ -11,6 +11,8 @@ namespace {
 
 // Activations that one pass over the weights works on; they stay in a core's L2 cache.
 constexpr int64_t PASS_BYTES = 512 * 1024;
+// Rows for which weights are unpacked at least, however long: unpacking is then a few percent.
+constexpr int64_t MANY_ROWS = 144;
 // Less than this is done by the caller before a worker could have woken.
 constexpr int64_t ALONE_BYTES = 128 * 1024;
 // Bytes of a piece: few enough that threads end together, many enough to stream.
@@ -27,6 +29,10 @@ int64_t piece_size(int64_t total, int64_t bytes) {
   return clamp(size / bytes, 1, total);
 }
 
+int64_t pass_rows(int64_t stride, int64_t least) {
+  return PASS_BYTES / stride > least ? PASS_BYTES / stride : least;
+}
+
 struct Slices {
   int64_t total, size;
   int64_t count() const { return ceil_div(total, size); }
@@ -38,13 +44,77 @@ struct ProductJob {
   const Kernels& kernels;
   const Product& product;
   Slices blocks;
-  int64_t m0, m1;
+  int64_t M;
 };
 
 void run_product(const void* data, int64_t piece) {
   const auto& job = *static_cast<const ProductJob*>(data);
-  const Slices& blocks = job.blocks;
-  job.kernels.product(job.product, blocks.begin(piece), blocks.end(piece), job.m0, job.m1);
+  const Product& p = job.product;
+  const int64_t b0 = job.blocks.begin(piece), b1 = job.blocks.end(piece);
+  const int64_t rows = pass_rows(p.stride, 16);
+  for (int64_t m = 0; m < job.M; m += rows)
+    job.kernels.product(p, b0, b1, m, m + rows < job.M ? m + rows : job.M);
+}
+
+// As long as its thread lives: to ask the system for it each time would cost more than to unpack.
+uint8_t* aligned_scratch(int64_t bytes) {
+  thread_local std::unique_ptr<uint8_t[]> room;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    room.reset();
+    room.reset(new uint8_t[static_cast<size_t>(bytes + LINE)]);
+    size = bytes;
+  }
+  return room.get() + (LINE - reinterpret_cast<uintptr_t>(room.get()) % LINE);
+}
+
+void run_gemm(const void* data, int64_t piece) {
+  const auto& job = *static_cast<const ProductJob*>(data);
+  const Product& p = job.product;
+  const Gemm& gemm = *job.kernels.gemm;
+  const int64_t b0 = job.blocks.begin(piece), b1 = job.blocks.end(piece);
+  const int64_t rows = pass_rows(p.stride, MANY_ROWS) / gemm.rows * gemm.rows;
+  uint8_t* scratch = aligned_scratch(gemm.scratch(p));
+  for (int64_t m = 0; m < job.M; m += rows)
+    gemm.run(p, b0, b1, m, m + rows < job.M ? m + rows : job.M, scratch);
+}
+
+// Activations in panels, and their sums, for run_gemm.
+struct ArrangeJob {
+  const Kernels& kernels;
+  const int8_t* x8;
+  int64_t M, K, stride, groups;
+  int32_t factor;
+  int8_t* x;      // [ceil(M/rows)] panels
+  int32_t* sums;  // [panels * rows][groups]
+  Slices panels;
+};
+
+void run_arrange(const void* data, int64_t piece) {
+  const auto& job = *static_cast<const ArrangeJob*>(data);
+  const int64_t rows = job.kernels.gemm->rows, bytes = job.kernels.gemm->bytes;
+  for (int64_t panel = job.panels.begin(piece); panel < job.panels.end(piece); panel++) {
+    int8_t* to = job.x + panel * rows * job.stride;
+    const int64_t m0 = panel * rows, there = clamp(job.M - m0, 0, rows);
+    const int8_t* from = job.x8 + m0 * job.K;
+    int32_t* sums = job.sums + m0 * job.groups;
+    job.kernels.sums(from, there * job.groups, job.K / job.groups, job.factor, sums);
+    std::memset(sums + there * job.groups, 0,
+                static_cast<size_t>((rows - there) * job.groups) * sizeof(int32_t));
+    if (there < rows || job.stride != job.K)
+      std::memset(to, 0, static_cast<size_t>(rows * job.stride));
+    for (int64_t r = 0; r < there; r++, from += job.K) {
+      const int64_t whole = job.K / bytes;
+      int8_t* at = to + r * bytes;
+      if (bytes == 4)  // a constant, for the compiler
+        for (int64_t i = 0; i < whole; i++) std::memcpy(at + i * rows * 4, from + i * 4, 4);
+      else
+        for (int64_t i = 0; i < whole; i++)
+          std::memcpy(at + i * rows * bytes, from + i * bytes, static_cast<size_t>(bytes));
+      std::memcpy(at + whole * rows * bytes, from + whole * bytes,
+                  static_cast<size_t>(job.K - whole * bytes));
+    }
+  }
 }
 
 struct QuantizeJob {
@@ -106,48 +176,51 @@ void quantize_rows(const float* x, int64_t M, int64_t K, int8_t* x8, float* sx) 
   parallel(job.rows.count(), run_quantize, &job);
 }
 
-void matmul(const uint8_t* lines, const float* scales, int64_t N, int64_t K, int bits,
-            int64_t group, const int8_t* x8, const float* sx, int64_t M, float* y) {
-  const int64_t inputs = line_inputs(bits), count = ceil_div(K, inputs), stride = count * inputs;
-  const int64_t groups = group ? K / group : 1;
-  const int64_t size = group ? group : K;
+void matmul(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
+            int64_t group, int scale_bits, const int8_t* x8, const float* sx, int64_t M, float* y) {
+  if (M == 0) return;
+  const Kernels& k = kernels();
+  const bool many = k.gemm && M >= k.gemm->least;
+  const int64_t inputs = line_inputs(bits), count = ceil_div(K, inputs);
+  const int64_t groups = group ? K / group : 1, blocks = ceil_div(N, BLOCK);
+  const int32_t factor = -(1 << (bits - 1));
+  const int64_t step = many ? k.gemm->bytes : 1;  // of x, that kernels read at once
+  const int64_t stride = ceil_div(count * inputs, step) * step;
+  const int64_t rows = many ? ceil_div(M, k.gemm->rows) * k.gemm->rows : M;
 
-  std::unique_ptr<int8_t[]> padded;  // kernels read whole lines' worth of x
-  if (stride != K) {
-    padded.reset(new int8_t[static_cast<size_t>(M * stride)]());
-    for (int64_t m = 0; m < M; m++)
-      std::memcpy(&padded[static_cast<size_t>(m * stride)], x8 + m * K, static_cast<size_t>(K));
-    x8 = padded.get();
-  }
-  const std::unique_ptr<int32_t[]> sums(new int32_t[static_cast<size_t>(M * groups)]);
-  for (int64_t m = 0; m < M; m++)
-    for (int64_t g = 0; g < groups; g++) {
-      int32_t sum = 0;
-      const int8_t* row = x8 + m * stride + g * size;
-      for (int64_t k = 0; k < size; k++) sum += row[k];
-      sums[static_cast<size_t>(m * groups + g)] = -(1 << (bits - 1)) * sum;
+  const std::unique_ptr<int32_t[]> sums(new int32_t[static_cast<size_t>(rows * groups)]);
+  std::unique_ptr<int8_t[]> x;  // x8 as kernels read it
+  if (many) {
+    x.reset(new int8_t[static_cast<size_t>(rows * stride)]);
+    const int64_t panels = rows / k.gemm->rows;
+    const ArrangeJob job{k,      x8,      M,          K, stride, groups, factor, x.get(), sums.get(),
+                         {panels, piece_size(panels, k.gemm->rows * stride)}};
+    parallel(job.panels.count(), run_arrange, &job);
+  } else {
+    if (stride != K) {
+      x.reset(new int8_t[static_cast<size_t>(M * stride)]());
+      for (int64_t m = 0; m < M; m++)
+        std::memcpy(&x[static_cast<size_t>(m * stride)], x8 + m * K, static_cast<size_t>(K));
     }
-
-  const Product product{lines, scales, N,      count,      group ? group / inputs : count,
-                        groups, bits,  x8,     stride,     sums.get(),
-                        sx,     y};
-  const int64_t rows = clamp(PASS_BYTES / stride, 16, M < 16 ? 16 : M);
-  for (int64_t m0 = 0; m0 < M; m0 += rows) {
-    const int64_t m1 = m0 + rows < M ? m0 + rows : M;
-    // Each further row is about as much work again as a 16th of the bytes.
-    const int64_t bytes = count * LINE * (1 + (m1 - m0) / 16);
-    const int64_t blocks = ceil_div(N, BLOCK);
-    const ProductJob job{kernels(), product, {blocks, piece_size(blocks, bytes)}, m0, m1};
-    parallel(job.blocks.count(), run_product, &job);
+    k.sums(x8, M * groups, K / groups, factor, sums.get());
   }
+
+  const Product product{lines,  scales, N,          count,        group ? group / inputs : count,
+                        groups, bits,   scale_bits, x ? x.get() : x8, stride,
+                        sums.get(), sx, y};
+  // Each further row is about as much work again as a 16th of the bytes.
+  int64_t size = piece_size(blocks, count * LINE * (1 + M / 16));
+  if (many && size < blocks) size += size % 2;  // kernels take blocks by twos
+  const ProductJob job{k, product, {blocks, size}, M};
+  parallel(job.blocks.count(), many ? run_gemm : run_product, &job);
 }
 
-void linear(const uint8_t* lines, const float* scales, int64_t N, int64_t K, int bits,
-            int64_t group, const float* x, int64_t M, float* y) {
+void linear(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
+            int64_t group, int scale_bits, const float* x, int64_t M, float* y) {
   const std::unique_ptr<int8_t[]> x8(new int8_t[static_cast<size_t>(M * K)]);
   const std::unique_ptr<float[]> sx(new float[static_cast<size_t>(M)]);
   quantize_rows(x, M, K, x8.get(), sx.get());
-  matmul(lines, scales, N, K, bits, group, x8.get(), sx.get(), M, y);
+  matmul(lines, scales, N, K, bits, group, scale_bits, x8.get(), sx.get(), M, y);
 }
 
 uint64_t checksum(const uint8_t* data, int64_t bytes) {

@@ -1,5 +1,5 @@
-// Plain loops that a compiler turns into vectors by itself: quantization of activations, and the
-// reading of memory. Included by each isa_*.cpp; internal linkage, see CMakeLists.txt.
+// Plain loops that a compiler turns into vectors by itself: quantization of activations and their
+// sums, and the reading of memory. Included by each isa_*.cpp; internal linkage, see CMakeLists.txt.
 #include <cstring>
 
 namespace gemsmith {
@@ -38,6 +38,14 @@ void quantize(const float* x, int64_t K, int64_t m0, int64_t m1, int8_t* x8, flo
       q = q < -127.0f ? -127.0f : q;
       out[k] = static_cast<int8_t>(static_cast<int32_t>(q));
     }
+  }
+}
+
+void sums(const int8_t* x, int64_t count, int64_t size, int32_t factor, int32_t* sums) {
+  for (int64_t i = 0; i < count; i++, x += size) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < size; k++) sum += x[k];
+    sums[i] = factor * sum;
   }
 }
 

@@ -10,7 +10,8 @@ that share a scale, b bits (2, 4 or 8), f = 8 / b codes in a byte.
 Weights are stored in lines of 64 bytes: 16 outputs x 4 bytes. lines is uint8
 [ceil(N/16), ceil(K/4f), 64]; in line l of block r, byte 4*row + i, bits p*b.., holds input
 k = l*4f + 4p + i of output 16r + row as u = q + 2^(b-1), q in [-2^(b-1), 2^(b-1) - 1]. scales is
-float32 [ceil(N/16), G, 16]. native/kernels.h says the same.
+[ceil(N/16), G, 16]: bfloat16 where G > 1 and that holds every scale exactly (float32 would be a
+fifth of the bytes of 4-bit groups of 32), else float32. native/kernels.h says the same.
 
     y[m, n] = sx[m] * sum over g of scale[n, g] * (sum over k in g of q[n, k] * x8[m, k])
 
@@ -33,7 +34,6 @@ from gemsmith.errors import WeightsError
 LINE, BLOCK = 64, 16
 MAX_INPUTS = 65536
 """Sums of 255 * 128 over more inputs than this pass 32 bits."""
-MAX_GEMV_ROWS = 8
 REFERENCE_CODES = 1 << 22
 """Weights that torch widens to float64 at once: 32 MiB."""
 
@@ -153,11 +153,15 @@ class PackedWeight:
         """
         shape = lines_shape(outputs, inputs, bits)
         _check(lines, "lines", torch.uint8, shape)
-        _check(scales, "scales", torch.float32, (shape[0], groups_of(inputs, group), BLOCK))
+        groups = groups_of(inputs, group)
+        narrow = groups > 1 and scales.dtype == torch.bfloat16
+        dtype = torch.bfloat16 if narrow else torch.float32
+        _check(scales, "scales", dtype, (shape[0], groups, BLOCK))
         self.lines, self.scales = lines, scales
         self.outputs, self.inputs, self.bits, self.group = outputs, inputs, bits, group
         self._arguments = (
-            lines.data_ptr(), scales.data_ptr(), outputs, inputs, bits, group or 0
+            lines.data_ptr(), scales.data_ptr(), outputs, inputs, bits, group or 0,
+            16 if narrow else 32,
         )  # fmt: skip
 
     @classmethod
@@ -200,7 +204,7 @@ class PackedWeight:
         out = torch.empty((len(ids), self.inputs))
         native.unpack_rows(
             self.lines.data_ptr(), self.scales.data_ptr(), self.inputs, self.bits,
-            self.group or 0, ids.data_ptr(), len(ids), out.data_ptr(),
+            self.group or 0, 8 * self.scales.itemsize, ids.data_ptr(), len(ids), out.data_ptr(),
         )  # fmt: skip
         return out
 
@@ -221,12 +225,15 @@ def pack_lines(packed: Tensor, inputs: int, bits: int) -> Tensor:
 
 
 def pack_scales(scales_NG: Tensor) -> Tensor:
-    """Scales float32 [N, G] as they lie beside lines: [ceil(N/16), G, 16], filled up with 0."""
+    """Scales float32 [N, G] as they lie beside lines: [ceil(N/16), G, 16], filled up with 0;
+    bfloat16 where G > 1 and no scale changes by it."""
     outputs, groups = scales_NG.shape
     blocks = -(-outputs // BLOCK)
     padded = scales_NG.new_zeros((blocks * BLOCK, groups))
     padded[:outputs] = scales_NG
-    return padded.view(blocks, BLOCK, groups).transpose(1, 2).contiguous()
+    ordered = padded.view(blocks, BLOCK, groups).transpose(1, 2).contiguous()
+    narrow = ordered.bfloat16()
+    return narrow if groups > 1 and torch.equal(narrow.float(), ordered) else ordered
 
 
 def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,8 +264,7 @@ def gemm(weight: PackedWeight, x8_MK: Tensor, sx_M: Tensor) -> Tensor:
     if native is None:
         return gemm_reference(weight, x8_MK, sx_M)
     y_MN = torch.empty((M, weight.outputs))
-    product = native.gemv if M <= MAX_GEMV_ROWS else native.gemm
-    product(*weight._arguments, x8_MK.data_ptr(), sx_M.data_ptr(), M, y_MN.data_ptr())
+    native.matmul(*weight._arguments, x8_MK.data_ptr(), sx_M.data_ptr(), M, y_MN.data_ptr())
     return y_MN
 
 
@@ -342,7 +348,7 @@ class Layer:
             [D, heads, K, H, F, P],
             eps,
             scalar,
-            [[0] * 6 if w is None else w._arguments for w in kept_weights],
+            [[0] * 7 if w is None else w._arguments for w in kept_weights],
             [0 if n is None else n.data_ptr() for n in kept_norms],
         )
 
@@ -584,7 +590,7 @@ def unpack_rows_reference(weight: PackedWeight, ids: Tensor) -> Tensor:
     block, row = ids // BLOCK, ids % BLOCK
     at = (torch.arange(len(ids)) * BLOCK + row).long()
     q_nK = unpack_lines(weight.lines[block], len(ids) * BLOCK, weight.inputs, weight.bits)[at]
-    scales_nG = weight.scales[block].transpose(1, 2).flatten(0, 1)[at]
+    scales_nG = weight.scales[block].float().transpose(1, 2).flatten(0, 1)[at]
     return (q_nK.view(len(ids), scales_nG.shape[1], -1) * scales_nG[..., None]).flatten(1)
 
 
@@ -615,7 +621,7 @@ def gemm_reference(weight: PackedWeight, x8_MK: Tensor, sx_M: Tensor) -> Tensor:
         start, stop = first * BLOCK, min((first + step) * BLOCK, outputs)
         q_nK = unpack_lines(weight.lines[first : first + step], stop - start, K, weight.bits)
         w_Ggn = q_nK.double().view(stop - start, groups, -1).permute(1, 2, 0)
-        scale_Gn = weight.scales[first : first + step].transpose(0, 1).reshape(groups, -1)
+        scale_Gn = weight.scales[first : first + step].float().transpose(0, 1).reshape(groups, -1)
         total_Mn = torch.zeros((M, stop - start))
         for sums_Mn, scale_n in zip(x_GMg @ w_Ggn, scale_Gn[:, : stop - start], strict=True):
             total_Mn += sums_Mn.float() * scale_n
