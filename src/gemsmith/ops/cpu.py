@@ -226,14 +226,16 @@ def pack_lines(packed: Tensor, inputs: int, bits: int) -> Tensor:
 
 def pack_scales(scales_NG: Tensor) -> Tensor:
     """Scales float32 [N, G] as they lie beside lines: [ceil(N/16), G, 16], filled up with 0;
-    bfloat16 where G > 1 and no scale changes by it."""
+    bfloat16 where G > 1, no scale changes by it and whole lines of 64 bytes come out."""
     outputs, groups = scales_NG.shape
     blocks = -(-outputs // BLOCK)
     padded = scales_NG.new_zeros((blocks * BLOCK, groups))
     padded[:outputs] = scales_NG
     ordered = padded.view(blocks, BLOCK, groups).transpose(1, 2).contiguous()
+    if groups == 1 or blocks * groups % 2:
+        return ordered
     narrow = ordered.bfloat16()
-    return narrow if groups > 1 and torch.equal(narrow.float(), ordered) else ordered
+    return narrow if torch.equal(narrow.float(), ordered) else ordered
 
 
 def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,10 +32,11 @@ from gemsmith.ops import cpu
 from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.packed import Packed
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"gemsmith packed\n"
 TRAILER = struct.Struct("<16s32s32sq")
-"""MAGIC, fingerprint, digest of the tensors' checksums, bytes before the trailer."""
+"""MAGIC, fingerprint, digest of the tensors' checksums, bytes of the tensors. Between these and the
+trailer lies a byte for each weight: how wide its scales are."""
 LEAST_BYTES = 64 << 20
 """Smaller checkpoints are packed in less time than a file takes to check."""
 
@@ -53,11 +54,14 @@ class _Place:
     lines_at: int
     scales: tuple[int, ...]
     scales_at: int
+    scale_bytes: int
+    """2: bfloat16; 4: float32. Known when the weight is packed."""
 
     def of(self, data: Tensor) -> Packed:
         lines = data[self.lines_at : self.scales_at].view(self.lines)
-        stop = self.scales_at + 4 * math.prod(self.scales)
-        scales = data[self.scales_at : stop].view(torch.float32).view(self.scales)
+        stop = self.scales_at + self.scale_bytes * math.prod(self.scales)
+        dtype = torch.bfloat16 if self.scale_bytes == 2 else torch.float32
+        scales = data[self.scales_at : stop].view(dtype).view(self.scales)
         return Packed(self.format, self.shape, lines, scales)
 
 
@@ -72,12 +76,12 @@ def packed_weights(
     files: what the folder's weights are read from. layout: what `weights()` will give, in its
     order; it is not called where the cache has them.
     """
-    places, total = _places(layout)
+    _, total = _places(layout, [4] * len(layout))  # at most
     if total < LEAST_BYTES:
         return {name: Packed.of(weight) for name, weight in weights()}
     path = cached_file(folder)
     fingerprint = _fingerprint(files, layout)
-    found = _read(path, fingerprint, places, total)
+    found = _read(path, fingerprint, layout)
     if found is not None:
         return found
     try:
@@ -90,7 +94,7 @@ def packed_weights(
             stacklevel=2,
         )
         return {name: Packed.of(weight) for name, weight in weights()}
-    found = _read(path, fingerprint, places, total)
+    found = _read(path, fingerprint, layout)
     if found is None:
         raise WeightsError(f"{path} does not read as it was written; is the disk failing?")
     return found
@@ -102,16 +106,16 @@ def cached_file(folder: Path) -> Path:
     return hardware.cache_folder() / "packed" / f"{name}.bin"
 
 
-def _places(layout: Layout) -> tuple[dict[str, _Place], int]:
+def _places(layout: Layout, scale_bytes: Iterable[int]) -> tuple[dict[str, _Place], int]:
     """Where each weight lies, and the bytes of all."""
     places, at = {}, 0
-    for name, (format, shape) in layout.items():
+    for (name, (format, shape)), width in zip(layout.items(), scale_bytes, strict=True):
         *stack, N, K = shape
         lines = (*stack, *cpu.lines_shape(N, K, format.bits))
         scales = (*lines[:-2], cpu.groups_of(K, format.group), cpu.BLOCK)
         scales_at = at + math.prod(lines)
-        places[name] = _Place(format, shape, lines, at, scales, scales_at)
-        at = scales_at + 4 * math.prod(scales)
+        places[name] = _Place(format, shape, lines, at, scales, scales_at, width)
+        at = scales_at + width * math.prod(scales)
     return places, at
 
 
@@ -129,16 +133,19 @@ def _write(path: Path, fingerprint: bytes, weights: Iterator[tuple[str, Quantize
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     checksums: list[int] = []
+    widths = bytearray()
     total = 0
     try:
         with open(temporary, "wb") as file:
             for _, weight in weights:
                 packed = Packed.of(weight)
+                widths.append(packed.scales.itemsize)
                 for tensor in (packed.lines, packed.scales):
                     file.write(tensor.view(torch.uint8).numpy().data)
                     checksums.append(cpu.checksum(tensor))
                     total += tensor.nbytes
-            file.write(TRAILER.pack(MAGIC, fingerprint, _digest(checksums), total))
+            file.write(widths)
+            file.write(TRAILER.pack(MAGIC, fingerprint, _digest(widths, checksums), total))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -146,28 +153,31 @@ def _write(path: Path, fingerprint: bytes, weights: Iterator[tuple[str, Quantize
         temporary.unlink(missing_ok=True)
 
 
-def _digest(checksums: Iterable[int]) -> bytes:
-    return hashlib.sha256(b"".join(each.to_bytes(8, "little") for each in checksums)).digest()
+def _digest(widths: bytes, checksums: Iterable[int]) -> bytes:
+    words = (each.to_bytes(8, "little") for each in checksums)
+    return hashlib.sha256(widths + b"".join(words)).digest()
 
 
-def _read(
-    path: Path, fingerprint: bytes, places: Mapping[str, _Place], total: int
-) -> dict[str, Packed] | None:
+def _read(path: Path, fingerprint: bytes, layout: Layout) -> dict[str, Packed] | None:
     """The weights of the file; None if it is not there, not theirs, or not whole."""
     try:
         with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            if file.tell() != total + TRAILER.size:
+            size = file.seek(0, os.SEEK_END)
+            end = max(0, size - TRAILER.size)
+            file.seek(end)
+            magic, theirs, digest, total = TRAILER.unpack(file.read())
+            if (magic, theirs, total) != (MAGIC, fingerprint, end - len(layout)):
                 return None
             file.seek(total)
-            magic, theirs, digest, count = TRAILER.unpack(file.read())
-            if (magic, theirs, count) != (MAGIC, fingerprint, total):
+            widths = file.read(len(layout))
+            places, wanted = _places(layout, widths)
+            if not set(widths) <= {2, 4} or wanted != total:
                 return None
             mapping = mmap.mmap(file.fileno(), total, access=mmap.ACCESS_COPY)
-    except (OSError, struct.error):
+    except (OSError, ValueError, struct.error):
         return None
     data = torch.frombuffer(mapping, dtype=torch.uint8)
     cpu.advise_hugepages(data)
     found = {name: place.of(data) for name, place in places.items()}
     tensors = (tensor for packed in found.values() for tensor in (packed.lines, packed.scales))
-    return found if _digest(map(cpu.checksum, tensors)) == digest else None
+    return found if _digest(widths, map(cpu.checksum, tensors)) == digest else None
