@@ -9,10 +9,10 @@ namespace gemsmith {
 namespace {
 
 const Kernels* const ALL[] = {
+    &GENERIC,
 #ifdef GEMSMITH_ISA_AMX_EMULATED
     &AMX_EMULATED,
 #endif
-    &GENERIC,
 #ifdef GEMSMITH_ISA_AVX2
     &AVX2,
 #endif

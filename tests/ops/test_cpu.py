@@ -430,7 +430,7 @@ def test_without_the_extension_torch_computes_the_same(monkeypatch: pytest.Monke
 
 @needs_extension
 def test_an_instruction_set_that_is_not_here_is_refused():
-    with pytest.raises(ValueError, match=r"instruction set 'mmx' cannot be used here; .*generic"):
+    with pytest.raises(ValueError, match=r"instruction set 'mmx' cannot be used here; generic"):
         cpu.force_isa("mmx")
 
 

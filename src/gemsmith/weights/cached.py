@@ -145,7 +145,7 @@ def _write(path: Path, fingerprint: bytes, weights: Iterator[tuple[str, Quantize
                     checksums.append(cpu.checksum(tensor))
                     total += tensor.nbytes
             file.write(widths)
-            file.write(TRAILER.pack(MAGIC, fingerprint, _digest(widths, checksums), total))
+            file.write(TRAILER.pack(MAGIC, fingerprint, _digest(bytes(widths), checksums), total))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
