@@ -1,8 +1,12 @@
-// What attention-inl.h asks for, by AVX512 with VNNI. Included by isa_avx512vnni.cpp alone.
+// What attention-inl.h asks for, by AVX512 with VNNI. Included by isa_avx512vnni.cpp and
+// isa_amx.cpp.
 //
 // int8 is widened to 16 bits as it is loaded: vpdpwssd then adds two exact products a lane. Four
 // rows share each key's load, eight rows each value's.
+#pragma once
 #include <immintrin.h>
+
+#include "unroll.h"
 
 namespace gemsmith {
 namespace {

@@ -9,12 +9,7 @@
 #include <cstring>
 
 #include "kernels.h"
-
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "unroll.h"
 
 namespace gemsmith {
 namespace {
