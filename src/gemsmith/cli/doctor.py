@@ -80,7 +80,11 @@ def _paths(gpus: list[hardware.Gpu]) -> dict[str, str]:
             f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
             f"{' and '.join(libraries)}"
         ),
-        "attention": "torch.nn.functional.scaled_dot_product_attention",
+        "attention": (
+            "own kernels on the CPU (int8 K/V, short steps), scaled_dot_product_attention elsewhere"
+            if cpu.available()
+            else "torch.nn.functional.scaled_dot_product_attention"
+        ),
         "own kernels": (
             f"{cpu.isa()} (of {', '.join(cpu.isas())}), {cpu.threads()} threads"
             if cpu.available()
