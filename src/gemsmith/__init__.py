@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -70,13 +71,24 @@ def load(
     device: str = "auto",
     dtype: "str | torch.dtype" = "auto",
     kv: str = "auto",
+    quant: str | None = None,
+    progress: "Callable[[int, int], None] | None" = None,
     revision: str | None = None,
     offline: bool | None = None,
 ) -> "LM":
     """Load a model: a checkpoint folder, a hub id, or "pocket". See `LM.load`."""
     from gemsmith.engine.engine import LM
 
-    return LM.load(name, device=device, dtype=dtype, kv=kv, revision=revision, offline=offline)
+    return LM.load(
+        name,
+        device=device,
+        dtype=dtype,
+        kv=kv,
+        quant=quant,
+        progress=progress,
+        revision=revision,
+        offline=offline,
+    )
 
 
 def __getattr__(name: str) -> Any:

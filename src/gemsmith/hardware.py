@@ -89,6 +89,16 @@ def cache_folder() -> Path:
     return Path(base) / "gemsmith"
 
 
+def peak_bytes() -> int | None:
+    """The most memory this process has held so far (resident set size)."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def gpus() -> list[Gpu]:
     """CUDA devices that torch can use."""
     import torch

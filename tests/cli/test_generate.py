@@ -141,3 +141,16 @@ def test_files_stand_beside_the_text_pictures_first_and_sounds_last(
         }
     ]
     assert options["image_budget"] == "auto"
+
+
+def test_a_model_is_quantized_while_it_is_loaded(tmp_path):
+    """The reply is that of the folder that `gemsmith quantize` writes, or the error names why."""
+    asked = ["generate", "What is 2 + 3?", "--temperature", "0", "--max-tokens", "4"]
+    result = CliRunner().invoke(app, [*asked, "--quant", "int2"])
+    folder = str(tmp_path / "low")
+    assert CliRunner().invoke(app, ["quantize", "pocket", folder, "--bits", "2"]).exit_code == 0
+    assert result.output == CliRunner().invoke(app, [*asked, "--model", folder]).output != ""
+    refused = CliRunner().invoke(app, [*asked, "--model", folder, "--quant", "int2"])
+    assert (refused.exit_code, "is quantized already" in refused.output) == (2, True)
+    refused = CliRunner().invoke(app, [*asked, "--quant", "int5"])
+    assert (refused.exit_code, "quant 'int5': must be int8" in refused.output) == (2, True)

@@ -77,12 +77,26 @@ def demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     """Run `gemsmith demo` over scripted replies; media: those of a model with towers."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-    def run(talks: list[Reply], errands: list[Reply], media: list[Reply] | None = None) -> Any:
+    def run(
+        talks: list[Reply],
+        errands: list[Reply],
+        media: list[Reply] | None = None,
+        *,
+        quant: str | None = None,
+    ) -> Any:
         lm: Any = FakeLM(*talks, *errands, *(media or []))
         lm.config = tiny_config("E2B") if media is None else tiny_media_config("E2B")
         lm.tokenizer = SimpleNamespace(encode=str.split)
-        monkeypatch.setattr(gemsmith, "load", lambda name, **given: lm)
-        result = CliRunner().invoke(app, ["--debug", "demo"])
+        loaded: dict[str, Any] = {}
+
+        def load(name: str, *, progress: Any, **given: Any) -> Any:
+            loaded.update(given)
+            return lm
+
+        monkeypatch.setattr(gemsmith, "load", load)
+        chosen = ["--quant", quant] if quant else []
+        result: Any = CliRunner().invoke(app, ["--debug", "demo", *chosen])
+        result.loaded = loaded
         assert lm.replies == [], f"not asked for: {lm.replies}\n{result.output}"
         result.asked = lm.asked
         return result
@@ -96,6 +110,23 @@ def test_a_model_that_is_right_passes(demo: Any):
     assert "6 of 6 right" in result.output
     assert "In the calendar now: 'plant the olive tree' on June 12 at 09:30" in result.output
     assert "generated text to speak" in " ".join(result.output.split())
+
+
+def test_speed_and_memory_are_said_at_the_end(demo: Any):
+    output = " ".join(demo(TALKS, LOOP).output.split())
+    # Of every reply of the fake: one token after the first, in a tenth of a second.
+    assert "Weights of int4: 10 tokens a second, one after the other; 1.00 MiB of weights" in output
+    assert "in the whole process at its peak." in output
+    assert "quantized to int4 while loading" in output
+
+
+def test_the_weights_of_the_tour_are_of_four_bits_unless_asked_otherwise(
+    demo: Any,
+):
+    assert demo(TALKS, LOOP).loaded == {"device": "auto", "dtype": "auto", "kv": "auto", "quant": "int4"}
+    result = demo(TALKS, LOOP, quant="none")
+    assert result.loaded["quant"] is None
+    assert "Weights of floats: 10 tokens" in result.output
 
 
 def test_calls_and_real_results_are_shown(demo: Any):

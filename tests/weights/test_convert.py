@@ -354,9 +354,9 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path):
     code = (
         "import sys, torch\n"
         "torch.set_num_threads(1)\n"
-        "from gemsmith.weights import convert\n"
+        "from gemsmith.weights import convert, load\n"
         "from gemsmith.weights.load import load_model\n"
-        "convert.PIECE_BYTES = 1 << 20\n"
+        "load.PIECE_BYTES = 1 << 20\n"
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return int(next(l for l in lines if l.startswith('VmHWM')).split()[1])\n"

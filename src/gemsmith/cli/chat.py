@@ -152,11 +152,19 @@ def _switch(name: str, value: str) -> bool:
 
 
 def run(
-    model: str, *, device: str, dtype: str, kv: str, system: str | None, think: bool, tools: bool
+    model: str,
+    *,
+    device: str,
+    dtype: str,
+    kv: str,
+    quant: str | None,
+    system: str | None,
+    think: bool,
+    tools: bool,
 ) -> None:
     """Load a model and talk to it."""
     console = Console()
-    lm = load(model, device=device, dtype=dtype, kv=kv)
+    lm = load(model, device=device, dtype=dtype, kv=kv, quant=quant)
     with _history(), tempfile.TemporaryDirectory(prefix="gemsmith-") as folder:
         make_folder(Path(folder))
         talker = Talker(lm, console, enable_thinking=think)

@@ -32,11 +32,12 @@ def run(
     device: str,
     dtype: str,
     kv: str,
+    quant: str | None,
     as_json: bool,
 ) -> None:
     """Ask, print what was found, and save the drawing (only where something was found)."""
     picture = load_image(image)
-    lm = load(model, device=device, dtype=dtype, kv=kv)
+    lm = load(model, device=device, dtype=dtype, kv=kv, quant=quant)
     places, reply = ask(lm, picture, what, point=point, **options)
     saved = None
     if places.boxes or places.points:

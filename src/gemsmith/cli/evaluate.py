@@ -12,7 +12,9 @@ from gemsmith.evals.items import held_out
 from gemsmith.weights.hub import resolve
 
 
-def run(model: str, *, limit: int | None, failures: int, as_json: bool) -> None:
+def run(
+    model: str, *, quant: str | None = None, limit: int | None, failures: int, as_json: bool
+) -> None:
     """Measure `model` on the held-out items and print the report.
 
     Raises:
@@ -28,7 +30,7 @@ def run(model: str, *, limit: int | None, failures: int, as_json: bool) -> None:
             if progress and task is not None:
                 progress.advance(task)
 
-        report = pocket.evaluate_in_processes(model, items, advance)
+        report = pocket.evaluate_in_processes(model, items, advance, quant=quant)
     report.left_out = left_out
     if as_json:
         print(json.dumps(report.to_dict()))

@@ -23,10 +23,11 @@ def run(
     device: str,
     dtype: str,
     kv: str,
+    quant: str | None,
     as_json: bool,
 ) -> None:
     """Ask and print. A lone text goes in as such, which a base model can go on with too."""
-    lm = load(model, device=device, dtype=dtype, kv=kv)
+    lm = load(model, device=device, dtype=dtype, kv=kv, quant=quant)
     show_plans(messages, lm, Console(stderr=True))
     text = messages[0]["content"]
     prompt = text if len(messages) == 1 and isinstance(text, str) else messages

@@ -26,6 +26,10 @@ KV = Annotated[
         help="How keys and values are kept: float32, bfloat16, int8, or auto (int8 on the CPU)."
     ),
 ]
+Quant = Annotated[
+    str | None,
+    typer.Option(help="Quantize while loading: int8, int4 or int2; large ones: see quantize."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Think = Annotated[bool, typer.Option("--think", help="Let the model think first.")]
 Out = Annotated[str | None, typer.Option(help="Where to save the drawing.")]
@@ -104,11 +108,15 @@ def options(
 
 
 @app.command()
-def demo() -> None:
+def demo(
+    quant: Annotated[
+        str, typer.Option(help="Bits of its weights: int8, int4, int2, or none.")
+    ] = "int4",
+) -> None:
     """A guided tour on the built-in model, under a minute long."""
     from gemsmith.cli import tour
 
-    if not tour.run():
+    if not tour.run(quant):
         raise typer.Exit(1)
 
 
@@ -121,11 +129,21 @@ def chat(
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv: KV = "auto",
+    quant: Quant = None,
 ) -> None:
     """Talk to a model; /help inside lists what else can be done."""
     from gemsmith.cli import chat as worker
 
-    worker.run(model, device=device, dtype=dtype, kv=kv, system=system, think=think, tools=tools)
+    worker.run(
+        model,
+        device=device,
+        dtype=dtype,
+        kv=kv,
+        quant=quant,
+        system=system,
+        think=think,
+        tools=tools,
+    )
 
 
 @app.command()
@@ -154,6 +172,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv: KV = "auto",
+    quant: Quant = None,
     json: Json = False,
 ) -> None:
     """Answer one message."""
@@ -174,7 +193,7 @@ def generate(
 
     from gemsmith.cli import generate as worker
 
-    worker.run(model, messages, asked, device=device, dtype=dtype, kv=kv, as_json=json)
+    worker.run(model, messages, asked, device=device, dtype=dtype, kv=kv, quant=quant, as_json=json)
 
 
 @app.command()
@@ -187,10 +206,11 @@ def detect(
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv: KV = "auto",
+    quant: Quant = None,
     json: Json = False,
 ) -> None:
     """Frame what is asked for in a picture: boxes as a table or JSON, drawn on a copy."""
-    _places(image, what, model, False, out, budget, device, dtype, kv, json)
+    _places(image, what, model, False, out, budget, device, dtype, kv, quant, json)
 
 
 @app.command()
@@ -203,10 +223,11 @@ def point(
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv: KV = "auto",
+    quant: Quant = None,
     json: Json = False,
 ) -> None:
     """Point to what is asked for in a picture, as `detect` frames it."""
-    _places(image, what, model, True, out, budget, device, dtype, kv, json)
+    _places(image, what, model, True, out, budget, device, dtype, kv, quant, json)
 
 
 @app.command()
@@ -217,12 +238,15 @@ def transcribe(
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv: KV = "auto",
+    quant: Quant = None,
     json: Json = False,
 ) -> None:
     """Write down what is said in a recording."""
     from gemsmith.cli import transcribe as worker
 
-    worker.run(recording, model, srt=srt, device=device, dtype=dtype, kv=kv, as_json=json)
+    worker.run(
+        recording, model, srt=srt, device=device, dtype=dtype, kv=kv, quant=quant, as_json=json
+    )
 
 
 def _places(
@@ -235,13 +259,14 @@ def _places(
     device: str,
     dtype: str,
     kv: str,
+    quant: str | None,
     as_json: bool,
 ) -> None:
     from gemsmith.cli import detect as worker
 
     worker.run(
         image, what, model, point=point, out=out, options={"image_budget": _budget(budget)},
-        device=device, dtype=dtype, kv=kv, as_json=as_json,
+        device=device, dtype=dtype, kv=kv, quant=quant, as_json=as_json,
     )  # fmt: skip
 
 
@@ -309,6 +334,7 @@ app.add_typer(evaluation, name="eval")
 @evaluation.command("pocket")
 def evaluate(
     model: Model = POCKET,
+    quant: Quant = None,
     limit: Annotated[int | None, typer.Option(help="Ask only this many items.")] = None,
     failures: Annotated[int, typer.Option(help="Show this many wrong replies.")] = 0,
     json: Json = False,
@@ -316,7 +342,7 @@ def evaluate(
     """Held-out items for the built-in model; prints counts and 95 % intervals."""
     from gemsmith.cli import evaluate as worker
 
-    worker.run(model, limit=limit, failures=failures, as_json=json)
+    worker.run(model, quant=quant, limit=limit, failures=failures, as_json=json)
 
 
 @evaluation.command()

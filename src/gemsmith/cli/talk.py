@@ -5,24 +5,39 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
 import gemsmith
 from gemsmith.cli.console import spell, write
 from gemsmith.engine.engine import LM, Event, collect
-from gemsmith.engine.request import Finished, FinishReason, Generation
+from gemsmith.engine.request import Finished, FinishReason, Generation, Usage
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
 
 SMALL_BYTES = 64 << 20
 """Weights below this: a step is too little work for two threads to share."""
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto", kv: str = "auto") -> LM:
-    """`gemsmith.load`, and one thread for a small model.
+def load(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    kv: str = "auto",
+    quant: str | None = None,
+) -> LM:
+    """`gemsmith.load` with a bar while it quantizes, and one thread for a small model.
 
     Threads that wait for each other at every operator stand still while one of them has to share
     its core: pocket's tour beside another busy process takes 8 s on one thread, 128 s on two.
     """
-    lm = gemsmith.load(name, device=device, dtype=dtype, kv=kv)
+    asides = Console(stderr=True)
+    with Progress(console=asides, transient=True, disable=not asides.is_terminal) as bar:
+        task = bar.add_task(f"quantizing to {quant}", total=None, visible=quant is not None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        lm = gemsmith.load(name, device=device, dtype=dtype, kv=kv, quant=quant, progress=progress)
     if lm.memory()["weights"] < SMALL_BYTES:
         torch.set_num_threads(1)
     return lm
@@ -42,6 +57,8 @@ class Talker:
         """What every request asks for: enable_thinking and sampling parameters."""
         self.written = ""
         """The answer's text so far, also of a reply that was cut off."""
+        self.usages: list[Usage] = []
+        """What each reply cost."""
 
     def chat(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
@@ -52,7 +69,9 @@ class Talker:
 
     def show(self, events: Iterable[Event]) -> Generation:
         """A reply already asked for."""
-        return collect(self._shown(events))
+        made = collect(self._shown(events))
+        self.usages.append(made.usage)
+        return made
 
     def _shown(self, events: Iterable[Event]) -> Iterator[Event]:
         last: type[Event] | None = None

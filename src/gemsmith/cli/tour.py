@@ -4,6 +4,8 @@ Nothing is scripted: every reply is computed here, greedily, and compared with w
 says that it was. The tour fails if the tools of its longest stop did not really fill the calendar;
 that the small model errs elsewhere is shown and forgiven. What a model with towers is shown and
 told are the samples of the package; their list, samples.json, says what is in them.
+
+By default the model computes with weights of 4 bits, quantized while it is loaded.
 """
 
 import json
@@ -20,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.rule import Rule
 
+from gemsmith import hardware
 from gemsmith.agent import loop
 from gemsmith.cli import info
 from gemsmith.cli.console import short, write
@@ -69,8 +72,9 @@ SAMPLES = Path(str(resources.files("gemsmith") / "pocket" / "samples"))
 class Tour:
     """The stops, in order. Each returns whether the model got it right."""
 
-    def __init__(self, lm: LM, console: Console) -> None:
-        self.lm, self.console = lm, console
+    def __init__(self, lm: LM, console: Console, quant: str | None = None) -> None:
+        """quant: what the weights were quantized to while they were loaded."""
+        self.lm, self.console, self.quant = lm, console, quant
         self.talker = Talker(lm, console, temperature=0, max_tokens=200)
         self.events: list[Event] = []
         """The calendar that the tools have filled."""
@@ -103,6 +107,7 @@ class Tour:
         self.console.print(
             Rule(f"{sum(right)} of {len(right)} right, {seconds:.0f} s", align="left")
         )
+        self.costs()
         done = self.events == WANTED
         if not done:
             self.console.print("The tool loop did not do its work: the tour failed.", style="red")
@@ -121,7 +126,21 @@ class Tour:
         )
         self.console.print(info.parameter_table(facts))
         self.console.print(info.memory_table(facts))
-        self.console.print(f"In memory now: {info.size(memory['weights'])} of weights.")
+        form = f", quantized to {self.quant} while loading" if self.quant else ""
+        self.console.print(f"In memory now: {info.size(memory['weights'])} of weights{form}.")
+
+    def costs(self) -> None:
+        """How fast it was, and in how much memory."""
+        usages = self.talker.usages
+        spans = [(u.completion_tokens - 1, u.total_s - u.time_to_first_token_s) for u in usages]
+        tokens, seconds = (sum(column) for column in zip(*spans, strict=True)) if spans else (0, 0)
+        memory, peak = self.lm.memory(), hardware.peak_bytes()
+        held = f"{info.size(memory['weights'])} of weights, {info.size(memory['kv'])} of K/V"
+        process = f", {info.size(peak)} in the whole process at its peak" if peak else ""
+        speed = f"{tokens / seconds:.0f} tokens a second" if seconds > 0 else "no tokens"
+        self.console.print(
+            f"Weights of {self.quant or 'floats'}: {speed}, one after the other; {held}{process}."
+        )
 
     def ask(
         self,
@@ -140,7 +159,9 @@ class Tour:
         write(self.console, f"> {shown}{show or text}\n", style="bold")
         talker = Talker(self.lm, self.console, **{**self.talker.options, **options})
         content = [*beside, {"type": "text", "text": text}] if beside else text
-        return talker.chat([{"role": "user", "content": content}], tools)
+        made = talker.chat([{"role": "user", "content": content}], tools)
+        self.talker.usages.append(made.usage)
+        return made
 
     def verdict(self, right: bool) -> None:
         mark, style = ("✓ right", "green") if right else ("✗ wrong", "red")
@@ -295,6 +316,7 @@ def _part(kind: str, name: str, **options: Any) -> dict[str, Any]:
     return {"type": kind, kind: SAMPLES / name, **options}
 
 
-def run() -> bool:
-    """The whole tour on the embedded model."""
-    return Tour(load("pocket"), Console(highlight=False)).run()
+def run(quant: str) -> bool:
+    """The whole tour on the embedded model. quant: as for `LM.load`, or "none"."""
+    form = None if quant == "none" else quant
+    return Tour(load("pocket", quant=form), Console(highlight=False), form).run()

@@ -14,7 +14,15 @@ from gemsmith.media.transcript import Segment, to_srt
 
 
 def run(
-    recording: str, model: str, *, srt: bool, device: str, dtype: str, kv: str, as_json: bool
+    recording: str,
+    model: str,
+    *,
+    srt: bool,
+    device: str,
+    dtype: str,
+    kv: str,
+    quant: str | None,
+    as_json: bool,
 ) -> None:
     """Transcribe and print.
 
@@ -23,7 +31,7 @@ def run(
     """
     if srt and as_json:
         raise RequestError("choose one of --srt and --json")
-    lm = load(model, device=device, dtype=dtype, kv=kv)
+    lm = load(model, device=device, dtype=dtype, kv=kv, quant=quant)
     asides = Console(stderr=True)
     columns = (TextColumn("{task.fields[text]}"), BarColumn())
     with Progress(*columns, TimeRemainingColumn(), console=asides, transient=True) as bar:

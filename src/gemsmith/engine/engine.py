@@ -49,7 +49,7 @@ from gemsmith.text.template import ChatTemplate
 from gemsmith.text.tokenizer import Detokenizer, Tokenizer
 from gemsmith.weights.generation import load_generation_config
 from gemsmith.weights.hub import resolve
-from gemsmith.weights.load import load_model, load_towers
+from gemsmith.weights.load import Advance, load_model, load_towers, quantized_values, silent
 
 Event: TypeAlias = SplitEvent | Finished
 """What a stream is made of: `Thinking`, `Content`, `ToolCallEvent`, `ToolProblem`, `Finished`."""
@@ -125,6 +125,8 @@ class LM:
         dtype: str | torch.dtype = "auto",
         towers: Literal["auto", "none"] = "auto",
         kv: str = "auto",
+        quant: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
         revision: str | None = None,
         offline: bool | None = None,
     ) -> Self:
@@ -136,6 +138,10 @@ class LM:
         "float32", "bfloat16" or "int8" (a scale a token and head); "auto" is int8 on the CPU and
         the model's dtype elsewhere.
 
+        quant: "int8", "int4" or "int2" quantizes a checkpoint of floats while it is read, to what
+        `gemsmith quantize --bits` would write; a large model takes minutes, so quantize it once.
+        progress: told after each piece how many values are quantized, of how many.
+
         Raises:
           HubError, ConfigError, WeightsError, TokenizerError: see there.
         """
@@ -146,7 +152,10 @@ class LM:
         kv_format(kv, torch.float32, torch.device(device))  # refused before anything is read
         folder = resolve(name, revision=revision, offline=offline)
         tokenizer = Tokenizer.load(folder)
-        config, model = load_model(folder, device=device, dtype=_dtype(dtype))
+        told = _told(progress, folder, quant)
+        config, model = load_model(
+            folder, device=device, dtype=_dtype(dtype), quant=quant, advance=told
+        )
         habits = load_generation_config(folder, config)
         greedy = not habits.do_sample or habits.temperature < MIN_TEMPERATURE
         sampling = SamplingParams(
@@ -173,6 +182,7 @@ class LM:
                 config,
                 device=device,
                 dtype=model.embed_tokens.weight.dtype,
+                quant=quant,
             ),
             kv=kv,
             name=str(name),
@@ -567,6 +577,20 @@ class _Output:
     def _content(self, text: str) -> Iterator[SplitEvent]:
         if text:
             yield Content(text)
+
+
+def _told(progress: Callable[[int, int], None] | None, folder: Path, quant: str | None) -> Advance:
+    """`progress` as `load_model` calls it: a piece at a time, summed here."""
+    if progress is None or quant is None:
+        return silent
+    total, done = quantized_values(Gemma4Config.load(folder), quant), 0
+
+    def advance(key: str, values: int) -> None:
+        nonlocal done
+        done += values
+        progress(done, total)
+
+    return advance
 
 
 def collect(events: Iterable[Event]) -> Generation:

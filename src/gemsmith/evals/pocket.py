@@ -216,12 +216,13 @@ def evaluate_in_processes(
     items: Sequence[Item],
     on_outcome: Callable[[Outcome], None] | None = None,
     *,
+    quant: str | None = None,
     workers: int | None = None,
 ) -> Report:
     """As `evaluate`, each worker process with a copy of the model and one thread.
 
     A step of a tiny model is too little work for two threads to share, so items are shared out
-    instead. workers: by default one for each processor.
+    instead. quant: as for `LM.load`. workers: by default one for each processor.
 
     Raises:
       HubError, ConfigError, WeightsError, TokenizerError: the model cannot be loaded.
@@ -229,7 +230,7 @@ def evaluate_in_processes(
     workers = min(workers or os.cpu_count() or 1, max(1, len(items)))
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
     try:
-        jobs = {pool.submit(_ask_here, model, item): item for item in items}
+        jobs = {pool.submit(_ask_here, model, quant, item): item for item in items}
         return _collect(((jobs[job], job.result()) for job in as_completed(jobs)), on_outcome)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -243,14 +244,14 @@ def _start_worker() -> None:
 
 
 @cache
-def _loaded(model: str) -> LanguageModel:
+def _loaded(model: str, quant: str | None) -> LanguageModel:
     from gemsmith.engine.engine import LM
 
-    return LM.load(model)
+    return LM.load(model, quant=quant)
 
 
-def _ask_here(model: str, item: Item) -> Reply:
-    return ask(_loaded(model), item)
+def _ask_here(model: str, quant: str | None, item: Item) -> Reply:
+    return ask(_loaded(model, quant), item)
 
 
 def _collect(

@@ -36,16 +36,18 @@ GRID_ERROR = 1e-5
 and of the scale, leaves at most 4e-6; a search on other weights leaves 1e-3 at 4 bits."""
 
 
-def quantize(weight: Tensor, format: Format) -> Quantized:
+def quantize(weight: Tensor, format: Format, *, grid: bool | None = None) -> Quantized:
     """A weight [..., N, K] of any float dtype in `format`: its own grid, else the best searched.
 
-    Scales of groups are values of bfloat16, as they are stored; those of rows are float32.
+    Scales of groups are values of bfloat16, as they are stored; those of rows are float32. grid:
+    what `on_grid` said of the whole weight, where this is a part of its rows; the result of each
+    row then depends on that row alone.
 
     Raises:
       ConfigError: the format's groups do not divide K.
       WeightsError: a weight is infinite or not a number.
     """
-    if _on_grid(weight, format):
+    if on_grid(weight, format) if grid is None else grid:
         return _by_chunks(weight, format, _grid_ratios(format))
     return search(weight, format)
 
@@ -102,12 +104,20 @@ def _grid_ratios(format: Format) -> list[float]:
     return [*map(float, codes), *(-float(code) for code in codes)]
 
 
-def _on_grid(weight: Tensor, format: Format) -> bool:
-    """Whether some rows, spread over the weight, are all codes times scales already."""
+def on_grid(weight: Tensor, format: Format) -> bool:
+    """Whether GRID_ROWS rows, spread over the weight, are all codes times scales already.
+
+    Raises: as `quantize`.
+    """
     flat = weight.reshape(-1, weight.shape[-1])
-    sample = flat[:: -(-flat.shape[0] // GRID_ROWS)].float()
+    sample = flat[spread(flat.shape[0])].float()
     found = _by_chunks(sample, format, _grid_ratios(format))
     return relative_error(sample, found) < GRID_ERROR
+
+
+def spread(rows: int) -> slice:
+    """The rows that `on_grid` looks at."""
+    return slice(None, None, -(-rows // GRID_ROWS))
 
 
 def _rows_at_once(K: int) -> int:

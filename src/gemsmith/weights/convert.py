@@ -6,9 +6,7 @@ is noted in `quantizing.json` with its SHA-256. Started again after a crash, a f
 the work goes on after the last file that is noted and intact. config.json comes last: until then
 the folder is no checkpoint.
 
-Which bits a weight gets is the recipe's business, see `Recipe`. Norms, scalars, the router of
-experts (a thousandth of the weights, and it decides which of them are used) and what of the towers
-is not a linear layer stay floats, as stored.
+Which bits a weight gets is the recipe's business, see recipe.py.
 
 What it is not: calibration. See quant/quantize.py for the method.
 """
@@ -24,21 +22,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gemsmith.config import Gemma4Config, LayerPlan
-from gemsmith.errors import ConfigError, WeightsError
-from gemsmith.model.towers import Towers
+from gemsmith.config import Gemma4Config
+from gemsmith.errors import WeightsError
 from gemsmith.quant.formats import Format
-from gemsmith.quant.quantize import quantize, squares
+from gemsmith.quant.quantize import squares
 from gemsmith.weights import layouts
 from gemsmith.weights.hub import FIDELITY
 from gemsmith.weights.load import (
     DTYPES,
     INDEX,
     SINGLE,
+    Advance,
     StoredTensor,
     read_checkpoint,
+    read_rows,
+    rounded,
+    silent,
     tower_shapes,
 )
 from gemsmith.weights.names import (
@@ -53,6 +54,7 @@ from gemsmith.weights.names import (
     unused_shapes,
     written_key,
 )
+from gemsmith.weights.recipe import Recipe
 from gemsmith.weights.save import (
     ALIGNMENT,
     index_of,
@@ -62,98 +64,11 @@ from gemsmith.weights.save import (
     write_tensors,
 )
 
-BITS = ("8", "4", "2", "mobile")
-GROUPS = (32, 64, 128)
-DEFAULT_GROUP = 32
 SHARD_BYTES = 512 << 20
 """Bytes of a file, and so the most work a kill can cost: a few minutes."""
-PIECE_BYTES = 16 << 20
 PROGRESS = "quantizing.json"
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
 MAX_COMPANION_BYTES = 64 << 20
-
-Advance = Callable[[str, int], None]
-"""Told the weight in work and how many of its values were just done."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Which format each weight gets.
-
-    "8": int8 with a scale a row. "4", "2": so many bits in groups. In all three the per-layer
-    inputs (PLE) are int8: their projections because 4 bits there double the error of the whole
-    model for a hundredth of its size, their table because it stays on disk and costs no memory.
-    Linear layers of the towers are int8.
-
-    "mobile": the mix of Google's mobile E2B, one scale a row. Embedding and head, apart, at 2
-    bits; attention 4; MLPs 4, or 2 in layers that read another layer's K/V; PLE table 4, PLE
-    projections 8, `per_layer_model_projection` as it is. Good only from weights trained for it.
-    """
-
-    bits: str
-    group: int | None = None
-    """None: 32 at 4 and 2 bits, a whole row otherwise."""
-    float_tables: bool = False
-    """Leave embedding and PLE table as they are, because transformers 5.23 reads no low-bit tables
-    in compressed-tensors' layout (it does in the mobile one, with one scale a row)."""
-
-    def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise ConfigError(f"bits {self.bits!r}: choose {', '.join(BITS)}")
-        if self.group is not None and self.group not in GROUPS:
-            raise ConfigError(f"group {self.group}: choose {', '.join(map(str, GROUPS))}")
-        if self.bits == "mobile" and self.group is not None:
-            raise ConfigError(
-                f"group {self.group}: the mobile layout has one scale a row; leave it out"
-            )
-        if self.mobile and self.float_tables:
-            raise ConfigError("float tables: the mobile mix includes its tables; leave it out")
-
-    @property
-    def mobile(self) -> bool:
-        return self.bits == "mobile"
-
-    def formats(self, config: Gemma4Config) -> dict[str, Format]:
-        """The format of each weight that gets one, by name (towers' below `model.`).
-
-        Raises:
-          ConfigError: groups do not divide a weight's rows, named; experts in the mobile layout.
-        """
-        text = config.text_config
-        if self.mobile and text.enable_moe_block:
-            raise ConfigError("bits 'mobile': its layout has no place for experts; use 4")
-        out: dict[str, Format] = {}
-        for name, shape in expected_shapes(text).items():
-            format = self._format(name, text.layers, text.hidden_size_per_layer_input)
-            if len(shape) > 1 and format is not None:
-                format.groups(shape[-1], written_key(name))
-                out[name] = format
-        for name, module in Towers(config, device="meta").named_modules():
-            if isinstance(module, nn.Linear):
-                out[f"{name}.weight"] = Format(8)
-        return out
-
-    def leaves(self, key: str) -> bool:
-        """Whether the matrix of this key stays floats by intent, the router apart."""
-        if self.mobile:
-            return key.endswith("per_layer_model_projection.weight")
-        return self.float_tables and key in (written_key(EMBEDDING), written_key(PLE_TABLE))
-
-    def _format(self, name: str, plans: tuple[LayerPlan, ...], P: int) -> Format | None:
-        if ".router." in name or (self.float_tables and name in (EMBEDDING, PLE_TABLE)):
-            return None
-        if name == PLE_TABLE:
-            return Format(4) if self.mobile else Format(8, P)
-        if name == "per_layer_model_projection.weight":
-            return None if self.mobile else Format(8)
-        if "per_layer" in name:
-            return Format(8)
-        if not self.mobile:
-            group = self.group or (None if self.bits == "8" else DEFAULT_GROUP)
-            return Format(int(self.bits), group)
-        if ".mlp." in name:
-            return Format(4 if plans[int(name.split(".")[1])].owns_kv else 2)
-        return Format(2 if name in (EMBEDDING, HEAD) else 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +168,7 @@ class _Job:
         return Row(self.name, self.format, dtype, weights, self.nbytes, self.wrong, self.whole)
 
     def _floats(self) -> Iterator[Tensor]:
-        for rows in _read_rows(self.source):
+        for rows in read_rows(self.source):
             yield rows
             self.advance(self.key, rows.numel())
 
@@ -261,11 +176,7 @@ class _Job:
         assert self.format is not None
         self.scales.clear()
         self.wrong = self.whole = 0.0
-        for rows in _read_rows(self.source):
-            try:
-                found = quantize(rows, self.format)
-            except WeightsError as error:
-                raise WeightsError(f"{self.source.file.name}: {self.key}: {error}") from None
+        for rows, found in rounded(self.key, self.source, self.format):
             wrong, whole = squares(rows, found)
             self.wrong, self.whole = self.wrong + wrong, self.whole + whole
             self.scales.append(found.scales)
@@ -289,7 +200,7 @@ def quantize_checkpoint(
     recipe: Recipe,
     *,
     begin: Callable[[int, int], None] = lambda total, done: None,
-    advance: Advance = lambda name, values: None,
+    advance: Advance = silent,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Row]:
     """Write `target`, or finish it; returns what became of each weight, in the model's order.
@@ -501,21 +412,6 @@ def _digest(recipe: Recipe, jobs: list[_Job], shards: list[list[_Job]]) -> str:
         sorted([str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _read_rows(tensor: StoredTensor) -> Iterator[Tensor]:
-    """The tensor [..., K] as rows [n, K], some MiB at a time, read without a map."""
-    dtype = DTYPES[tensor.dtype]
-    K = tensor.shape[-1] if tensor.shape else 1
-    rows, row_bytes = math.prod(tensor.shape) // max(1, K), K * dtype.itemsize
-    step = max(1, PIECE_BYTES // max(1, row_bytes))
-    with open(tensor.file, "rb") as file:
-        file.seek(tensor.offset)
-        for start in range(0, rows, step):
-            buffer = bytearray(min(step, rows - start) * row_bytes)
-            if file.readinto(buffer) != len(buffer):
-                raise WeightsError(f"{tensor.file} was cut short while it was read; fetch it anew")
-            yield torch.frombuffer(buffer, dtype=dtype).view(-1, K)
 
 
 def _copy_companions(source: Path, target: Path) -> None:

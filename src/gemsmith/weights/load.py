@@ -13,7 +13,9 @@ The per-layer table (PLE) stays on disk by default, see ple.py. A mapped file ma
 replaced by renaming, or deleted; it must not be rewritten in place.
 
 Weights of few bits (see layouts.py) never become floats: modules of quant/linear.py hold their
-codes, on the CPU in the order of its kernels (see cached.py).
+codes, on the CPU in the order of its kernels (see cached.py). With `quant` a checkpoint of floats
+becomes such a model while it is read, some MiB of floats at a time: the one that
+`gemsmith quantize` would write.
 
 What it is not: a reader of pickle (`.bin`, `.pt`), which runs code as it is read, or of GGUF. Image
 and audio towers are read by `load_towers`, once they are needed.
@@ -23,8 +25,9 @@ private mapping.
 """
 
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,9 +41,10 @@ from gemsmith.config import Gemma4Config
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
 from gemsmith.model.text import Experts, TextModel
 from gemsmith.model.towers import Towers
-from gemsmith.quant.formats import Quantized
+from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from gemsmith.quant.packed import Packed
+from gemsmith.quant.quantize import on_grid, quantize, spread
 from gemsmith.weights.cached import packed_weights
 from gemsmith.weights.fuse import fuse
 from gemsmith.weights.layouts import LowBit, codes_of, fold, read_section
@@ -56,7 +60,8 @@ from gemsmith.weights.names import (
     module_name,
     unused_shapes,
 )
-from gemsmith.weights.ple import PLEStore, QuantPLEStore
+from gemsmith.weights.ple import PLEStore, QuantPLEStore, RoundingPLEStore
+from gemsmith.weights.recipe import recipe_on_load
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
@@ -64,8 +69,17 @@ TABLE_DTYPES = DTYPES | {"I32": torch.int32, "U8": torch.uint8, "I8": torch.int8
 COMPUTE = (torch.bfloat16, torch.float32)
 MAX_INDEX_BYTES = 64 << 20
 REMAP_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
 HEAD_ROWS_COMPARED = 256
 FETCH_ANEW = "the file is cut short or damaged; delete it and fetch it anew"
+
+
+Advance = Callable[[str, int], None]
+"""Told the weight in work and how many of its values were just done."""
+
+
+def silent(key: str, values: int) -> None:
+    """An `Advance` that tells nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +100,8 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     ple: Literal["disk", "memory"] = "disk",
+    quant: str | None = None,
+    advance: Advance = silent,
 ) -> tuple[Gemma4Config, TextModel]:
     """Read a checkpoint folder: its config and its decoder, in evaluation mode, gradients off.
 
@@ -94,6 +110,10 @@ def load_model(
     Weights of floats on the CPU in the stored dtype are private mappings of the files: writing to
     them changes neither the file nor another process. `ple` "memory" makes the per-layer table a
     weight like the others.
+
+    quant "int8", "int4" or "int2" quantizes a checkpoint of floats while it is read, as
+    `gemsmith quantize --bits` does; rows of a table on disk are then rounded when they are read.
+    `advance` is told of each piece that was quantized; `quantized_values` says how many there are.
 
     Raises:
       ConfigError: config.json or an option is wrong.
@@ -105,30 +125,55 @@ def load_model(
         raise ConfigError(f"ple {ple!r}: must be disk (rows read as needed) or memory")
     device = _checked_device(device)
     config = Gemma4Config.load(folder)
-    read_section(folder)
+    formats = _formats(quant, config)
+    section = read_section(folder)
     stored, text = read_checkpoint(folder), config.text_config
     shapes, low = fold(stored, expected_shapes(text) | unused_shapes(text))
     files = {key: stored[low[key].codes if key in low else key].file.name for key in shapes}
     chosen = match(shapes, text, files, str(folder))
+    if formats and (low or section is not None):
+        raise WeightsError(
+            f"{folder} is quantized already: load it without quant={quant!r}, or quantize the "
+            "checkpoint it was made from"
+        )
     _check_dtypes(stored, chosen, low, folder)
     _check_head(stored, shapes, chosen, low)
-    typical = stored[chosen[LAST_NORM if chosen[EMBEDDING] in low else EMBEDDING]]
-    if dtype is None and low and device.type == "cpu":
+    typical = stored[chosen[LAST_NORM if formats or chosen[EMBEDDING] in low else EMBEDDING]]
+    if dtype is None and (low or formats) and device.type == "cpu":
         dtype = torch.float32  # what the integer products give; few values are floats at all
     dtype = _compute_dtype(dtype, typical, folder)
 
     model = TextModel(text, device="meta", dtype=dtype)
     if PLE_TABLE in chosen and ple == "disk":
-        table = _ple_store(stored, chosen.pop(PLE_TABLE), low, dtype, device)
+        key = chosen.pop(PLE_TABLE)
+        table = _ple_store(stored, key, low, formats.get(PLE_TABLE), dtype, device)
         model.set_submodule("embed_tokens_per_layer", table)
-    _fill(model, stored, chosen, low, device, dtype)
+    _fill(model, stored, chosen, low, device, dtype, formats, advance)
     model = model.eval().requires_grad_(False)
     fuse(model)
     return config, model
 
 
+def quantized_values(
+    config: Gemma4Config, quant: str, ple: Literal["disk", "memory"] = "disk"
+) -> int:
+    """How many values `load_model(quant=quant)` quantizes, the sum of what `advance` is told.
+
+    Raises:
+      ConfigError: no such quant, or its groups do not fit the model.
+    """
+    shapes, formats = expected_shapes(config.text_config), _formats(quant, config)
+    names = shapes.keys() & formats.keys() - ({PLE_TABLE} if ple == "disk" else set())
+    return sum(math.prod(shapes[name]) for name in names)
+
+
 def load_towers(
-    folder: str | Path, config: Gemma4Config, *, device: torch.device | str, dtype: torch.dtype
+    folder: str | Path,
+    config: Gemma4Config,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    quant: str | None = None,
 ) -> Towers:
     """Read the image and audio towers of the checkpoint that `load_model` read, likewise.
 
@@ -141,7 +186,7 @@ def load_towers(
     chosen = match_towers(shapes, expected, str(folder))
     _check_dtypes(stored, chosen, low, folder)
     towers = Towers(config, device="meta", dtype=dtype)
-    _fill(towers, stored, chosen, low, device, dtype)
+    _fill(towers, stored, chosen, low, device, dtype, _formats(quant, config), silent)
     return towers.eval().requires_grad_(False)
 
 
@@ -155,9 +200,10 @@ def _ple_store(
     stored: dict[str, StoredTensor],
     key: str,
     low: dict[str, LowBit],
+    format: Format | None,
     dtype: torch.dtype,
     device: torch.device,
-) -> PLEStore | QuantPLEStore:
+) -> PLEStore | QuantPLEStore | RoundingPLEStore:
     """The per-layer table on disk."""
 
     def rows(key: str, dtype: torch.dtype | None) -> PLEStore:
@@ -171,6 +217,10 @@ def _ple_store(
             device=device,
         )
 
+    if format is not None:
+        return RoundingPLEStore(
+            rows(key, None), format, lies_on_grid(key, stored[key], format), dtype
+        )
     if key not in low:
         return rows(key, dtype)
     return QuantPLEStore(low[key], rows(low[key].codes, None), rows(low[key].scales, None), dtype)
@@ -183,9 +233,14 @@ def _fill(
     low: dict[str, LowBit],
     device: torch.device,
     dtype: torch.dtype,
+    formats: dict[str, Format],
+    advance: Advance,
 ) -> None:
-    """Stream the tensors `chosen` ({module name: key}) into the places of a meta model."""
-    names = {key: name for name, key in chosen.items() if key not in low}
+    """Stream the tensors `chosen` ({module name: key}) into the places of a meta model.
+
+    Those that `formats` names are quantized on the way.
+    """
+    names = {key: name for name, key in chosen.items() if key not in low and name not in formats}
     reader, done = _Reader(stored), 0
     for key in sorted(names, key=lambda key: _order(stored[key])):
         stays = device.type == "cpu" and DTYPES[stored[key].dtype] == dtype
@@ -205,6 +260,18 @@ def _fill(
     weights = {name: low[key] for name, key in chosen.items() if key in low}
     if weights:
         _place_low(model, _low_bit(stored, weights, device), dtype)
+    modules: dict[str, list[str]] = {}
+    for name in (name for name in chosen if name in formats):
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    shapes = {name: stored[key].shape for name, key in chosen.items() if name in formats}
+    packs = device.type == "cpu" and all(Packed.takes(formats[n], s) for n, s in shapes.items())
+    for together in modules.values():
+        placed: dict[str, Quantized | Packed] = {}
+        for name in together:
+            key = chosen[name]
+            weight = _quantized(key, stored[key], formats[name], device, advance)
+            placed[name] = Packed.of(weight) if packs else weight
+        _place_low(model, placed, dtype)
 
 
 def _low_bit(
@@ -249,6 +316,79 @@ def _codes(
                 "device"
             ) from None
         yield name, Quantized(weight.format, weight.shape, codes, scales)
+
+
+def _quantized(
+    key: str, tensor: StoredTensor, format: Format, device: torch.device, advance: Advance
+) -> Quantized:
+    """A tensor of floats in `format`; it is never in memory as a whole."""
+    *rows, K = tensor.shape
+    N, G, done = math.prod(rows), format.groups(K, key), 0
+    try:
+        packed = torch.empty((N, K * format.bits // 8), dtype=torch.uint8, device=device)
+        scales = torch.empty((N, G), dtype=torch.float32, device=device)
+    except torch.OutOfMemoryError:
+        raise CapacityError(
+            f"{device}: out of memory at {key}; free memory there, or load on another device"
+        ) from None
+    for floats, part in rounded(key, tensor, format):
+        packed[done : done + len(floats)] = part.packed
+        scales[done : done + len(floats)] = part.scales
+        done += len(floats)
+        advance(key, floats.numel())
+    return Quantized(format, tensor.shape, packed.view(*rows, -1), scales.view(*rows, G))
+
+
+def rounded(key: str, tensor: StoredTensor, format: Format) -> Iterator[tuple[Tensor, Quantized]]:
+    """The tensor [..., K] some MiB of rows at a time: as it is, and in `format`.
+
+    Raises:
+      WeightsError: a value is infinite or not a number; the file ends within the tensor.
+    """
+    grid = lies_on_grid(key, tensor, format)
+    for rows in read_rows(tensor):
+        try:
+            part = quantize(rows, format, grid=grid)
+        except WeightsError as error:
+            raise WeightsError(f"{tensor.file.name}: {key}: {error}") from None
+        yield rows, part
+
+
+def lies_on_grid(key: str, tensor: StoredTensor, format: Format) -> bool:
+    """Whether the weights were trained for `format`, by some of their rows.
+
+    Raises: as `rounded`.
+    """
+    sample = torch.cat([*read_rows(tensor, spread(math.prod(tensor.shape[:-1])).step)])
+    try:
+        return on_grid(sample, format)
+    except WeightsError as error:
+        raise WeightsError(f"{tensor.file.name}: {key}: {error}") from None
+
+
+def read_rows(tensor: StoredTensor, every: int = 1) -> Iterator[Tensor]:
+    """The tensor [..., K], or each `every`-th row of it, as rows [n, K] of some MiB.
+
+    Read without a map: no page of the file becomes this process's memory.
+
+    Raises:
+      WeightsError: the file was cut short.
+    """
+    dtype = DTYPES[tensor.dtype]
+    K = tensor.shape[-1] if tensor.shape else 1
+    rows, row_bytes = math.prod(tensor.shape) // max(1, K), K * dtype.itemsize
+    step = max(1, PIECE_BYTES // max(1, row_bytes)) if every == 1 else 1
+    with open(tensor.file, "rb") as file:
+        for start in range(0, rows, step * every):
+            buffer = bytearray(min(step, rows - start) * row_bytes)
+            file.seek(tensor.offset + start * row_bytes)
+            if file.readinto(buffer) != len(buffer):
+                raise WeightsError(f"{tensor.file} was cut short while it was read; fetch it anew")
+            yield torch.frombuffer(buffer, dtype=dtype).view(-1, K)
+
+
+def _formats(quant: str | None, config: Gemma4Config) -> dict[str, Format]:
+    return {} if quant is None else recipe_on_load(quant).formats(config)
 
 
 def _place_low(

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from gemsmith.errors import RequestError, WeightsError
-from gemsmith.quant.formats import Quantized
+from gemsmith.quant.formats import Format, Quantized
+from gemsmith.quant.quantize import quantize
 from gemsmith.weights.layouts import LowBit, codes_of
 
 _AS_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
@@ -126,6 +127,28 @@ class QuantPLEStore(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.table.format}"
+
+
+class RoundingPLEStore(nn.Module):
+    """Rows of a table of floats as they would be in few bits: rounded each time they are read."""
+
+    def __init__(self, floats: PLEStore, format: Format, grid: bool, dtype: torch.dtype) -> None:
+        """grid: whether the table lies on a grid, see `quant.quantize.on_grid`."""
+        super().__init__()
+        self.floats, self.format, self.grid, self.dtype = floats, format, grid, dtype
+        self.num_embeddings, self.embedding_dim = floats.num_embeddings, floats.embedding_dim
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """As `PLEStore.forward`."""
+        unique_U, place_T = torch.unique(ids_T, return_inverse=True)
+        try:
+            rows = quantize(self.floats(unique_U), self.format, grid=self.grid).dequantize()
+        except WeightsError as error:
+            raise WeightsError(f"the per-layer table: {error}") from None
+        return rows.to(self.dtype)[place_T]
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}"
 
 
 class _ReadOnlyFile:
