@@ -1,6 +1,7 @@
 """`gemsmith quantize`: what is written runs, and is called what it is."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ from typer.testing import CliRunner
 
 from gemsmith.cli import quantize as worker
 from gemsmith.cli.main import app
-from gemsmith.errors import WeightsError
+from gemsmith.errors import RequestError, WeightsError
 from gemsmith.weights.convert import Recipe
+from gemsmith.weights.hub import resolve
+
+POCKET = resolve("pocket")
 
 
 def gemsmith(*arguments: object) -> str:
@@ -92,3 +96,55 @@ def test_options_that_cannot_be_are_refused_before_anything_is_written(
     assert result.exit_code == 2
     assert message in result.stderr
     assert not target.exists()
+
+
+def conversations(path: Path, count: int = 3) -> Path:
+    messages = [
+        {"role": "user", "content": "What is 3 + 4?"},
+        {"role": "assistant", "content": "The answer is 7."},
+    ]
+    lines = [json.dumps({"messages": messages, "kind": "sum"}) for _ in range(count)]
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+def test_calibration_is_reported(tmp_path):
+    data = conversations(tmp_path / "talks.jsonl")
+    said = gemsmith("quantize", "pocket", tmp_path / "low", "--data", data)
+    assert "calibrated" in said
+    assert "27 of 27" in said  # three matrices of each of nine MLPs
+    assert re.search(r"Calibrated on \d\d tokens of", said)
+    facts = json.loads(gemsmith("quantize", "pocket", tmp_path / "x", "--data", data, "--json"))
+    kinds = {kind["kind"]: kind["calibrated"] for kind in facts["weights"]}
+    assert kinds["MLP"] == 27
+    assert kinds["embedding"] == kinds["PLE projections"] == 0
+    assert facts["calibration_tokens"] == sum(map(len, worker.read_tokens(str(data), POCKET)))
+
+
+def test_data_is_read_until_there_is_enough(tmp_path, monkeypatch):
+    data = conversations(tmp_path / "talks.jsonl", 9)
+    one = worker.read_tokens(str(data), POCKET)[0]
+    monkeypatch.setattr(worker, "MAX_TOKENS", 2 * len(one) + 5)
+    assert worker.read_tokens(str(data), POCKET) == [one, one, one[:5]]
+    monkeypatch.setattr(worker, "MAX_SEQUENCE", 4)
+    assert worker.read_tokens(str(data), POCKET) == [one[:4]] * 9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no conversations; a line is"),
+        ("\n{", "line 2: not valid JSON"),
+        ("[1]", "line 1: no messages; a line is"),
+        ('{"messages": 3}', "line 1: no messages; a line is"),
+        ('{"messages": [{"role": "king", "content": "x"}]}', "line 1: .*king"),
+        ("\udc80", "cannot be read"),
+    ],
+)
+def test_data_that_holds_no_conversations_is_refused_by_line(tmp_path, text, message):
+    path = tmp_path / "talks.jsonl"
+    path.write_text(text, "utf-8", errors="surrogateescape")
+    with pytest.raises(RequestError, match=message):
+        worker.read_tokens(str(path), POCKET)
+    with pytest.raises(RequestError, match="cannot be read"):
+        worker.read_tokens(str(tmp_path / "absent"), POCKET)

@@ -281,13 +281,17 @@ def quantize(
     float_tables: Annotated[
         bool, typer.Option("--float-tables", help="Keep tables as Transformers reads them.")
     ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Calibrate on a JSONL file: an object with messages a line."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a checkpoint of 8, 4 or 2 bits a weight, and say what became of each kind."""
     from gemsmith.cli import quantize as worker
 
     worker.run(
-        source, target, bits=bits, group=group, float_tables=float_tables, as_json=json
+        source, target, bits=bits, group=group, float_tables=float_tables, as_json=json, data=data
     )  # fmt: skip
 
 

@@ -57,8 +57,11 @@ def round_to_nearest(weight: Tensor, format: Format) -> Quantized:
     return _by_chunks(weight, format, [-float(format.offset)], refit=False)
 
 
-def search(weight: Tensor, format: Format) -> Quantized:
-    """The scales of least squared error among those tried; at 8 bits one, for more gain nothing."""
+def search(weight: Tensor, format: Format, *, importance_K: Tensor | None = None) -> Quantized:
+    """The scales of least squared error among those tried; at 8 bits one, for more gain nothing.
+
+    importance_K: what a squared error in each column counts, nothing below 0; None: all the same.
+    """
     offset = format.offset
     if format.bits == 8:
         ratios = [-float(offset)]
@@ -67,7 +70,7 @@ def search(weight: Tensor, format: Format) -> Quantized:
     else:
         # In a long row the largest weight is far out, and it pays to clip it.
         ratios = [-offset * 1.09**step for step in range(-1, 24)]
-    return _by_chunks(weight, format, ratios)
+    return _by_chunks(weight, format, ratios, importance_K=importance_K)
 
 
 def relative_error(weight: Tensor, quantized: Quantized) -> float:
@@ -79,12 +82,7 @@ def relative_error(weight: Tensor, quantized: Quantized) -> float:
 def squares(weight: Tensor, quantized: Quantized) -> tuple[float, float]:
     """|w - q|^2 and |w|^2 over the whole weight, computed some rows at a time."""
     flat = weight.reshape(-1, weight.shape[-1])
-    rows = Quantized(
-        quantized.format,
-        tuple(flat.shape),
-        quantized.packed.reshape(flat.shape[0], -1),
-        quantized.scales.reshape(flat.shape[0], -1),
-    )
+    rows = quantized.rows()
     step, wrong, whole = _rows_at_once(flat.shape[1]), 0.0, 0.0
     for start in range(0, flat.shape[0], step):
         part = flat[start : start + step].float()
@@ -125,7 +123,12 @@ def _rows_at_once(K: int) -> int:
 
 
 def _by_chunks(
-    weight: Tensor, format: Format, ratios: list[float], *, refit: bool = True
+    weight: Tensor,
+    format: Format,
+    ratios: list[float],
+    *,
+    refit: bool = True,
+    importance_K: Tensor | None = None,
 ) -> Quantized:
     """Quantize all rows with the best of the scales largest / ratio, chunk by chunk."""
     *lead, K = weight.shape
@@ -139,7 +142,10 @@ def _by_chunks(
         groups = flat[start : start + step].float().reshape(-1, K // G)
         if not torch.isfinite(groups).all():
             raise WeightsError("a weight is infinite or not a number; the checkpoint is damaged")
-        codes, scale = _best(groups, format, ratios, refit)
+        counts = None
+        if importance_K is not None:
+            counts = importance_K.view(G, -1).repeat(len(groups) // G, 1)
+        codes, scale = _best(groups, format, ratios, refit, counts)
         packed[start : start + step] = pack(codes.view(-1, K), format.bits)
         scales[start : start + step] = scale.view(-1, G)
     shape = tuple(weight.shape)
@@ -147,9 +153,12 @@ def _by_chunks(
 
 
 def _best(
-    groups: Tensor, format: Format, ratios: list[float], refit: bool
+    groups: Tensor, format: Format, ratios: list[float], refit: bool, counts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Of [n, g] float32 weights the int8 codes [n, g] and scales [n, 1] of least error."""
+    """Of [n, g] float32 weights the int8 codes [n, g] and scales [n, 1] of least error.
+
+    counts: [n, g], what the square of each weight's error counts.
+    """
     low, high = -float(format.offset), float(format.offset - 1)
     stored: Callable[[Tensor], Tensor] = (
         (lambda s: s.bfloat16().float()) if format.group else (lambda s: s)
@@ -161,15 +170,18 @@ def _best(
     best_codes = torch.zeros_like(groups)
     best_scale = torch.ones_like(largest)
     best_error = torch.full_like(largest, torch.inf)
+    least = 1 if counts is None else 1e-30
     for ratio in ratios:
         codes = (groups * (inverse * ratio)).round_().clamp_(low, high)
         scale = largest / ratio
         if refit:
-            power = codes.square().sum(-1, keepdim=True)
-            product = (groups * codes).sum(-1, keepdim=True)
-            scale = torch.where(power > 0, product / power.clamp_min(1), scale)
+            weighed = codes if counts is None else codes * counts
+            power = (codes * weighed).sum(-1, keepdim=True)
+            product = (groups * weighed).sum(-1, keepdim=True)
+            scale = torch.where(power > 0, product / power.clamp_min(least), scale)
         scale = stored(scale)
-        error = torch.addcmul(groups, codes, scale, value=-1).square_().sum(-1, keepdim=True)
+        error = torch.addcmul(groups, codes, scale, value=-1).square_()
+        error = (error if counts is None else error.mul_(counts)).sum(-1, keepdim=True)
         # All codes and the scale negated are the same weights: the positive scale wins.
         better = (error < best_error) | ((error == best_error) & (scale > best_scale))
         best_error = torch.where(better, error, best_error)

@@ -8,7 +8,8 @@ the folder is no checkpoint.
 
 Which bits a weight gets is the recipe's business, see recipe.py.
 
-What it is not: calibration. See quant/quantize.py for the method.
+With calibration data, weights below 8 bits of the decoder's layers are chosen by calibrate.py,
+layer by layer; the others, and all without data, by quant/quantize.py.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,10 +26,11 @@ import torch
 from torch import Tensor
 
 from gemsmith.config import Gemma4Config
-from gemsmith.errors import WeightsError
-from gemsmith.quant.formats import Format
+from gemsmith.errors import ConfigError, WeightsError
+from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.quantize import squares
 from gemsmith.weights import layouts
+from gemsmith.weights.calibrate import Calibration
 from gemsmith.weights.hub import FIDELITY
 from gemsmith.weights.load import (
     DTYPES,
@@ -37,6 +39,8 @@ from gemsmith.weights.load import (
     Advance,
     StoredTensor,
     read_checkpoint,
+    read_codes,
+    read_header,
     read_rows,
     rounded,
     silent,
@@ -86,6 +90,10 @@ class Row:
     wrong: float
     whole: float
     """Sums of squares: of the error, and of the weight."""
+    matrices: int = 1
+    """More than 1 in a stack of experts."""
+    calibrated: int = 0
+    """How many of them were chosen with data."""
 
 
 @dataclass(slots=True)
@@ -115,8 +123,11 @@ class _Job:
     format: Format | None
     mobile: bool
     advance: Advance
+    calibration: Calibration | None = None
+    """What chooses the codes, if data does."""
     wrong: float = 0.0
     whole: float = 0.0
+    calibrated: int = 0
     scales: list[Tensor] = field(default_factory=list)
     parts: list[_Part] = field(init=False)
 
@@ -165,7 +176,11 @@ class _Job:
     def row(self) -> Row:
         weights = math.prod(self.source.shape)
         dtype = self.source.dtype
-        return Row(self.name, self.format, dtype, weights, self.nbytes, self.wrong, self.whole)
+        matrices = self.source.shape[0] if len(self.source.shape) == 3 else 1
+        sums = self.wrong, self.whole
+        return Row(
+            self.name, self.format, dtype, weights, self.nbytes, *sums, matrices, self.calibrated
+        )
 
     def _floats(self) -> Iterator[Tensor]:
         for rows in read_rows(self.source):
@@ -176,7 +191,7 @@ class _Job:
         assert self.format is not None
         self.scales.clear()
         self.wrong = self.whole = 0.0
-        for rows, found in rounded(self.key, self.source, self.format):
+        for rows, found in self._pieces(self.format):
             wrong, whole = squares(rows, found)
             self.wrong, self.whole = self.wrong + wrong, self.whole + whole
             self.scales.append(found.scales)
@@ -187,6 +202,17 @@ class _Job:
                     (found.packed ^ 128).view(torch.int8) if self.format.bits == 8 else found.packed
                 )
             self.advance(self.key, rows.numel())
+
+    def _pieces(self, format: Format) -> Iterator[tuple[Tensor, Quantized]]:
+        """Rows as they are, and in the format."""
+        if self.calibration is None or not self.calibration.covers(self.name):
+            yield from rounded(self.key, self.source, format)
+            return
+        chosen, start = self.calibration.take(self.name).rows(), 0
+        self.calibrated = self.calibration.calibrated[self.name]
+        for rows in read_rows(self.source):
+            yield rows, chosen[start : start + len(rows)]
+            start += len(rows)
 
     def _scales(self, dtype: torch.dtype) -> Iterator[Tensor]:
         for scales in self.scales:
@@ -199,21 +225,26 @@ def quantize_checkpoint(
     target: str | Path,
     recipe: Recipe,
     *,
+    tokens: Sequence[Sequence[int]] | None = None,
     begin: Callable[[int, int], None] = lambda total, done: None,
     advance: Advance = silent,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Row]:
     """Write `target`, or finish it; returns what became of each weight, in the model's order.
 
+    tokens: calibration data, sequences of token ids, see calibrate.py; None: without.
     `begin` is told once how many values there are and how many were done by an earlier call.
 
     Raises:
-      ConfigError: the recipe does not fit the model.
+      ConfigError: the recipe does not fit the model, or has no use for data.
+      RequestError: the data is not this model's.
       WeightsError: the source is damaged, not a Gemma 4 of floats, or the target holds another
         checkpoint, or cannot be written.
     """
     source, target = Path(source), Path(target)
     config, jobs = _plan(source, recipe, advance)
+    if tokens is not None and recipe.bits == "8":
+        raise ConfigError("calibration data: 8 bits are as good without; leave it out")
     shards = split_shards(jobs, shard_bytes)
     count = len(shards)
     names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
@@ -222,11 +253,14 @@ def quantize_checkpoint(
         raise WeightsError(
             f"{target} holds a checkpoint already; remove it or choose another folder"
         )
-    done = _done_before(target, _digest(recipe, jobs, shards))
+    done = _done_before(target, _digest(recipe, jobs, shards, tokens))
     done["files"] = {n: f for n, f in done["files"].items() if _intact(target / n, f)}
+    if tokens is not None:
+        _calibrate(jobs, config, tokens, [target / name for name in done["files"]])
     kept = [job for n, s in zip(names, shards, strict=True) if n in done["files"] for job in s]
-    for path in target.glob(".model*.safetensors.*.tmp"):
-        path.unlink()  # half a file, of a process that was killed
+    for name in (".model*.safetensors", f".{INDEX}", f".{PROGRESS}", ".config.json"):
+        for path in target.glob(f"{name}.*.tmp"):
+            path.unlink()  # half a file, of a process that was killed
     begin(sum(_values(job) for job in jobs), sum(_values(job) for job in kept))
     current = ""
     try:
@@ -235,9 +269,9 @@ def quantize_checkpoint(
                 files = done["files"] | {current: _finish(target, current, shard)}
                 _replace(target, PROGRESS, to_json(done | {"files": files}))
                 done["files"] = files
-            errors = done["files"][current]["squares"]
+            noted = done["files"][current]["squares"]
             for job in shard:
-                job.wrong, job.whole = errors.get(job.name, (0.0, 0.0))
+                job.wrong, job.whole, job.calibrated = noted.get(job.name, (0.0, 0.0, 0))
         if count > 1:
             parts = [[part for job in shard for part in job.parts] for shard in shards]
             _replace(target, INDEX, to_json(index_of(names, parts)))
@@ -253,6 +287,31 @@ def quantize_checkpoint(
             "files are done. Make room and run the same command again to go on."
         ) from None
     return [job.row() for job in jobs]
+
+
+def _calibrate(
+    jobs: list[_Job], config: Gemma4Config, tokens: Sequence[Sequence[int]], done: list[Path]
+) -> None:
+    """Have data choose the codes of jobs; `done` are files of an earlier call, with theirs."""
+    decoder = [job for job in jobs if not is_tower(job.name)]
+    stored = {key: tensor for file in done for key, tensor in read_header(file).items()}
+    low = layouts.fold(stored, expected_shapes(config.text_config))[1]
+    keys = {job.name: job.key for job in decoder if job.key in low}
+
+    def found(name: str) -> Quantized | None:
+        weight = {name: low[keys[name]]} if name in keys else {}
+        return dict(read_codes(stored, weight, torch.device("cpu"), stays=False)).get(name)
+
+    calibration = Calibration(
+        config.text_config,
+        {job.name: job.source for job in decoder},
+        {job.name: job.format for job in decoder if job.format},
+        tokens,
+        found,
+        lambda name: jobs[0].advance(written_key(name), 0),
+    )
+    for job in decoder:
+        job.calibration = calibration
 
 
 def left_as_floats(folder: str | Path) -> list[str]:
@@ -350,8 +409,8 @@ def _finish(target: Path, name: str, shard: list[_Job]) -> dict[str, Any]:
     except BaseException:
         temporary[name].unlink(missing_ok=True)
         raise
-    squared = {job.name: (job.wrong, job.whole) for job in shard if job.format}
-    return {"sha256": hashing.digest.hexdigest(), "squares": squared}
+    noted = {job.name: (job.wrong, job.whole, job.calibrated) for job in shard if job.format}
+    return {"sha256": hashing.digest.hexdigest(), "squares": noted}
 
 
 class _Hashing:
@@ -402,11 +461,17 @@ def _intact(file: Path, noted: Any) -> bool:
         return False
 
 
-def _digest(recipe: Recipe, jobs: list[_Job], shards: list[list[_Job]]) -> str:
-    """Identifies what is made of what: recipe, source files as they are, division into files."""
+def _digest(
+    recipe: Recipe,
+    jobs: list[_Job],
+    shards: list[list[_Job]],
+    tokens: Sequence[Sequence[int]] | None,
+) -> str:
+    """Identifies what is made of what: recipe, source files and data as they are, the division."""
     files = {job.source.file for job in jobs}
     facts = [
         repr(recipe),
+        [list(ids) for ids in tokens] if tokens is not None else None,
         [len(shard) for shard in shards],
         [[job.key, job.source.dtype, job.source.shape, str(job.format)] for job in jobs],
         sorted([str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files),

@@ -146,7 +146,7 @@ def load_model(
     model = TextModel(text, device="meta", dtype=dtype)
     if PLE_TABLE in chosen and ple == "disk":
         key = chosen.pop(PLE_TABLE)
-        table = _ple_store(stored, key, low, formats.get(PLE_TABLE), dtype, device)
+        table = table_on_disk(stored, key, low, formats.get(PLE_TABLE), dtype, device)
         model.set_submodule("embed_tokens_per_layer", table)
     _fill(model, stored, chosen, low, device, dtype, formats, advance)
     model = model.eval().requires_grad_(False)
@@ -196,7 +196,7 @@ def tower_shapes(config: Gemma4Config) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _ple_store(
+def table_on_disk(
     stored: dict[str, StoredTensor],
     key: str,
     low: dict[str, LowBit],
@@ -204,7 +204,7 @@ def _ple_store(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PLEStore | QuantPLEStore | RoundingPLEStore:
-    """The per-layer table on disk."""
+    """A table whose rows are read as they are needed: `ple.py` says how."""
 
     def rows(key: str, dtype: torch.dtype | None) -> PLEStore:
         table = stored[key]
@@ -284,12 +284,12 @@ def _low_bit(
     if device.type == "cpu" and all(Packed.takes(*each) for each in layout.values()):
         files = {stored[low.codes].file for low in weights.values()}
         folder = next(iter(files)).parent
-        codes = partial(_codes, stored, weights, device, stays=False)
+        codes = partial(read_codes, stored, weights, device, stays=False)
         return packed_weights(folder, files, layout, codes)
-    return dict(_codes(stored, weights, device, stays=device.type == "cpu"))
+    return dict(read_codes(stored, weights, device, stays=device.type == "cpu"))
 
 
-def _codes(
+def read_codes(
     stored: dict[str, StoredTensor],
     weights: dict[str, LowBit],
     device: torch.device,
