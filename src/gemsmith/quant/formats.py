@@ -132,7 +132,7 @@ class Quantized:
         shape = (*packed.shape[:-1], self.shape[-1])
         return Quantized(self.format, shape, packed, scales)
 
-    def rows(self) -> "Quantized":
+    def flat(self) -> "Quantized":
         """All rows of a stack as one weight [E * N, K]; nothing is copied."""
         packed, scales = self.packed.flatten(0, -2), self.scales.flatten(0, -2)
         return Quantized(self.format, (len(packed), self.shape[-1]), packed, scales)

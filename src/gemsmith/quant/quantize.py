@@ -82,7 +82,7 @@ def relative_error(weight: Tensor, quantized: Quantized) -> float:
 def squares(weight: Tensor, quantized: Quantized) -> tuple[float, float]:
     """|w - q|^2 and |w|^2 over the whole weight, computed some rows at a time."""
     flat = weight.reshape(-1, weight.shape[-1])
-    rows = quantized.rows()
+    rows = quantized.flat()
     step, wrong, whole = _rows_at_once(flat.shape[1]), 0.0, 0.0
     for start in range(0, flat.shape[0], step):
         part = flat[start : start + step].float()

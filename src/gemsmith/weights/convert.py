@@ -208,7 +208,7 @@ class _Job:
         if self.calibration is None or not self.calibration.covers(self.name):
             yield from rounded(self.key, self.source, format)
             return
-        chosen, start = self.calibration.take(self.name).rows(), 0
+        chosen, start = self.calibration.take(self.name).flat(), 0
         self.calibrated = self.calibration.calibrated[self.name]
         for rows in read_rows(self.source):
             yield rows, chosen[start : start + len(rows)]
