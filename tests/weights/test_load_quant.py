@@ -179,7 +179,7 @@ def test_values_at_odd_bytes_of_a_file_are_read_as_they_are(tmp_path):
 
 
 def test_memory_holds_the_codes_and_some_pieces_of_floats(tmp_path):
-    """A table of 64 MiB of floats, 17 as codes, costs what it weighs as codes."""
+    """A table of 64 MiB of floats, 20 as codes: at most the codes twice, while they are packed."""
     config = low_config("31B")
     text = replace(
         config.text_config, num_hidden_layers=3, layer_types=config.text_config.layer_types[:3]
@@ -205,4 +205,4 @@ def test_memory_holds_the_codes_and_some_pieces_of_floats(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     small, large = (int(line) for line in done.stdout.split())
-    assert large - small < 26 << 10, done.stdout
+    assert large - small < 44 << 10, done.stdout
