@@ -231,7 +231,7 @@ def test_a_checkpoint_without_towers_is_asked_text_alone_and_the_report_says_so(
     folder = random_checkpoint.write(random_checkpoint.config_of("tiny-E2B"), tmp_path / "random")
     asked: list[Item] = []
 
-    def unasked(model: str, items: list[Item], on_outcome: Any) -> Report:
+    def unasked(model: str, items: list[Item], on_outcome: Any, **given: object) -> Report:
         asked.extend(items)
         return Report(complete=True)
 
