@@ -35,9 +35,9 @@ from gemsmith.quant.formats import Format, pack
 from gemsmith.testing import tiny_config
 from gemsmith.text.tokenizer import MARKERS
 from gemsmith.weights import layouts
-from gemsmith.weights.convert import BITS, Recipe
 from gemsmith.weights.load import SINGLE
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE, Shape, expected_shapes, written_key
+from gemsmith.weights.recipe import BITS, Recipe
 from gemsmith.weights.save import ALIGNMENT, new_file, to_json, write_tensors
 
 SIZES = (*PRESETS, *(f"tiny-{size}" for size in PRESETS))
