@@ -118,7 +118,7 @@ def main() -> None:
     more = 2 * STEPS * options.repeats
 
     def filled(tokens: int, room: int) -> Context:
-        context = Context(lm.model)
+        context = Context(lm.model, lm.kv)
         context.reserve(tokens + room)
         context.run(ids_of(tokens, vocabulary))
         return context
@@ -136,7 +136,7 @@ def main() -> None:
     for rows in ROWS:
         context = filled(ROWS_CONTEXT, 2 * rows * options.repeats)
         ids = ids_of(rows, vocabulary, 1)
-        runs[f"{rows} rows"] = lambda context=context, ids=ids: context.run_all(ids)
+        runs[f"{rows} rows"] = lambda context=context, ids=ids: list(context.scan(ids))
     peak = peak_bytes()
     reader = measure.Reader(weights)
     runs["read"] = reader.read

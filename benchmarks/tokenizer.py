@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("file", type=Path)
     parser.add_argument("--repeats", type=int, default=7)
+    measure.add_record(parser)
     options = parser.parse_args()
     about = measure.machine()
     ours, theirs = Tokenizer.load(options.file), reference(options.file)
@@ -139,7 +140,7 @@ def main() -> None:
         "tokenizer",
         {"model": "none", "unit": "10^6 characters/s", "open": opened, "runs": results},
         about,
-        record=False,
+        record=options.record,
     )
 
 

@@ -31,7 +31,7 @@ class Gemsmith:
         self.vocabulary = self.lm.config.text_config.vocab_size
 
     def context(self, tokens: int) -> Context:
-        made = Context(self.lm.model)
+        made = Context(self.lm.model, self.lm.kv)
         made.reserve(tokens)
         return made
 
@@ -58,14 +58,14 @@ class Gemsmith:
         context = self.context(depth + (tokens + 1) * count)
         context.run(ids_of(depth, self.vocabulary))
         rows = ids_of(count, self.vocabulary, depth)
-        context.run_all(rows)
+        list(context.scan(rows))
         start = time.perf_counter()
         for _ in range(tokens):
-            context.run_all(rows)
+            list(context.scan(rows))
         return [time.perf_counter() - start]
 
     def logits(self, ids: list[int], path: str) -> None:
-        _save(Context(self.lm.model).run(ids), path)
+        _save(Context(self.lm.model, self.lm.kv).run(ids), path)
 
     def read(self, nbytes: int) -> Seconds:
         """Plain reading of so many bytes, the best of three: decoding cannot be faster."""
