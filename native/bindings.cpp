@@ -67,6 +67,20 @@ gemsmith::Layer layer(const std::array<int64_t, 6>& sizes, float eps, float scal
   return made;
 }
 
+// arrays: router, router_norm, scale, before, after_mlp, after.
+void set_experts(gemsmith::Layer& layer, int64_t A, int64_t F,
+                 const std::vector<WeightFields>& gate_up, const std::vector<WeightFields>& down,
+                 const std::array<Address, 6>& arrays) {
+  gemsmith::Experts& made = layer.experts;
+  made.A = A;
+  made.F = F;
+  for (const WeightFields& each : gate_up) made.gate_up.push_back(weight(each));
+  for (const WeightFields& each : down) made.down.push_back(weight(each));
+  const float** const all[] = {&made.router, &made.router_norm, &made.scale,
+                               &made.before, &made.after_mlp, &made.after};
+  for (int i = 0; i < 6; i++) *all[i] = at<const float>(arrays[i]);
+}
+
 // spans: six integers each, as KeySpan has them.
 void attention(Address q, int64_t R, int64_t N, int64_t K, int64_t H,
                const std::vector<int64_t>& spans, int k_format, int v_format, Address ranges,
@@ -137,6 +151,7 @@ NB_MODULE(_native, m) {
                    at<float>(y));
       }, release);
   m.def("layer", layer);
+  m.def("set_experts", set_experts);
   m.def("attention", attention, release);
   m.def("read_memory", [](Address data, int64_t bytes) {
     return gemsmith::read_memory(at<const uint8_t>(data), bytes);

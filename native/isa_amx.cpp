@@ -76,6 +76,6 @@ void product(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1) {
 #include "rows-inl.h"
 
 namespace gemsmith {
-const Kernels AMX = {"amx", runs_here, product, quantize, norm, add_norm, geglu, rotate, read,
+const Kernels AMX = {"amx", runs_here, product, quantize, norm, add_norm, geglu, rotate, dots, read,
                  sums, ATTENTION, &GEMM};
 }

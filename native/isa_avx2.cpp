@@ -115,5 +115,5 @@ bool runs_here() { return __builtin_cpu_supports("avx2"); }
 
 namespace gemsmith {
 const Kernels AVX2 = {"avx2", runs_here, product, quantize, norm, add_norm, geglu,
-    rotate, read, sums, ATTENTION};
+    rotate, dots, read, sums, ATTENTION};
 }

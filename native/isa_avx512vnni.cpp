@@ -265,5 +265,5 @@ bool runs_here() {
 
 namespace gemsmith {
 const Kernels AVX512VNNI = {"avx512vnni", runs_here, product, quantize, norm, add_norm, geglu,
-    rotate, read, sums, ATTENTION, &GEMM};
+    rotate, dots, read, sums, ATTENTION, &GEMM};
 }

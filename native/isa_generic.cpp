@@ -57,5 +57,5 @@ bool runs_here() { return true; }
 
 namespace gemsmith {
 const Kernels GENERIC = {"generic", runs_here, product, quantize, norm, add_norm, geglu,
-    rotate, read, sums, ATTENTION};
+    rotate, dots, read, sums, ATTENTION};
 }

@@ -97,6 +97,6 @@ bool runs_here() {
 #include "rows-inl.h"
 
 namespace gemsmith {
-const Kernels NEON = {"neon", runs_here, product, quantize, norm, add_norm, geglu, rotate, read,
+const Kernels NEON = {"neon", runs_here, product, quantize, norm, add_norm, geglu, rotate, dots, read,
                  sums, ATTENTION};
 }

@@ -160,6 +160,7 @@ struct Kernels {
                 int64_t n, int64_t m0, int64_t m1, float* y);
   void (*rotate)(float* x, int64_t heads, int64_t H, int64_t pairs, const float* cosine,
                  const float* sine, int64_t m0, int64_t m1);
+  void (*dots)(const float* x, const float* w, int64_t D, int64_t n0, int64_t n1, float* y);
   // Sum of 64-byte lines as 64-bit words: reads memory and does nothing else, for benchmarks.
   uint64_t (*read)(const uint8_t* data, int64_t line0, int64_t line1);
   // Sums of x [count][size] over size, times factor.

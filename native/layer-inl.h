@@ -10,16 +10,20 @@
 namespace gemsmith {
 namespace {
 
-// 1 / rms of one row.
-inline float inverse_rms(const float* x, int64_t D, float eps) {
+inline float dot_lanes(const float* a, const float* b, int64_t D) {
   float lanes[16] = {};
   int64_t d = 0;
   for (; d + 16 <= D; d += 16)
-    for (int i = 0; i < 16; i++) lanes[i] += x[d + i] * x[d + i];
-  for (int i = 0; d + i < D; i++) lanes[i] += x[d + i] * x[d + i];
+    for (int i = 0; i < 16; i++) lanes[i] += a[d + i] * b[d + i];
+  for (int i = 0; d + i < D; i++) lanes[i] += a[d + i] * b[d + i];
   for (int step = 8; step > 0; step /= 2)
     for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
-  return 1.0f / std::sqrt(lanes[0] / static_cast<float>(D) + eps);
+  return lanes[0];
+}
+
+// 1 / rms of one row.
+inline float inverse_rms(const float* x, int64_t D, float eps) {
+  return 1.0f / std::sqrt(dot_lanes(x, x, D) / static_cast<float>(D) + eps);
 }
 
 // y = x / rms(x) * weight for rows m0..m1; weight null: none. y may be x.
@@ -55,6 +59,11 @@ void geglu(const float* gate, int64_t gate_stride, const float* up, int64_t up_s
     float* out = y + m * n;
     for (int64_t i = 0; i < n; i++) out[i] = gelu_tanh(g[i]) * u[i];
   }
+}
+
+// y[n] = sum of x * w[n] for rows n0..n1 of w [N][D].
+void dots(const float* x, const float* w, int64_t D, int64_t n0, int64_t n1, float* y) {
+  for (int64_t n = n0; n < n1; n++) y[n] = dot_lanes(x, w + n * D, D);
 }
 
 // Turns the pairs (i, i + H/2), i < pairs, of each head of rows m0..m1 of x [M][heads][H], in place,

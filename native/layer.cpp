@@ -1,8 +1,11 @@
 #include "layer.h"
 
+#include <cstring>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
+#include "math-inl.h"
 #include "threads.h"
 
 namespace gemsmith {
@@ -44,8 +47,10 @@ struct Rounded {
   std::unique_ptr<int8_t[]> x8;
   Floats sx;
 
+  Rounded(int64_t M, int64_t K)
+      : M(M), x8(new int8_t[static_cast<size_t>(M * K)]), sx(floats(M)) {}
   Rounded(const float* x, int64_t M, int64_t K)
-      : M(M), x8(new int8_t[static_cast<size_t>(M * K)]), sx(floats(M)) {
+      : Rounded(M, K) {
     quantize_rows(x, M, K, x8.get(), sx.get());
   }
   void times(const Weight& w, float* y) const {
@@ -53,7 +58,71 @@ struct Rounded {
   }
 };
 
+struct Choice {
+  int64_t row;
+  float weight;
+};
+
+// Puts each token among the choices of its A best experts. scores [E] are overwritten.
+void choose(float* scores, int64_t row, const Experts& experts,
+            std::vector<std::vector<Choice>>& chosen) {
+  const int64_t E = static_cast<int64_t>(chosen.size());
+  float most = scores[0], sum = 0;
+  for (int64_t e = 1; e < E; e++) most = scores[e] > most ? scores[e] : most;
+  for (int64_t e = 0; e < E; e++) sum += scores[e] = exp_of(scores[e] - most);
+  std::vector<int64_t> best;
+  float total = 0;
+  for (int64_t a = 0; a < experts.A; a++) {
+    int64_t found = -1;
+    for (int64_t e = 0; e < E; e++) {
+      bool taken = false;
+      for (const int64_t other : best) taken |= other == e;
+      if (!taken && (found < 0 || scores[e] > scores[found])) found = e;
+    }
+    best.push_back(found);
+    total += scores[found] / sum;
+  }
+  for (const int64_t e : best)
+    chosen[static_cast<size_t>(e)].push_back({row, scores[e] / sum / total * experts.scale[e]});
+}
+
 }  // namespace
+
+void Layer::mix(const float* x, int64_t M, float* y) const {
+  const Kernels& isa = kernels();
+  const int64_t E = static_cast<int64_t>(experts.gate_up.size()), F = experts.F;
+  const Floats normed = floats(M * D), scores = floats(M * E);
+  each_row(M, D + E * D, [&](int64_t m0, int64_t m1) {
+    isa.norm(x, experts.router_norm, D, eps, m0, m1, normed.get());
+    for (int64_t m = m0; m < m1; m++)
+      isa.dots(&normed[m * D], experts.router, D, 0, E, &scores[m * E]);
+    isa.norm(x, experts.before, D, eps, m0, m1, normed.get());
+  });
+  std::vector<std::vector<Choice>> chosen(static_cast<size_t>(E));
+  for (int64_t m = 0; m < M; m++) choose(&scores[m * E], m, experts, chosen);
+
+  const Rounded rows(normed.get(), M, D);
+  std::memset(y, 0, static_cast<size_t>(M * D) * sizeof(float));
+  for (size_t e = 0; e < chosen.size(); e++) {
+    const std::vector<Choice>& its = chosen[e];
+    const int64_t count = static_cast<int64_t>(its.size());
+    if (count == 0) continue;
+    Rounded some(count, D);
+    for (int64_t i = 0; i < count; i++) {
+      std::memcpy(&some.x8[i * D], &rows.x8[its[i].row * D], static_cast<size_t>(D));
+      some.sx[i] = rows.sx[its[i].row];
+    }
+    const Floats both = floats(count * 2 * F), hidden = floats(count * F), out = floats(count * D);
+    some.times(experts.gate_up[e], both.get());
+    each_row(count, 2 * F, [&](int64_t m0, int64_t m1) {
+      isa.geglu(both.get(), 2 * F, both.get() + F, 2 * F, F, m0, m1, hidden.get());
+    });
+    Rounded(hidden.get(), count, F).times(experts.down[e], out.get());
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t d = 0; d < D; d++)
+        y[its[i].row * D + d] += out[i * D + d] * its[i].weight;
+  }
+}
 
 void Layer::before(const float* x, int64_t M, const float* cosine, const float* sine, int64_t pairs,
                    float* q, float* k, float* v) const {
@@ -102,6 +171,14 @@ void Layer::after(const float* x, const float* o, const float* ple, int64_t ple_
       isa.geglu(gate_out.get(), F, up_out.get(), F, F, m0, m1, gate_out.get());
     });
     Rounded(gate_out.get(), rows, F).times(down, branch.get());
+    if (!experts.gate_up.empty()) {
+      mix(out, rows, normed.get());
+      each_row(rows, D, [&](int64_t m0, int64_t m1) {
+        isa.norm(branch.get(), experts.after_mlp, D, eps, m0, m1, branch.get());
+        isa.norm(normed.get(), experts.after, D, eps, m0, m1, normed.get());
+        for (int64_t i = m0 * D; i < m1 * D; i++) branch[i] += normed[i];
+      });
+    }
     each_row(rows, D, [&](int64_t m0, int64_t m1) {
       isa.add_norm(out, branch.get(), after_mlp_norm, D, eps, P ? 1.0f : scalar, m0, m1, out);
     });

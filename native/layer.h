@@ -17,6 +17,17 @@ struct Weight {
   int scale_bits = 32;
 };
 
+// Experts beside the MLP: each token runs through the A of E that the router likes best.
+struct Experts {
+  int64_t A = 0, F = 0;               // F: width of an expert
+  std::vector<Weight> gate_up, down;  // of each expert; gate rows before up rows
+  const float* router = nullptr;      // [E][D]
+  const float* router_norm = nullptr; // [D], what the router's input is multiplied with
+  const float* scale = nullptr;       // [E]: of what comes out of each
+  // Norms [D]: of the experts' input, of the MLP's output, of theirs.
+  const float *before = nullptr, *after_mlp = nullptr, *after = nullptr;
+};
+
 struct Layer {
   int64_t D = 0;         // hidden size
   int64_t heads = 0;     // of queries
@@ -30,6 +41,8 @@ struct Layer {
   const float *input_norm = nullptr, *q_norm = nullptr, *k_norm = nullptr, *attention_norm = nullptr,
               *before_mlp_norm = nullptr, *after_mlp_norm = nullptr, *ple_norm = nullptr;
 
+  Experts experts;  // none: gate_up is empty
+
   // x [M][D] -> q [M][heads][H], k and v [M][kv_heads][H]: projected, normed, turned by the angles
   // whose cosines and sines are [M][pairs].
   void before(const float* x, int64_t M, const float* cosine, const float* sine, int64_t pairs,
@@ -38,6 +51,10 @@ struct Layer {
   // ple_stride apart.
   void after(const float* x, const float* o, const float* ple, int64_t ple_stride, int64_t M,
              float* y) const;
+
+ private:
+  // y [M][D] = the weighted sum of what the chosen experts make of x [M][D].
+  void mix(const float* x, int64_t M, float* y) const;
 };
 
 }  // namespace gemsmith

@@ -39,13 +39,17 @@ def packed_model(config: Gemma4Config, format: Format) -> TextModel:
     for name, old in list(model.named_modules()):
         if isinstance(old, nn.Embedding):
             model.set_submodule(name, QuantEmbedding(packed(old.weight), dtype))
-        elif isinstance(old, nn.Linear):
+        elif isinstance(old, nn.Linear) and not name.endswith("router.proj"):
             model.set_submodule(name, QuantLinear(packed(old.weight), dtype))
         elif isinstance(old, Experts):
             parts = packed(old.gate_up_proj), packed(old.down_proj)
             model.set_submodule(name, QuantExperts(*parts, dtype))
     layers: Any = model.layers
+    generator = torch.Generator().manual_seed(4)
     for layer in layers:
+        if layer.has_experts:
+            layer.router.scale.data.uniform_(0.5, 1.5, generator=generator)
+            layer.router.per_expert_scale.data.uniform_(0.5, 1.5, generator=generator)
         layer.layer_scalar.fill_(0.75)
         for norm in layer.modules():
             if hasattr(norm, "eps") and hasattr(norm, "weight"):
@@ -60,7 +64,7 @@ def logits(model: TextModel, config: Gemma4Config, tokens: int) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 300])
-@pytest.mark.parametrize("size", [size for size in SIZES if size != "26B-A4B"])
+@pytest.mark.parametrize("size", SIZES)
 def test_a_fused_model_equals_its_modules(size, tokens):
     config = tiny_config(size, vocab_size=320)
     model = packed_model(config, Format(8))
@@ -69,10 +73,11 @@ def test_a_fused_model_equals_its_modules(size, tokens):
     assert all(isinstance(layer, PackedLayer) for layer in model.layers)
     found = logits(model, config, tokens)
     # Sums in another order differ in the last bits. Where that turns one rounding to int8 over, a
-    # row moves by half a percent, which eight layers of random weights make a fifth: rare, and
-    # nothing that a wrong layer would leave at almost all tokens.
+    # row moves by half a percent, which eight layers of random weights make a fifth, and the tokens
+    # that look at it move too: rare, and nothing that a wrong layer would leave before the first.
     error = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert (error < 1e-5).float().mean() > 0.95
+    long_and_sparse = tokens == 300 and config.text_config.enable_moe_block
+    assert (error < 1e-5).float().mean() > (0.2 if long_and_sparse else 0.95)
     assert error.max() < 0.5
 
 
@@ -90,8 +95,9 @@ def test_half_a_layer_is_near_its_definition():
         assert_close(found, wanted, tolerance(torch.float32, 64, steps=4))
 
 
-def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(isa, monkeypatch):
-    config = tiny_config("E2B", vocab_size=320)
+@pytest.mark.parametrize("size", ["E2B", "26B-A4B"])
+def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(isa, monkeypatch, size):
+    config = tiny_config(size, vocab_size=320)
     model = packed_model(config, Format(4))
     fuse(model)
     cpu.force_isa("generic")
@@ -103,7 +109,7 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(isa, mo
         assert torch.equal(logits(model, config, 300), wanted)
 
 
-def test_layers_keep_their_names_and_those_with_floats_or_experts_stay():
+def test_layers_keep_their_names_and_those_with_floats_stay():
     config = tiny_config("E2B")
     model = packed_model(config, Format(8))
     names = list(model.state_dict())
@@ -115,9 +121,6 @@ def test_layers_keep_their_names_and_those_with_floats_or_experts_stay():
     assert isinstance(model.layers[0], PackedLayer)
     mlp.up_proj = old
     assert list(model.state_dict()) == names
-    sparse = packed_model(tiny_config("26B-A4B"), Format(8))
-    fuse(sparse)
-    assert not any(isinstance(layer, PackedLayer) for layer in sparse.layers)
 
 
 def weights_and_norms() -> tuple[dict[str, cpu.PackedWeight], dict[str, Tensor]]:
@@ -158,3 +161,23 @@ def test_rows_of_the_wrong_size_are_refused():
         layer.before(x, angles, angles[:2])
     with pytest.raises(WeightsError, match=r"o is torch.float32 \[2, 4, 16\]"):
         layer.after(x, o[:2], None)
+
+
+def test_experts_that_do_not_belong_to_the_layer_are_refused():
+    def experts(**sizes: int) -> dict[str, Any]:
+        D, F, E = (sizes.get(n, v) for n, v in (("D", 64), ("F", 32), ("E", 3)))
+        made = Packed.of(quantize(torch.ones(2 * F, D), Format(8))).weight
+        down = Packed.of(quantize(torch.ones(D, F), Format(8))).weight
+        arrays = {name: torch.ones(64) for name in cpu.Layer.EXPERTS}
+        arrays |= {"router": torch.ones(E, 64), "scale": torch.ones(E)}
+        return {"gate_up": [made] * 3, "down": [down] * 3, "arrays": arrays}
+
+    layer = cpu.Layer(*weights_and_norms(), heads=4, head_dim=16, eps=1e-6, scalar=1.0)
+    with pytest.raises(WeightsError, match=r"each must be \[2F, 64\] and \[64, F\] with one F"):
+        layer.add_experts(**experts(D=48), top_k=2)
+    with pytest.raises(WeightsError, match="3 and 3 experts, 4 at a time"):
+        layer.add_experts(**experts(), top_k=4)
+    with pytest.raises(WeightsError, match=r"router is torch.float32 \[4, 64\]"):
+        layer.add_experts(**experts(E=4), top_k=2)
+    layer.add_experts(**experts(), top_k=2)
+    assert layer.after(torch.ones(3, 64), torch.ones(3, 4, 16), None).isfinite().all()

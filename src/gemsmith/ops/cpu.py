@@ -298,6 +298,7 @@ class Layer:
 
     WEIGHTS = ("q", "k", "v", "o", "gate", "up", "down", "ple_gate", "ple_projection")
     NORMS = ("input", "q", "k", "attention", "before_mlp", "after_mlp", "ple")
+    EXPERTS = ("router", "router_norm", "scale", "before", "after_mlp", "after")
 
     def __init__(
         self,
@@ -343,7 +344,7 @@ class Layer:
             raise WeightsError(f"heads of {H} values cannot be turned in pairs")
         kept_norms = [norms.get(name) for name in self.NORMS]
         kept_weights = [weights.get(name) for name in self.WEIGHTS]
-        self._kept = (kept_weights, kept_norms)
+        self._kept: tuple[object, ...] = (kept_weights, kept_norms)
         """What the addresses belong to."""
         self._D, self._N, self._K, self._H, self._P = D, heads, K, H, P
         self._layer = native.layer(
@@ -353,6 +354,43 @@ class Layer:
             [[0] * 7 if w is None else w._arguments for w in kept_weights],
             [0 if n is None else n.data_ptr() for n in kept_norms],
         )
+
+    def add_experts(
+        self,
+        gate_up: Sequence[PackedWeight],
+        down: Sequence[PackedWeight],
+        arrays: Mapping[str, Tensor],
+        *,
+        top_k: int,
+    ) -> None:
+        """Put experts beside the MLP; gate_up [2F, D] and down [D, F] of each of the E.
+
+        arrays: "router" [E, D]; "router_norm" [D], by which the router's normed input is
+        multiplied; "scale" [E] of each expert's output; the norms [D] "before" the experts, of the
+        MLP's output "after_mlp", and of theirs "after".
+
+        Raises:
+          WeightsError: the sizes do not belong together.
+        """
+        E, D = len(gate_up), self._D
+        F = down[0].inputs if down else 0
+        shapes = {(w.outputs, w.inputs) for w in gate_up}, {(w.outputs, w.inputs) for w in down}
+        if shapes != ({(2 * F, D)}, {(D, F)}) or len(down) != E or not 0 < top_k <= E:
+            raise WeightsError(
+                f"{E} and {len(down)} experts, {top_k} at a time, of {shapes[0]} and {shapes[1]}: "
+                f"each must be [2F, {D}] and [{D}, F] with one F"
+            )
+        sizes = {"router": (E, D), "scale": (E,)}
+        for name in self.EXPERTS:
+            _check(arrays[name], name, torch.float32, sizes.get(name, (D,)))
+        kept = [arrays[name] for name in self.EXPERTS]
+        self._kept += (list(gate_up), list(down), kept)
+        native = _ready()
+        assert native is not None, "the layer was made by the extension"
+        native.set_experts(
+            self._layer, top_k, F, [w._arguments for w in gate_up], [w._arguments for w in down],
+            [array.data_ptr() for array in kept],
+        )  # fmt: skip
 
     def before(
         self, x_MD: Tensor, cos_MR: Tensor, sin_MR: Tensor

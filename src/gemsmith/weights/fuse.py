@@ -1,7 +1,7 @@
 """Decoder layers of packed weights, computed in two calls of the C++ extension each.
 
 The same numbers as the modules they hold, up to the order in which norms add; a step of one token
-spends its time reading weights then, and not on calls. Layers with experts stay as they are.
+spends its time reading weights then, and not on calls.
 """
 
 from typing import Any
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemsmith.model.text import DecoderLayer, TextModel
+from gemsmith.model.text import DecoderLayer, Experts, TextModel
 from gemsmith.ops import cpu
-from gemsmith.quant.linear import QuantLinear
+from gemsmith.quant.linear import QuantExperts, QuantModule
 from gemsmith.quant.packed import Packed
 
 WEIGHTS = {
@@ -59,6 +59,30 @@ class PackedLayer(DecoderLayer):
             eps=layer.self_attn.eps,
             scalar=float(layer.layer_scalar),
         )
+        if layer.has_experts:
+            self._add_experts()
+
+    def _add_experts(self) -> None:
+        router, experts = self.router, self.experts
+        assert isinstance(experts, QuantExperts)
+        gate_up, down = experts.gate_up_proj.stored, experts.down_proj.stored
+        assert isinstance(gate_up, Packed)
+        assert isinstance(down, Packed)
+        count = gate_up.shape[0]
+        arrays = {
+            "router": router.proj.weight,
+            "router_norm": router.scale * router.root,
+            "scale": router.per_expert_scale,
+            "before": self.pre_feedforward_layernorm_2.weight,
+            "after_mlp": self.post_feedforward_layernorm_1.weight,
+            "after": self.post_feedforward_layernorm_2.weight,
+        }
+        self._native.add_experts(
+            [gate_up[expert].weight for expert in range(count)],
+            [down[expert].weight for expert in range(count)],
+            {name: array.detach().contiguous() for name, array in arrays.items()},
+            top_k=router.top_k,
+        )
 
     def before_attention(
         self, x_TD: Tensor, table: tuple[Tensor, Tensor]
@@ -71,13 +95,17 @@ class PackedLayer(DecoderLayer):
 
 
 def takes(layer: DecoderLayer) -> bool:
-    """Whether `PackedLayer` can stand in: all its matrices packed, the rest float32 on the CPU."""
-    if layer.has_experts or not cpu.available():
+    """Whether `PackedLayer` can stand in: its matrices packed, all else float32 on the CPU."""
+    if not cpu.available():
         return False
-    for module in layer.modules():
-        if isinstance(module, nn.Linear):
-            return False
-        if isinstance(module, QuantLinear) and not isinstance(module.stored, Packed):
+    for name, module in layer.named_modules():
+        if name == "router.proj":
+            fits = isinstance(module, nn.Linear)
+        elif isinstance(module, QuantModule):
+            fits = isinstance(module.stored, Packed)
+        else:
+            fits = not isinstance(module, nn.Linear | Experts)
+        if not fits:
             return False
     return all(p.dtype == torch.float32 and p.is_cpu for p in layer.parameters())
 
