@@ -63,8 +63,11 @@ def logits(model: TextModel, config: Gemma4Config, tokens: int) -> Tensor:
     return model.logits(model(ids, torch.arange(tokens), kv))
 
 
-@pytest.mark.parametrize("tokens", [1, 20, 300])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "tokens"),
+    # With experts one such step may choose another expert: fewer tokens, so that none does.
+    [(size, tokens) for size in SIZES for tokens in (1, 20, 60 if size == "26B-A4B" else 300)],
+)
 def test_a_fused_model_equals_its_modules(size, tokens):
     config = tiny_config(size, vocab_size=320)
     model = packed_model(config, Format(8))
@@ -73,11 +76,10 @@ def test_a_fused_model_equals_its_modules(size, tokens):
     assert all(isinstance(layer, PackedLayer) for layer in model.layers)
     found = logits(model, config, tokens)
     # Sums in another order differ in the last bits. Where that turns one rounding to int8 over, a
-    # row moves by half a percent, which eight layers of random weights make a fifth, and the tokens
-    # that look at it move too: rare, and nothing that a wrong layer would leave before the first.
+    # row moves by half a percent, which eight layers of random weights make a fifth: rare, and
+    # nothing that a wrong layer would leave at almost all tokens.
     error = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
-    long_and_sparse = tokens == 300 and config.text_config.enable_moe_block
-    assert (error < 1e-5).float().mean() > (0.2 if long_and_sparse else 0.95)
+    assert (error < 1e-5).float().mean() > 0.95
     assert error.max() < 0.5
 
 

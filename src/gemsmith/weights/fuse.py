@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gemsmith.model.text import DecoderLayer, Experts, TextModel
 from gemsmith.ops import cpu
-from gemsmith.quant.linear import QuantExperts, QuantModule
+from gemsmith.quant.linear import QuantModule
 from gemsmith.quant.packed import Packed
 
 WEIGHTS = {
@@ -63,11 +63,9 @@ class PackedLayer(DecoderLayer):
             self._add_experts()
 
     def _add_experts(self) -> None:
-        router, experts = self.router, self.experts
-        assert isinstance(experts, QuantExperts)
+        router: Any = self.router
+        experts: Any = self.experts
         gate_up, down = experts.gate_up_proj.stored, experts.down_proj.stored
-        assert isinstance(gate_up, Packed)
-        assert isinstance(down, Packed)
         count = gate_up.shape[0]
         arrays = {
             "router": router.proj.weight,
