@@ -6,11 +6,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "kernels.h"
+#include "layer.h"
 #include "threads.h"
 
 using namespace gemsmith;
@@ -213,6 +215,71 @@ void attend(Attended& c) {
 }
 
 // Many small jobs, so that workers sleep, wake and come late.
+// A decoder layer with random weights; its outputs, the first time, are what every other instruction
+// set and number of threads must give. tests/weights/test_fuse.py compares it with the model.
+struct LayerCase {
+  static constexpr int64_t D = 80, HEADS = 3, H = 32, F = 72, P = 12, E = 4, PAIRS = 8, STRIDE = 20;
+  Layer layer;
+  std::vector<Case> weights;
+  std::vector<std::vector<float>> arrays;
+  std::map<int64_t, std::vector<float>> expected;  // by rows
+
+  Weight weight(int64_t N, int64_t K, int bits) {
+    weights.push_back(make({N, K, 0}, bits, 1, 0));
+    const Case& c = weights.back();
+    return {c.lines.data(), c.scales.data(), N, K, bits, 0, 32};
+  }
+  const float* array(int64_t count) {
+    arrays.emplace_back(count);
+    for (float& each : arrays.back()) each = small() + 1.5f;
+    return arrays.back().data();
+  }
+  LayerCase(bool own_kv, bool ple, bool experts) {
+    weights.reserve(40);
+    arrays.reserve(40);
+    layer.D = D, layer.heads = HEADS, layer.kv_heads = own_kv, layer.H = H, layer.F = F;
+    layer.P = ple ? P : 0, layer.eps = 1e-6f, layer.scalar = 0.75f;
+    layer.q = weight(HEADS * H, D, 4), layer.o = weight(D, HEADS * H, 8);
+    layer.gate = weight(F, D, 2), layer.up = weight(F, D, 4), layer.down = weight(D, F, 4);
+    if (own_kv) layer.k = weight(H, D, 8);
+    if (own_kv && ple) layer.v = weight(H, D, 4);
+    layer.input_norm = array(D), layer.q_norm = array(H), layer.k_norm = array(H);
+    layer.attention_norm = array(D), layer.before_mlp_norm = array(D);
+    layer.after_mlp_norm = array(D), layer.ple_norm = array(D);
+    if (ple) layer.ple_gate = weight(P, D, 8), layer.ple_projection = weight(D, P, 8);
+    if (!experts) return;
+    layer.experts.A = 2, layer.experts.F = F;
+    for (int64_t e = 0; e < E; e++) {
+      layer.experts.gate_up.push_back(weight(2 * F, D, 4));
+      layer.experts.down.push_back(weight(D, F, 4));
+    }
+    layer.experts.router = array(E * D), layer.experts.router_norm = array(D);
+    layer.experts.scale = array(E), layer.experts.before = array(D);
+    layer.experts.after_mlp = array(D), layer.experts.after = array(D);
+  }
+  void run(int64_t M) {
+    std::mt19937 bits(static_cast<unsigned>(M));
+    const auto values = [&](int64_t count) {
+      std::vector<float> made(count);
+      for (float& each : made) each = static_cast<float>(bits() % 2001) / 1000 - 1;
+      return made;
+    };
+    const std::vector<float> x = values(M * D), cosine = values(M * PAIRS), sine = values(M * PAIRS);
+    const std::vector<float> ple = values((M - 1) * STRIDE + P);
+    std::vector<float> q(M * HEADS * H), k(M * layer.kv_heads * H), v(k), y(M * D);
+    layer.before(x.data(), M, cosine.data(), sine.data(), PAIRS, q.data(), k.data(), v.data());
+    layer.after(x.data(), q.data(), ple.data(), STRIDE, M, y.data());
+    for (const std::vector<float>* part : {&q, &k, &v}) y.insert(y.end(), part->begin(), part->end());
+    const auto known = expected.emplace(M, y);
+    for (size_t i = 0; i < y.size(); i++)
+      if (!std::isfinite(y[i]) || y[i] != known.first->second[i]) {
+        std::printf("%s: layer, %lld rows: value %zu is %g, not %g\n", kernels().name,
+                    static_cast<long long>(M), i, y[i], known.first->second[i]);
+        std::exit(1);
+      }
+  }
+};
+
 void hammer(const Case& c, int repeats) {
   for (int i = 0; i < repeats; i++) {
     run(c);
@@ -243,6 +310,11 @@ int main() {
     attended.push_back({33, 4, 1, 64, 200, 199, 33, 150, format, FLOAT32, {}});
   }
   attended.push_back({2, 8, 1, 256, 2100, 7, 2, 0, INT8, INT8, {}});  // several threads
+  std::vector<LayerCase> layers;
+  layers.reserve(3);
+  layers.emplace_back(true, true, false);
+  layers.emplace_back(false, true, false);
+  layers.emplace_back(true, false, true);
   int count = 0;
   const char* const* names = isas(&count);
   for (int i = 0; i < count; i++) {
@@ -253,6 +325,8 @@ int main() {
       run(large);
       for (int64_t M : {1, 5, 64}) quantize(M, 1037);
       for (Attended& c : attended) attend(c);
+      for (LayerCase& c : layers)
+        for (int64_t M : {1, 5, 300}) c.run(M);
     }
     if (read_memory(large.lines.data(), 0) != 0) return 1;
     std::printf("%s: %zu products as they should be\n", names[i], 2 * cases.size());
