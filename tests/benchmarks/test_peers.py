@@ -95,10 +95,10 @@ def test_a_q4_0_token_of_e2b_reads_what_llama_quantize_makes_it_read() -> None:
 
 
 def test_a_token_of_e2b_reads_every_weight_but_the_table(tmp_path: Path) -> None:
-    # At 4 bits with a float32 scale to 32: 5 bits; projections of per-layer inputs 8.
+    # At 4 bits with a bfloat16 scale to 32: 4.5 bits; projections of per-layer inputs 8.
     folder = random_checkpoint.made("tiny-E2B", "4", tmp_path)
     config = Gemma4Config.load(folder).text_config
-    eights = fives = floats = 0
+    eights = fours = floats = 0
     for name, shape in expected_shapes(config).items():
         count = int(np.prod(shape))
         if name == "embed_tokens_per_layer.weight":
@@ -108,8 +108,8 @@ def test_a_token_of_e2b_reads_every_weight_but_the_table(tmp_path: Path) -> None
         elif "per_layer" in name:
             eights += count + 4 * shape[0]
         else:
-            fives += count * 5 // 8
-    assert decode.weight_bytes(folder) == eights + fives + floats
+            fours += count * 9 // 16
+    assert decode.weight_bytes(folder) == eights + fours + floats
 
 
 def test_only_the_chosen_experts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_only_the_chosen_experts_are_read(tmp_path: Path, monkeypatch: pytest.Mo
     two_of_six = decode.weight_bytes(folder)
     every = replace(config, text_config=replace(config.text_config, top_k_experts=6))
     monkeypatch.setattr(Gemma4Config, "load", lambda _: every)
-    experts = 6 * 3 * 64 * 32 * 6 * 5 // 8  # layers, matrices, experts at 5 bits a weight
+    experts = 6 * 3 * 64 * 32 * 6 * 9 // 16  # layers, matrices, experts at 4.5 bits a weight
     assert decode.weight_bytes(folder) - two_of_six == experts * 4 // 6
 
 

@@ -53,8 +53,8 @@ def test_an_expert_of_a_stack_is_a_matrix():
     [
         (Format(8), "int8", 8, 100 * (64 + 4)),
         (Format(4), "int4", 4, 100 * (32 + 4)),
-        (Format(4, 32), "int4-g32", 5, 100 * (32 + 8)),
-        (Format(2, 64), "int2-g64", 2.5, 100 * (16 + 4)),
+        (Format(4, 32), "int4-g32", 4.5, 100 * (32 + 4)),
+        (Format(2, 64), "int2-g64", 2.25, 100 * (16 + 2)),
     ],
 )
 def test_a_format_says_its_name_and_size(format, text, bits_per_weight, size):
@@ -63,7 +63,7 @@ def test_a_format_says_its_name_and_size(format, text, bits_per_weight, size):
     assert format.bytes(100, 64) == format.bytes(4, 25, 64) == size
     codes = torch.zeros(100, 64, dtype=torch.int8)
     weight = Quantized.from_codes(format, codes, torch.ones(100, format.groups(64)))
-    assert weight.nbytes == size
+    assert weight.nbytes == size + 2 * weight.scales.numel() * (format.group is not None)
 
 
 def test_what_no_format_can_hold_is_refused():

@@ -48,8 +48,8 @@ class Format:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits in memory, float32 scales of groups included; the scale of a row is not counted."""
-        return self.bits + (32 / self.group if self.group else 0)
+        """Bits as packed, bfloat16 scales of groups included; a row's one scale is not counted."""
+        return self.bits + (16 / self.group if self.group else 0)
 
     def groups(self, K: int, name: str = "a weight") -> int:
         """Scales of a row of K weights.
@@ -68,9 +68,10 @@ class Format:
         return K // self.group if self.group else 1
 
     def bytes(self, *shape: int) -> int:
-        """Bytes of a weight [..., N, K] in memory, float32 scales included."""
+        """Bytes of a weight [..., N, K] as packed: scales of groups bfloat16, of rows float32."""
         *rows, K = shape
-        return math.prod(rows) * (K * self.bits // 8 + 4 * self.groups(K))
+        scales = 2 * self.groups(K) if self.group else 4
+        return math.prod(rows) * (K * self.bits // 8 + scales)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
