@@ -118,7 +118,8 @@ def test_only_the_chosen_experts_are_read(tmp_path: Path, monkeypatch: pytest.Mo
     two_of_six = decode.weight_bytes(folder)
     every = replace(config, text_config=replace(config.text_config, top_k_experts=6))
     monkeypatch.setattr(Gemma4Config, "load", lambda _: every)
-    experts = 6 * 3 * 64 * 32 * 6 * 9 // 16  # layers, matrices, experts at 4.5 bits a weight
+    # Six layers of six; gate and up at 4.5 bits, down of 32 inputs with one float32 scale a row.
+    experts = 6 * 6 * (2 * 64 * 32 * 9 // 16 + 64 * 32 * 5 // 8)
     assert decode.weight_bytes(folder) - two_of_six == experts * 4 // 6
 
 
