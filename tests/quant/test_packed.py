@@ -81,6 +81,7 @@ def test_stacks_give_their_experts():
     packed = QuantExperts(Packed.of(gate_up), Packed.of(down), torch.float32)
     assert torch.equal(packed(x, index, weight), wanted)
     assert wanted.abs().max() > 0
+    assert torch.equal(Packed.of(gate_up).dequantize(), gate_up.dequantize())
     assert Packed.of(gate_up).nbytes == 4 * (3 * 8 * 64 + 3 * 16 * 4)
 
 

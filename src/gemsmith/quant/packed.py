@@ -85,7 +85,9 @@ class Packed:
         )  # fmt: skip
 
     def dequantize(self) -> Tensor:
-        """float32 [N, K]: a whole weight."""
+        """float32: the whole weight, or stack."""
+        if len(self.shape) == 3:
+            return torch.stack([self[expert].dequantize() for expert in range(self.shape[0])])
         return self.rows(torch.arange(self.shape[0]))
 
     def product(self, x_TK: Tensor) -> Tensor:
