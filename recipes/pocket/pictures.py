@@ -46,13 +46,14 @@ from recipes.pocket.tasks import BY_NAME, Check
 from recipes.pocket.words import Draw, Split, _words, side
 
 KINDS = {
-    "scene": 0.30,
-    "count": 0.12,
+    "scene": 0.22,
+    "count": 0.10,
     "detect": 0.12,
-    "read": 0.22,
-    "table": 0.08,
-    "buttons": 0.08,
-    "note": 0.08,
+    "read": 0.12,
+    "page": 0.24,
+    "table": 0.07,
+    "buttons": 0.07,
+    "note": 0.06,
 }
 BUDGETS = {70: 0.76, 140: 0.14, 280: 0.08, 560: 0.015, 1120: 0.005}
 """Share of soft-token budgets among pictures to read; the others are made for 70."""
@@ -81,6 +82,7 @@ NOTES: dict[str, tuple[str, str]] = {
     "complete_task": ("Task {task_id}", "This one is done."),
 }
 """Tools that a note can fill: what stands on it, line by line, and what the user says."""
+PAGE_LINES = 8
 COUNTED = ("name", "color", "all")
 NOTE_WIDTH = 17
 """Most characters of a line on a note."""
@@ -430,6 +432,33 @@ def _read(d: Draw, budget: int) -> Made:
     return image, [_answer(question, "\n".join(lines), category, "\n".join(lines))]
 
 
+def _page(d: Draw) -> Made:
+    """A picture full of text: as many letters a soft token as can be told apart, to learn them."""
+    ratio = d.pick((4 / 3, 3 / 4, 1.0, 16 / 9, 2.5))
+    area = 0.85 * 70 * TOKEN**2
+    width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    name, size = d.pick(FONTS), d.between(17, 34)
+    step = round(d.rng.uniform(1.35, 1.9) * size)
+    lines: list[str] = []
+    while len(lines) < PAGE_LINES and 8 + (len(lines) + 1) * step <= height:
+        line = _string(d, 4, 8)
+        for _ in range(d.between(0, 4)):
+            longer = f"{line} {_string(d, 4, 8)}"
+            if drawing.extent(longer, name, size)[2] > width - 16:
+                break
+            line = longer
+        lines.append(line)
+    background, ink = _ink(d)
+    image = Image.new("RGB", (width, height), background)
+    left = d.between(4, 12)
+    top = d.between(4, max(4, height - 4 - step * len(lines)))
+    for row, text in enumerate(lines):
+        drawing.write(image, text, left, top + row * step, name, size, ink)
+    question = d.pick(("Read the text.", "What does it say?", "What is written here?"))
+    text = "\n".join(lines)
+    return image, [_answer(question, text, "picture_lines", text)]
+
+
 def _table(d: Draw) -> Made:
     """Rows A, B, ... and columns 1, 2, ...; several cells are asked for."""
     width, height = d.pick(((400, 300), (400, 300), (300, 300), (300, 200)))
@@ -596,6 +625,7 @@ def _noted(d: Draw, lines: list[str]) -> Image.Image:
 
 MAKERS: dict[str, Callable[[Draw], Made]] = {
     "scene": _shapes,
+    "page": _page,
     "count": _counting,
     "detect": _detecting,
     "table": _table,

@@ -266,14 +266,14 @@ def test_buttons_fill_their_boxes_and_nothing_beside_them(both: list[Picture]) -
 
 
 def test_text_stays_inside_the_picture(both: list[Picture]) -> None:
-    for picture in of(both, "read"):
+    for picture in of(both, "read") + of(both, "page"):
         pixels = np.asarray(picture.image)
         for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]):
             assert (edge == pixels[0, 0]).all(), picture.messages
 
 
 def test_lines_of_text_are_as_many_as_are_answered(both: list[Picture]) -> None:
-    for picture in of(both, "read"):
+    for picture in of(both, "read") + of(both, "page"):
         pixels = np.asarray(picture.image, np.int16)
         inked = (np.abs(pixels - pixels[0, 0]).sum(2) > 60).any(1)
         starts = int((inked[1:] & ~inked[:-1]).sum())
