@@ -16,7 +16,7 @@ constexpr int64_t MANY_ROWS = 144;
 // Less than this is done by the caller before a worker could have woken.
 constexpr int64_t ALONE_BYTES = 128 * 1024;
 // Bytes of a piece: few enough that threads end together, many enough to stream.
-constexpr int64_t MIN_PIECE = 16 * 1024, MAX_PIECE = 512 * 1024;
+constexpr int64_t MIN_PIECE = 16 * 1024, MAX_PIECE = 8 * 1024 * 1024;
 
 int64_t clamp(int64_t value, int64_t least, int64_t most) {
   return value < least ? least : value > most ? most : value;

@@ -140,7 +140,7 @@ def write(
 ) -> Box:
     """Writes `text` with its ink at (left, top); returns the box of the ink."""
     dx, dy, wide, high = extent(text, name, size)
-    ImageDraw.Draw(on).text((left - dx, top - dy), text, color, font(name, size))
+    _text(on, text, left - dx, top - dy, name, size, color)
     return left, top, left + wide, top + high
 
 
@@ -150,4 +150,15 @@ def write_centred(on: Image.Image, text: str, box: Box, name: str, size: int, co
     dx, _, wide, _ = extent(text, name, size)
     _, dy, _, high = extent("H", name, size)
     at = left + (right - left - wide) // 2 - dx, top + (bottom - top - high) // 2 - dy
-    ImageDraw.Draw(on).text(at, text, color, font(name, size))
+    _text(on, text, *at, name, size, color)
+
+
+def _text(
+    on: Image.Image, text: str, left: int, top: int, name: str, size: int, color: Color
+) -> None:
+    """Writes it from its origin; each letter and its middle are noted in on.info["letters"]."""
+    ImageDraw.Draw(on).text((left, top), text, color, font(name, size))
+    noted: list[tuple[str, float, float]] = on.info.setdefault("letters", [])
+    for i, letter in enumerate(text):
+        start, end = (font(name, size).getlength(text[:n]) for n in (i, i + 1))
+        noted.append((letter, left + (start + end) / 2, top + 0.62 * size))

@@ -237,6 +237,7 @@ def _scene(d: Draw, wanted: Callable[[], Wanted], least: float) -> tuple[Image.I
         if things is not None and len({t.box[0] for t in things}) == len(things):
             break
     image = drawing.paper(d, width, height)
+    image.info["things"] = things
     for thing in things:
         left, top, right, _ = thing.box
         color = drawing.shade(d, COLORS[thing.color])

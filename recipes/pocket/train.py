@@ -1,7 +1,7 @@
 """Trains the embedded model and exports it as a checkpoint folder.
 
   python -m recipes.pocket.train fit --data DATA --run RUN [--minutes N] [--decay-now]
-                                   [--from CHECKPOINT] [--lr RATE]
+                                   [--from CHECKPOINT] [--towers FILE] [--lr RATE]
   python -m recipes.pocket.train export --run RUN --tokenizer FOLDER --out FOLDER
 
 `fit` stops cleanly at any time and goes on where it stopped. The learning rate stays level until a
@@ -9,7 +9,8 @@ stretch with --decay-now, which lets it fall to zero and so ends the run; a late
 goes on from where the decay began.
 
 Data: see build_data.py. Data with pictures and sounds train the towers too; a run is with towers or
-without from its first step to its export. `--from` a checkpoint without towers adds fresh ones.
+without from its first step to its export. `--from` a checkpoint without towers adds fresh ones,
+or those that `--towers` names.
 
 Shape: E-series in small. Layers 5-8 own no K/V, so in training they and the head run on learned
 tokens alone (28 % of all): most of the parameters sit where they are cheap. Both towers see the
@@ -144,11 +145,12 @@ def fit(
     minutes: float | None,
     decay: bool,
     start: Path | None = None,
+    taught: Path | None = None,
     lr: float = TRAIN.lr,
 ) -> None:
     """One stretch of training in the run folder `run`; a new run begins with `start`'s weights.
 
-    With towers if the training set has pictures or sounds.
+    With towers if the training set has pictures or sounds, those of the file `taught` if it is given.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(TRAIN.seed)
@@ -165,6 +167,8 @@ def fit(
         if towers is not None and config.vision_config is not None:
             there = load_towers(start, config, device="cpu", dtype=torch.float32)
             towers.load_state_dict(there.state_dict())
+    if towers is not None and taught is not None:
+        towers.load_state_dict(torch.load(taught, weights_only=True)["towers"])
     for name, part in (("decoder", model), ("towers", towers)):
         if part is not None:
             part.to(device)
@@ -222,6 +226,9 @@ def main() -> None:
     command.add_argument("--run", type=Path, required=True, help="run folder, created or resumed")
     command.add_argument("--from", dest="start", type=Path, help="checkpoint folder to begin with")
     command.add_argument(
+        "--towers", type=Path, help="towers to begin with, of recipes.pocket.towers"
+    )
+    command.add_argument(
         "--lr", type=float, default=TRAIN.lr, help="level rate; a finished model wants a lower one"
     )
     command.add_argument("--minutes", type=float, help="length of the stretch; default: no end")
@@ -239,6 +246,7 @@ def main() -> None:
             minutes=args.minutes,
             decay=args.decay_now,
             start=args.start,
+            taught=args.towers,
             lr=args.lr,
         )
     else:

@@ -1,0 +1,276 @@
+"""Teaches the towers to see and to hear before they meet the decoder.
+
+In a conversation a picture or a clip is asked about in a few words, and everything between these
+and the pixels has to be learned from them. Here every soft token has labels of its own, which the
+generators know: which letters stand in each of its nine patches, which shape of which color it
+lies in and where that shape's sides are; for sound the letters that are spoken, in order (CTC).
+What says them are matrices on the rows that the decoder gets, and they are thrown away.
+
+  python -m recipes.pocket.towers see  --out runs/towers.pt --minutes 60
+  python -m recipes.pocket.towers hear --out runs/towers.pt --minutes 60
+  python -m recipes.pocket.train fit ... --towers runs/towers.pt
+
+Each stretch goes on where the file stands; `--decay` lets the rate fall to zero at its end.
+
+Shapes: S soft tokens, D width of the decoder, L letters.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from recipes.pocket import drawing, pictures, speech
+from recipes.pocket.train import POCKET, TEXT, init_towers
+from torch import Tensor, nn
+
+from gemsmith.media import audio
+from gemsmith.media.image import Patches, patches, target_size
+from gemsmith.model.towers import Towers
+from gemsmith.train.optim import lr_scale, make_optimizers, set_lr
+
+PATCH, POOL = 16, 3
+CELL = PATCH * POOL
+LETTERS = " 0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.,:-'$/"
+"""Number 0 is no letter: paper, and in CTC the blank; a letter's number is its place here + 1."""
+COLORS, SHAPES = tuple(drawing.COLORS), tuple(drawing.SHAPES)
+PICTURES, CLIPS = 16, 16
+"""Of a step."""
+RATE, WARMUP = 3e-3, 100
+SEED = 1
+SAVE_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the soft tokens of a picture show, row by row."""
+
+    letters_S9: np.ndarray
+    color_S: np.ndarray
+    """0: paper."""
+    shape_S: np.ndarray
+    sides_S4: np.ndarray
+    """Left, top, right and bottom of the shape, from the cell's middle, in cells."""
+
+
+def labels_of(image: Image.Image, budget: int) -> Labels:
+    """From what the generators note in image.info; at most one letter a patch, the last."""
+    width, height = target_size(*image.size, budget)
+    across, down = width / image.width, height / image.height
+    columns, rows = width // CELL, height // CELL
+    made = Labels(
+        np.zeros((rows * columns, POOL * POOL), np.int64),
+        np.zeros(rows * columns, np.int64),
+        np.zeros(rows * columns, np.int64),
+        np.zeros((rows * columns, 4), np.float32),
+    )
+    for letter, x, y in image.info.get("letters", ()):
+        column, row = int(x * across / PATCH), int(y * down / PATCH)
+        if 0 <= column < POOL * columns and 0 <= row < POOL * rows and letter != " ":
+            cell = row // POOL * columns + column // POOL
+            made.letters_S9[cell, row % POOL * POOL + column % POOL] = LETTERS.find(letter) + 1
+    for thing in image.info.get("things", ()):
+        left, top, right, bottom = np.array(thing.box) * [across, down, across, down] / CELL
+        for row, column in itertools.product(range(rows), range(columns)):
+            x, y = column + 0.5, row + 0.5
+            # A cell that the shape covers for the most part, or that holds the middle of one.
+            if left <= x <= right and top <= y <= bottom:
+                cell = row * columns + column
+                made.color_S[cell] = COLORS.index(thing.color) + 1
+                made.shape_S[cell] = SHAPES.index(thing.name) + 1
+                made.sides_S4[cell] = left - x, top - y, right - x, bottom - y
+    return made
+
+
+class Eyes(nn.Module):
+    """What reads the labels off rows [S, D]."""
+
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self.letters = nn.Linear(D, POOL * POOL * (len(LETTERS) + 1))
+        self.color = nn.Linear(D, len(COLORS) + 1)
+        self.shape = nn.Linear(D, len(SHAPES) + 1)
+        self.sides = nn.Linear(D, 4)
+
+    def loss(self, rows_SD: Tensor, labels: list[Labels]) -> tuple[Tensor, dict[str, float]]:
+        """The sum of losses, and shares of letters, colors and shapes that are right."""
+        letters, color, shape, sides = (
+            torch.from_numpy(np.concatenate([getattr(each, name) for each in labels]))
+            for name in ("letters_S9", "color_S", "shape_S", "sides_S4")
+        )
+        said = self.letters(rows_SD).view(-1, len(LETTERS) + 1)
+        colors, shapes = self.color(rows_SD), self.shape(rows_SD)
+        written, on = letters.flatten() > 0, color > 0
+        # Most patches are paper: letters weigh as much as all paper together.
+        weight = torch.where(written, 1.0, 0.1)
+        each = F.cross_entropy(said, letters.flatten(), reduction="none")
+        loss = (each * weight).sum() / weight.sum()
+        loss = loss + F.cross_entropy(colors, color) + F.cross_entropy(shapes, shape)
+        if on.any():
+            loss = loss + F.smooth_l1_loss(self.sides(rows_SD)[on], sides[on])
+        right = {
+            "letters": (said.argmax(1) == letters.flatten())[written],
+            "colors": (colors.argmax(1) == color)[on],
+            "shapes": (shapes.argmax(1) == shape)[on],
+        }
+        return loss, {name: hits.float().mean().item() for name, hits in right.items() if len(hits)}
+
+
+class Ears(nn.Module):
+    """Letters of what is said, from rows [S, D]."""
+
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self.letters = nn.Linear(D, len(LETTERS) + 1)
+
+    def loss(self, clips: list[tuple[Tensor, str]]) -> tuple[Tensor, dict[str, float]]:
+        """CTC; and the share of letters that the likeliest path spells right."""
+        losses, wrong, whole = [], 0, 0
+        for rows_SD, text in clips:
+            wanted = [LETTERS.find(c) + 1 for c in text if c in LETTERS]
+            log_SL = self.letters(rows_SD).log_softmax(-1)
+            size = torch.tensor([len(log_SL)]), torch.tensor([len(wanted)])
+            target = torch.tensor(wanted)
+            losses.append(F.ctc_loss(log_SL[:, None], target, *size, zero_infinity=True))
+            path = [c for c, _ in itertools.groupby(log_SL.argmax(1).tolist()) if c]
+            wrong, whole = wrong + _distance(path, wanted), whole + len(wanted)
+        return torch.stack(losses).mean(), {"letters": 1 - wrong / whole}
+
+
+def _distance(a: list[int], b: list[int]) -> int:
+    """Insertions, deletions and replacements between two lists."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+def shown(start: int) -> Iterator[tuple[int, Patches, Labels]]:
+    """Number, patches and labels of the pictures from number `start` on."""
+    for index in itertools.count(start):
+        picture = pictures.generate("train", SEED, index)
+        # Large budgets are for the decoder; letters look the same at the smallest.
+        if picture.budget == 70:
+            yield index, patches(picture.image, 70), labels_of(picture.image, 70)
+
+
+def heard(start: int, cache: Path | None) -> Iterator[tuple[int, np.ndarray, str]]:
+    """Number, samples and words of the clips from number `start` on."""
+    for index in itertools.count(start):
+        talk = speech.generate("train", SEED, index, kind="transcribe", cache=cache)
+        for asked, said in zip(talk.messages[::2], talk.messages[1::2], strict=True):
+            sound = next(p["audio"] for p in asked["content"] if p["type"] == "audio")
+            yield index, sound, said["content"].lower()
+
+
+def see_step(towers: Towers, head: Eyes, batch: list[Any]) -> tuple[Tensor, dict[str, float]]:
+    values = torch.from_numpy(np.concatenate([p.values for _, p, _ in batch]))
+    positions = torch.from_numpy(np.concatenate([p.positions for _, p, _ in batch]))
+    rows_SD = towers.see(values, positions, [len(p.values) for _, p, _ in batch])
+    return head.loss(rows_SD, [labels for *_, labels in batch])
+
+
+def hear_step(towers: Towers, head: Ears, batch: list[Any]) -> tuple[Tensor, dict[str, float]]:
+    clips = []
+    for _, samples, text in batch:
+        mel, valid = (torch.from_numpy(array) for array in audio.mel(samples))
+        clips.append((towers.hear(mel, valid), text))
+    return head.loss(clips)
+
+
+def fit(kind: str, out: Path, minutes: float, *, decay: bool, cache: Path | None) -> None:
+    """One stretch for one of the two towers; the other stays as the file has it."""
+    torch.manual_seed(SEED)
+    torch.set_flush_denormal(True)
+    towers = Towers(POCKET)
+    init_towers(towers, SEED)
+    eyes = kind == "see"
+    head = Eyes(TEXT.hidden_size) if eyes else Ears(TEXT.hidden_size)
+    state = torch.load(out, weights_only=True) if out.is_file() else {}
+    if state:
+        towers.load_state_dict(state["towers"])
+    if kind in state:
+        head.load_state_dict(state[kind]["head"])
+    part = nn.ModuleDict(
+        {"tower": towers.vision_tower, "embed": towers.embed_vision, "head": head}
+        if eyes
+        else {"tower": towers.audio_tower, "embed": towers.embed_audio, "head": head}
+    )
+    optimizers = make_optimizers(part, lr=RATE, weight_decay=0.05)
+    step, seen = state[kind]["step"] if kind in state else 0, 0
+    if kind in state:
+        seen = state[kind]["seen"]
+        for optimizer, saved in zip(optimizers, state[kind]["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    examples: Iterator[Any] = shown(seen) if eyes else heard(seen, cache)
+    count = PICTURES if eyes else CLIPS
+    advance = see_step if eyes else hear_step
+
+    def save() -> None:
+        state["towers"] = towers.state_dict()
+        state[kind] = {
+            "head": head.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers],
+            "step": step,
+            "seen": seen,
+        }
+        part = out.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(out)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    start = saved_at = time.monotonic()
+    first_step, means = step, dict[str, float]()
+    with ThreadPoolExecutor(1) as ahead:
+        batch = ahead.submit(lambda: list(itertools.islice(examples, count)))
+        while (passed := time.monotonic() - start) < 60 * minutes:
+            ready, batch = (
+                batch.result(),
+                ahead.submit(lambda: list(itertools.islice(examples, count))),
+            )
+            left = max(0.0, 1 - passed / (60 * minutes)) if decay else 1.0
+            scale = lr_scale(step - first_step, warmup_steps=WARMUP, decay=None)
+            set_lr(optimizers, RATE * left * scale)
+            loss, right = advance(towers, head, ready)  # pyright: ignore[reportArgumentType]
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            step, seen = step + 1, ready[-1][0] + 1
+            for name, value in ({"loss": loss.item()} | right).items():
+                means[name] = means.get(name, value) * 0.95 + 0.05 * value
+            if step % 20 == 0:
+                shown_means = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+                print(f"{kind} {step}: {shown_means}  {passed / 60:.1f} min", flush=True)
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                save()
+                saved_at = time.monotonic()
+        batch.result()
+    save()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="teach the towers by themselves")
+    parser.add_argument("kind", choices=("see", "hear"))
+    parser.add_argument("--out", type=Path, required=True, help="file, begun or gone on with")
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--decay", action="store_true", help="let the rate fall to zero")
+    parser.add_argument("--cache", type=Path, help="folder where spoken clips are kept")
+    options = parser.parse_args()
+    fit(options.kind, options.out, options.minutes, decay=options.decay, cache=options.cache)
+
+
+if __name__ == "__main__":
+    main()
