@@ -150,7 +150,7 @@ def fit(
 ) -> None:
     """One stretch of training in the run folder `run`; a new run begins with `start`'s weights.
 
-    With towers if the training set has pictures or sounds, those of the file `taught` if it is given.
+    With towers if the training set has pictures or sounds; `taught`: a file that has them.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(TRAIN.seed)
