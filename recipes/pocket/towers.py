@@ -191,7 +191,6 @@ def hear_step(towers: Towers, head: Ears, batch: list[Any]) -> tuple[Tensor, dic
 def fit(kind: str, out: Path, minutes: float, *, decay: bool, cache: Path | None) -> None:
     """One stretch for one of the two towers; the other stays as the file has it."""
     torch.manual_seed(SEED)
-    torch.set_flush_denormal(True)
     towers = Towers(POCKET)
     init_towers(towers, SEED)
     eyes = kind == "see"
@@ -269,6 +268,7 @@ def main() -> None:
     parser.add_argument("--decay", action="store_true", help="let the rate fall to zero")
     parser.add_argument("--cache", type=Path, help="folder where spoken clips are kept")
     options = parser.parse_args()
+    torch.set_flush_denormal(True)  # sharp attention makes many, and they are slow
     fit(options.kind, options.out, options.minutes, decay=options.decay, cache=options.cache)
 
 
