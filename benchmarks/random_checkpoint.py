@@ -32,7 +32,7 @@ from torch import Tensor
 from gemsmith.config import PRESETS, Gemma4Config, text_only
 from gemsmith.errors import CapacityError
 from gemsmith.quant.formats import Format, pack
-from gemsmith.testing import tiny_config
+from gemsmith.testing import tiny_config, whole_groups
 from gemsmith.text.tokenizer import MARKERS
 from gemsmith.weights import layouts
 from gemsmith.weights.load import SINGLE
@@ -55,16 +55,7 @@ def config_of(size: str) -> Gemma4Config:
     """The decoder of a preset, or with the prefix `tiny-` its few-layer likeness for a dry run."""
     if not size.startswith("tiny-"):
         return text_only(PRESETS[size])
-    config = tiny_config(size.removeprefix("tiny-"), vocab_size=1024)
-    text = config.text_config
-    # Every row a whole number of groups of 32, as in the real sizes.
-    text = replace(
-        text,
-        intermediate_size=64,
-        hidden_size_per_layer_input=32 if text.hidden_size_per_layer_input else 0,
-        moe_intermediate_size=32 if text.enable_moe_block else None,
-    )
-    return replace(config, text_config=text)
+    return whole_groups(tiny_config(size.removeprefix("tiny-"), vocab_size=1024))
 
 
 @dataclass(frozen=True, slots=True)

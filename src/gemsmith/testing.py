@@ -54,6 +54,18 @@ def tiny_config(size: str, *, sliding_window: int = 8, vocab_size: int = 96) -> 
     return replace(text_only(PRESETS[size]), text_config=small)
 
 
+def whole_groups(config: Gemma4Config) -> Gemma4Config:
+    """A tiny config with rows of whole groups of 32 everywhere, as the real sizes have them."""
+    text = config.text_config
+    text = replace(
+        text,
+        intermediate_size=64,
+        hidden_size_per_layer_input=32 if text.hidden_size_per_layer_input else 0,
+        moe_intermediate_size=32 if text.enable_moe_block else None,
+    )
+    return replace(config, text_config=text)
+
+
 def tiny_media_config(size: str, *, sliding_window: int = 8, vocab_size: int = 96) -> Gemma4Config:
     """`tiny_config` with the image and audio inputs of `size`, small; ids end the vocabulary."""
     preset = PRESETS[size]

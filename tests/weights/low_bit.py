@@ -1,26 +1,27 @@
 """A small model whose weights every format can hold, and its checkpoint."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from gemsmith.config import Gemma4Config
-from gemsmith.testing import random_model, random_towers, tiny_config, tiny_media_config
+from gemsmith.model.text import TextModel
+from gemsmith.testing import (
+    random_model,
+    random_towers,
+    tiny_config,
+    tiny_media_config,
+    whole_groups,
+)
 from gemsmith.weights.save import save_model
 
 
 def low_config(size: str = "E2B", *, media: bool = False) -> Gemma4Config:
     """`tiny_config` with rows of multiples of 32."""
-    tiny = tiny_media_config(size) if media else tiny_config(size)
-    text = tiny.text_config
-    text = replace(
-        text,
-        intermediate_size=64,
-        hidden_size_per_layer_input=32 if text.hidden_size_per_layer_input else 0,
-        moe_intermediate_size=32 if text.enable_moe_block else None,
-    )
-    return replace(tiny, text_config=text)
+    return whole_groups(tiny_media_config(size) if media else tiny_config(size))
 
 
 def floats(folder: Path, size: str = "E2B", *, media: bool = False) -> Path:
@@ -30,3 +31,37 @@ def floats(folder: Path, size: str = "E2B", *, media: bool = False) -> Path:
     towers = random_towers(config, dtype=torch.bfloat16) if media else None
     save_model(model, config, folder, towers=towers)
     return folder
+
+
+def growth_with_the_table(folder: Path, work: str) -> int:
+    """KiB by which the peak memory of a process grows from a table of 4 MiB to one of 64.
+
+    work: Python that does something with the checkpoint folder `at`.
+    """
+    config = low_config("31B")
+    text = replace(
+        config.text_config, num_hidden_layers=3, layer_types=config.text_config.layer_types[:3]
+    )
+    for name, mebibytes in (("small", 4), ("large", 64)):
+        sized = replace(text, vocab_size=(mebibytes << 20) // 128)
+        model = TextModel(sized, dtype=torch.bfloat16)
+        for tensor in model.state_dict().values():
+            tensor.fill_(0.01)
+        save_model(model, replace(config, text_config=sized), folder / name)
+    code = (
+        "import sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from gemsmith.weights import convert, load\n"
+        "load.PIECE_BYTES = 1 << 20\n"
+        "def peak():\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return int(next(l for l in lines if l.startswith('VmHWM')).split()[1])\n"
+        "for name in 'small', 'large':\n"
+        "    at = f'{sys.argv[1]}/{name}'\n"
+        f"    {work}\n"
+        "    print(peak())\n"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    small, large = (int(line) for line in done.stdout.split())
+    return large - small

@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tests.weights.low_bit import floats, low_config
+from tests.weights.low_bit import floats, growth_with_the_table, low_config
 from torch import nn
 
 from gemsmith.cache.none import NoCache
@@ -339,35 +338,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
 
 def test_memory_does_not_grow_with_the_largest_tensor(tmp_path):
     """A table of 64 MiB costs its 32 of codes, mapped, and 32 of lines, and no copy beside them."""
-    config = low_config("31B")
-    text = replace(
-        config.text_config,
-        num_hidden_layers=3,
-        layer_types=config.text_config.layer_types[:3],
-    )
-    for name, mebibytes in (("small", 4), ("large", 64)):
-        sized = replace(text, vocab_size=(mebibytes << 20) // 128)
-        model = TextModel(sized, dtype=torch.bfloat16)
-        for tensor in model.state_dict().values():
-            tensor.fill_(0.01)
-        save_model(model, replace(config, text_config=sized), tmp_path / name)
-    code = (
-        "import sys, torch\n"
-        "torch.set_num_threads(1)\n"
-        "from gemsmith.weights import convert, load\n"
-        "from gemsmith.weights.load import load_model\n"
-        "load.PIECE_BYTES = 1 << 20\n"
-        "def peak():\n"
-        "    lines = open('/proc/self/status').read().splitlines()\n"
-        "    return int(next(l for l in lines if l.startswith('VmHWM')).split()[1])\n"
-        "for name in 'small', 'large':\n"
-        "    at = f'{sys.argv[1]}/{name}'\n"
-        "    convert.quantize_checkpoint(at, f'{at}-low', convert.Recipe('8'))\n"
-        "    load_model(f'{at}-low')\n"
-        "    print(peak())\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    small, large = (int(line) for line in done.stdout.split())
+    work = "convert.quantize_checkpoint(at, f'{at}-low', convert.Recipe('8')); "
+    work += "load.load_model(f'{at}-low')"
     # A copy of either, or floats of the table, would be 30 or more on top.
-    assert large - small < 88 << 10, done.stdout
+    assert growth_with_the_table(tmp_path, work) < 88 << 10

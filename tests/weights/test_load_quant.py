@@ -1,13 +1,11 @@
 """Quantizing on load: the model that the quantized folder gives, tensor by tensor."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from tests.weights.low_bit import floats, low_config
+from tests.weights.low_bit import floats, growth_with_the_table, low_config
 
 from gemsmith.cache.none import NoCache
 from gemsmith.engine.engine import LM
@@ -180,29 +178,5 @@ def test_values_at_odd_bytes_of_a_file_are_read_as_they_are(tmp_path):
 
 def test_memory_holds_the_codes_and_some_pieces_of_floats(tmp_path):
     """A table of 64 MiB of floats, 20 as codes: at most the codes twice, while they are packed."""
-    config = low_config("31B")
-    text = replace(
-        config.text_config, num_hidden_layers=3, layer_types=config.text_config.layer_types[:3]
-    )
-    for name, mebibytes in (("small", 4), ("large", 64)):
-        sized = replace(text, vocab_size=(mebibytes << 20) // 128)
-        model = TextModel(sized, dtype=torch.bfloat16)
-        for tensor in model.state_dict().values():
-            tensor.fill_(0.01)
-        save_model(model, replace(config, text_config=sized), tmp_path / name)
-    code = (
-        "import sys, torch\n"
-        "torch.set_num_threads(1)\n"
-        "from gemsmith.weights import load\n"
-        "load.PIECE_BYTES = 1 << 20\n"
-        "def peak():\n"
-        "    lines = open('/proc/self/status').read().splitlines()\n"
-        "    return int(next(l for l in lines if l.startswith('VmHWM')).split()[1])\n"
-        "for name in 'small', 'large':\n"
-        "    load.load_model(f'{sys.argv[1]}/{name}', quant='int4')\n"
-        "    print(peak())\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    small, large = (int(line) for line in done.stdout.split())
-    assert large - small < 44 << 10, done.stdout
+    work = "load.load_model(at, quant='int4')"
+    assert growth_with_the_table(tmp_path, work) < 44 << 10

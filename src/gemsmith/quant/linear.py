@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemsmith.errors import WeightsError
-from gemsmith.ops import moe
-from gemsmith.ops.cpu import BLOCK
+from gemsmith.ops import cpu, moe
 from gemsmith.quant.formats import Quantized
 from gemsmith.quant.packed import Packed
 
@@ -36,11 +35,8 @@ def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 
     A row with an infinity or a NaN has the scale NaN and values 0: its products are NaN.
     """
-    x_TK = x_TK.float()
-    scale = x_TK.abs().amax(-1, keepdim=True) / 127
-    scale = torch.where(scale == 0, 1.0, torch.where(scale.isfinite(), scale, torch.nan))
-    values = (x_TK / scale).round().clamp(-127, 127)
-    return torch.where(scale.isnan(), 0.0, values).to(torch.int8), scale
+    values, scale = cpu.quantize_rows_reference(x_TK.float())
+    return values, scale[:, None]
 
 
 def integer_product(x_TK: Tensor, weight: Quantized) -> Tensor:
@@ -99,7 +95,7 @@ class QuantWeight:
             return QuantWeight(self.stored[index], self.dtype)
         start, stop, _ = index.indices(self.shape[-2])
         start, stop = start + self.skipped, stop + self.skipped
-        aligned = start - start % BLOCK
+        aligned = start - start % cpu.BLOCK
         return QuantWeight(self.stored[aligned:stop], self.dtype, start - aligned)
 
     def multiply(self, x_TD: Tensor) -> Tensor:
