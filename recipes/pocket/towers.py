@@ -3,7 +3,8 @@
 In a conversation a picture or a clip is asked about in a few words, and everything between these
 and the pixels has to be learned from them. Here every soft token has labels of its own, which the
 generators know: which letters stand in each of its nine patches, which shape of which color it
-lies in and where that shape's sides are; for sound the letters that are spoken, in order (CTC).
+lies in, whether that shape's middle is here and the box as the decoder will have to say it; for
+sound the letters that are spoken, in order (CTC).
 What says them are matrices on the rows that the decoder gets, and they are thrown away.
 
   python -m recipes.pocket.towers see  --out runs/towers.pt --minutes 60
@@ -57,8 +58,10 @@ class Labels:
     color_S: np.ndarray
     """0: paper."""
     shape_S: np.ndarray
-    sides_S4: np.ndarray
-    """Left, top, right and bottom of the shape, from the cell's middle, in cells."""
+    middle_S: np.ndarray
+    """1: the shape's middle lies here. Each has one, so that shapes can be counted."""
+    box_S4: np.ndarray
+    """Top, left, bottom and right of the shape in hundredths of the picture."""
 
 
 def labels_of(image: Image.Image, budget: int) -> Labels:
@@ -70,7 +73,8 @@ def labels_of(image: Image.Image, budget: int) -> Labels:
         np.zeros((rows * columns, POOL * POOL), np.int64),
         np.zeros(rows * columns, np.int64),
         np.zeros(rows * columns, np.int64),
-        np.zeros((rows * columns, 4), np.float32),
+        np.zeros(rows * columns, np.int64),
+        np.zeros((rows * columns, 4), np.int64),
     )
     for letter, x, y in image.info.get("letters", ()):
         column, row = int(x * across / PATCH), int(y * down / PATCH)
@@ -79,14 +83,16 @@ def labels_of(image: Image.Image, budget: int) -> Labels:
             made.letters_S9[cell, row % POOL * POOL + column % POOL] = LETTERS.find(letter) + 1
     for thing in image.info.get("things", ()):
         left, top, right, bottom = np.array(thing.box) * [across, down, across, down] / CELL
+        middle = int((top + bottom) / 2) * columns + int((left + right) / 2)
+        box = [box / 10 for box in pictures.thousandths(thing.box, *image.size)]
         for row, column in itertools.product(range(rows), range(columns)):
-            x, y = column + 0.5, row + 0.5
-            # A cell that the shape covers for the most part, or that holds the middle of one.
-            if left <= x <= right and top <= y <= bottom:
-                cell = row * columns + column
+            x, y, cell = column + 0.5, row + 0.5, row * columns + column
+            # A cell whose middle the shape covers, or that holds the middle of the shape.
+            if (left <= x <= right and top <= y <= bottom) or cell == middle:
                 made.color_S[cell] = COLORS.index(thing.color) + 1
                 made.shape_S[cell] = SHAPES.index(thing.name) + 1
-                made.sides_S4[cell] = left - x, top - y, right - x, bottom - y
+                made.middle_S[cell] = cell == middle
+                made.box_S4[cell] = np.round(box)
     return made
 
 
@@ -98,13 +104,14 @@ class Eyes(nn.Module):
         self.letters = nn.Linear(D, POOL * POOL * (len(LETTERS) + 1))
         self.color = nn.Linear(D, len(COLORS) + 1)
         self.shape = nn.Linear(D, len(SHAPES) + 1)
-        self.sides = nn.Linear(D, 4)
+        self.middle = nn.Linear(D, 2)
+        self.box = nn.Linear(D, 4 * (pictures.GRID + 1))
 
     def loss(self, rows_SD: Tensor, labels: list[Labels]) -> tuple[Tensor, dict[str, float]]:
-        """The sum of losses, and shares of letters, colors and shapes that are right."""
-        letters, color, shape, sides = (
+        """The sum of losses, and shares of what is right; a side may be a hundredth off."""
+        letters, color, shape, middle, box = (
             torch.from_numpy(np.concatenate([getattr(each, name) for each in labels]))
-            for name in ("letters_S9", "color_S", "shape_S", "sides_S4")
+            for name in ("letters_S9", "color_S", "shape_S", "middle_S", "box_S4")
         )
         said = self.letters(rows_SD).view(-1, len(LETTERS) + 1)
         colors, shapes = self.color(rows_SD), self.shape(rows_SD)
@@ -114,12 +121,15 @@ class Eyes(nn.Module):
         each = F.cross_entropy(said, letters.flatten(), reduction="none")
         loss = (each * weight).sum() / weight.sum()
         loss = loss + F.cross_entropy(colors, color) + F.cross_entropy(shapes, shape)
+        boxes = self.box(rows_SD[on]).view(-1, pictures.GRID + 1)
         if on.any():
-            loss = loss + F.smooth_l1_loss(self.sides(rows_SD)[on], sides[on])
+            loss = loss + F.cross_entropy(self.middle(rows_SD[on]), middle[on])
+            loss = loss + F.cross_entropy(boxes, box[on].flatten())
         right = {
             "letters": (said.argmax(1) == letters.flatten())[written],
             "colors": (colors.argmax(1) == color)[on],
             "shapes": (shapes.argmax(1) == shape)[on],
+            "sides": (boxes.argmax(1) - box[on].flatten()).abs() <= 1,
         }
         return loss, {name: hits.float().mean().item() for name, hits in right.items() if len(hits)}
 

@@ -49,9 +49,10 @@ def test_shapes_are_labelled_in_the_cells_they_cover() -> None:
             cell = int(y) * columns + int(x)
             assert labels.color_S[cell] == towers.COLORS.index(thing.color) + 1
             assert labels.shape_S[cell] == towers.SHAPES.index(thing.name) + 1
-            wide = labels.sides_S4[cell, 2] - labels.sides_S4[cell, 0]
-            expected = (right - left) * width / picture.image.width / towers.CELL
-            assert wide == pytest.approx(expected, rel=1e-5)
+            box = pictures.thousandths(thing.box, *picture.image.size)
+            assert (10 * labels.box_S4[cell]).tolist() == box
+            assert labels.middle_S[cell] == 1
+        assert labels.middle_S.sum() == len(picture.image.info["things"])
         assert (labels.color_S == 0).any()
 
 
