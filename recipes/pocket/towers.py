@@ -4,22 +4,26 @@ In a conversation a picture or a clip is asked about in a few words, and everyth
 and the pixels has to be learned from them. Here every soft token has labels of its own, which the
 generators know: which letters stand in each of its nine patches, which shape of which color it
 lies in, whether that shape's middle is here and the box as the decoder will have to say it; for
-sound the letters that are spoken, in order (CTC).
-What says them are matrices on the rows that the decoder gets, and they are thrown away.
+sound the letters that are spoken, and the tokens, in order (CTC).
 
-  python -m recipes.pocket.towers see  --out runs/towers.pt --minutes 60
-  python -m recipes.pocket.towers hear --out runs/towers.pt --minutes 60
+What says colors, shapes and spoken tokens are the decoder's own embeddings, held still: a row says
+the token that it stands nearest to. So a command that is heard looks to the decoder much like one
+that is written. The rest is said by matrices on the same rows, which are thrown away.
+
+  python -m recipes.pocket.towers see  --decoder CHECKPOINT --out runs/towers.pt --minutes 60
+  python -m recipes.pocket.towers hear --decoder CHECKPOINT --out runs/towers.pt --minutes 60
   python -m recipes.pocket.train fit ... --towers runs/towers.pt
 
 Each stretch goes on where the file stands; `--decay` lets the rate fall to zero at its end.
 
-Shapes: S soft tokens, D width of the decoder, L letters.
+Shapes: S soft tokens, D width of the decoder, L letters, W tokens that can be said.
 """
 
 import argparse
 import itertools
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +40,9 @@ from torch import Tensor, nn
 from gemsmith.media import audio
 from gemsmith.media.image import Patches, patches, target_size
 from gemsmith.model.towers import Towers
+from gemsmith.text.tokenizer import Tokenizer
 from gemsmith.train.optim import lr_scale, make_optimizers, set_lr
+from gemsmith.weights.load import load_model
 
 PATCH, POOL = 16, 3
 CELL = PATCH * POOL
@@ -46,6 +52,8 @@ COLORS, SHAPES = tuple(drawing.COLORS), tuple(drawing.SHAPES)
 PICTURES, CLIPS = 16, 16
 """Of a step."""
 RATE, WARMUP = 3e-3, 100
+SHARPNESS = 25.0
+"""Logit by which a row that is a token's embedding is nearer to it than to none."""
 SEED = 1
 SAVE_SECONDS = 300
 
@@ -96,14 +104,45 @@ def labels_of(image: Image.Image, budget: int) -> Labels:
     return made
 
 
+class Decoder:
+    """What the decoder that the rows are for reads: its tokens and their embeddings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer.load(folder)
+        model = load_model(folder, dtype=torch.float32, ple="memory")[1]
+        every = torch.arange(model.config.vocab_size)
+        self.embedding_WD = model.embed(every).detach()
+
+    def first(self, words: Sequence[str]) -> Tensor:
+        """Embeddings of the tokens that words begin with."""
+        return self.embedding_WD[[self.tokenizer.encode(word)[0] for word in words]]
+
+
+class Words(nn.Module):
+    """Logits of tokens by how near a row [S, D] is to their embeddings; 0 is none of them."""
+
+    near_WD: Tensor
+
+    def __init__(self, near_WD: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("near_WD", near_WD, persistent=False)
+        self.none_D = nn.Parameter(torch.zeros(near_WD.shape[1]))
+        self.sharpness = SHARPNESS / near_WD.square().sum(1).mean().item()
+
+    def forward(self, rows_SD: Tensor) -> Tensor:
+        near_WD = torch.cat([self.none_D[None], self.near_WD])
+        return self.sharpness * (rows_SD @ near_WD.T - near_WD.square().sum(1) / 2)
+
+
 class Eyes(nn.Module):
     """What reads the labels off rows [S, D]."""
 
-    def __init__(self, D: int) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__()
+        D = TEXT.hidden_size
         self.letters = nn.Linear(D, POOL * POOL * (len(LETTERS) + 1))
-        self.color = nn.Linear(D, len(COLORS) + 1)
-        self.shape = nn.Linear(D, len(SHAPES) + 1)
+        self.color = Words(decoder.first(COLORS))
+        self.shape = Words(decoder.first(SHAPES))
         self.middle = nn.Linear(D, 2)
         self.box = nn.Linear(D, 4 * (pictures.GRID + 1))
 
@@ -135,24 +174,35 @@ class Eyes(nn.Module):
 
 
 class Ears(nn.Module):
-    """Letters of what is said, from rows [S, D]."""
+    """Letters and tokens of what is said, from rows [S, D]."""
 
-    def __init__(self, D: int) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.letters = nn.Linear(D, len(LETTERS) + 1)
+        self.encode = decoder.tokenizer.encode
+        self.letters = nn.Linear(TEXT.hidden_size, len(LETTERS) + 1)
+        self.words = Words(decoder.embedding_WD)
 
     def loss(self, clips: list[tuple[Tensor, str]]) -> tuple[Tensor, dict[str, float]]:
-        """CTC; and the share of letters that the likeliest path spells right."""
-        losses, wrong, whole = [], 0, 0
+        """CTC; and the shares of letters and tokens that the likeliest paths have right."""
+        losses, wrong, whole = [], Counter[str](), Counter[str]()
         for rows_SD, text in clips:
-            wanted = [LETTERS.find(c) + 1 for c in text if c in LETTERS]
-            log_SL = self.letters(rows_SD).log_softmax(-1)
-            size = torch.tensor([len(log_SL)]), torch.tensor([len(wanted)])
-            target = torch.tensor(wanted)
-            losses.append(F.ctc_loss(log_SL[:, None], target, *size, zero_infinity=True))
-            path = [c for c, _ in itertools.groupby(log_SL.argmax(1).tolist()) if c]
-            wrong, whole = wrong + _distance(path, wanted), whole + len(wanted)
-        return torch.stack(losses).mean(), {"letters": 1 - wrong / whole}
+            letters = [LETTERS.find(c) + 1 for c in text.lower() if c in LETTERS]
+            for name, said_SL, wanted in (
+                ("letters", self.letters(rows_SD), letters),
+                ("words", self.words(rows_SD), [token + 1 for token in self.encode(text)]),
+            ):
+                losses.append(_ctc(said_SL, wanted))
+                path = [c for c, _ in itertools.groupby(said_SL.argmax(1).tolist()) if c]
+                wrong[name] += _distance(path, wanted)
+                whole[name] += len(wanted)
+        right = {name: 1 - wrong[name] / whole[name] for name in wrong}
+        return torch.stack(losses).mean() * 2, right
+
+
+def _ctc(said_SL: Tensor, wanted: list[int]) -> Tensor:
+    size = torch.tensor([len(said_SL)]), torch.tensor([len(wanted)])
+    log_SL = said_SL.log_softmax(-1)
+    return F.ctc_loss(log_SL[:, None], torch.tensor(wanted), *size, zero_infinity=True)
 
 
 def _distance(a: list[int], b: list[int]) -> int:
@@ -180,7 +230,7 @@ def heard(start: int, cache: Path | None) -> Iterator[tuple[int, np.ndarray, str
         talk = speech.generate("train", SEED, index, kind="transcribe", cache=cache)
         for asked, said in zip(talk.messages[::2], talk.messages[1::2], strict=True):
             sound = next(p["audio"] for p in asked["content"] if p["type"] == "audio")
-            yield index, sound, said["content"].lower()
+            yield index, sound, said["content"]
 
 
 def see_step(towers: Towers, head: Eyes, batch: list[Any]) -> tuple[Tensor, dict[str, float]]:
@@ -198,13 +248,15 @@ def hear_step(towers: Towers, head: Ears, batch: list[Any]) -> tuple[Tensor, dic
     return head.loss(clips)
 
 
-def fit(kind: str, out: Path, minutes: float, *, decay: bool, cache: Path | None) -> None:
+def fit(
+    kind: str, decoder: Path, out: Path, minutes: float, *, decay: bool, cache: Path | None
+) -> None:
     """One stretch for one of the two towers; the other stays as the file has it."""
     torch.manual_seed(SEED)
     towers = Towers(POCKET)
     init_towers(towers, SEED)
     eyes = kind == "see"
-    head = Eyes(TEXT.hidden_size) if eyes else Ears(TEXT.hidden_size)
+    head = Eyes(Decoder(decoder)) if eyes else Ears(Decoder(decoder))
     state = torch.load(out, weights_only=True) if out.is_file() else {}
     if state:
         towers.load_state_dict(state["towers"])
@@ -273,13 +325,21 @@ def fit(kind: str, out: Path, minutes: float, *, decay: bool, cache: Path | None
 def main() -> None:
     parser = argparse.ArgumentParser(description="teach the towers by themselves")
     parser.add_argument("kind", choices=("see", "hear"))
+    parser.add_argument("--decoder", type=Path, required=True, help="checkpoint to teach for")
     parser.add_argument("--out", type=Path, required=True, help="file, begun or gone on with")
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--decay", action="store_true", help="let the rate fall to zero")
     parser.add_argument("--cache", type=Path, help="folder where spoken clips are kept")
     options = parser.parse_args()
     torch.set_flush_denormal(True)  # sharp attention makes many, and they are slow
-    fit(options.kind, options.out, options.minutes, decay=options.decay, cache=options.cache)
+    fit(
+        options.kind,
+        options.decoder,
+        options.out,
+        options.minutes,
+        decay=options.decay,
+        cache=options.cache,
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ import torch
 from recipes.pocket import drawing, pictures, towers
 
 from gemsmith.media.image import patches, target_size
+from gemsmith.weights.hub import resolve
+
+POCKET = resolve("pocket")
 
 
 def test_letters_are_labelled_where_their_ink_is() -> None:
@@ -72,10 +75,10 @@ def test_teaching_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, kind) 
     monkeypatch.setattr(towers, "PICTURES", 1)
     monkeypatch.setattr(towers, "CLIPS", 1)
     out = tmp_path / "towers.pt"
-    towers.fit(kind, out, 0.02, decay=False, cache=None)
+    towers.fit(kind, POCKET, out, 0.02, decay=False, cache=None)
     first = torch.load(out, weights_only=True)
     assert first[kind]["step"] > 0
-    towers.fit(kind, out, 0.02, decay=True, cache=None)
+    towers.fit(kind, POCKET, out, 0.02, decay=True, cache=None)
     second = torch.load(out, weights_only=True)
     assert second[kind]["step"] > first[kind]["step"]
     assert second[kind]["seen"] > first[kind]["seen"]
