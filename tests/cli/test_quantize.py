@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from gemsmith.cli import quantize as worker
 from gemsmith.cli.main import app
 from gemsmith.errors import RequestError, WeightsError
+from gemsmith.weights import sensitivity
 from gemsmith.weights.convert import Recipe
 from gemsmith.weights.hub import resolve
 
@@ -72,6 +73,56 @@ def test_a_checkpoint_is_not_called_what_it_is_not(low, tmp_path, monkeypatch):
         )
 
 
+def test_a_mixed_checkpoint_says_of_every_unit_what_it_got_and_why(low, tmp_path, monkeypatch):
+    monkeypatch.setattr(sensitivity, "PROBE_TOKENS", 64)
+    monkeypatch.setattr(sensitivity, "SEQUENCE_TOKENS", 32)
+    stored = (low[0] / "model.safetensors").stat().st_size
+    arguments = ("--bits", "mixed", "--budget", "4.6MB")
+    said = gemsmith("quantize", "pocket", tmp_path / "mix", *arguments)
+    assert (tmp_path / "mix" / "model.safetensors").stat().st_size < stored
+    rows = {line.split(" int")[0].strip(): line.split() for line in said.splitlines()}
+    for unit in ("embed_tokens", "4.self_attn.q_proj k_proj v_proj", "8.mlp.gate_proj up_proj"):
+        assert unit in rows
+    assert rows["embed_tokens"][1] == "int8"
+    assert "measured on random tokens, for there is no data" in " ".join(said.split())
+    used = re.search(r"^([\d,]+) bytes of the 4,600,000 there were\.$", said, re.MULTILINE)
+    assert used
+    assert 4_580_000 < int(used[1].replace(",", "")) <= 4_600_000
+    assert f"{tmp_path / 'mix'}: a mixed checkpoint; every matrix is in few bits" in said
+    facts = json.loads(gemsmith("quantize", "pocket", tmp_path / "x", *arguments, "--json"))
+    assert facts["budget"] == 4_600_000
+    assert sum(kind["bytes"] for kind in facts["weights"]) == int(used[1].replace(",", ""))
+    first = facts["choices"][0]
+    assert first["weights"] == ["embed_tokens.weight"]
+    assert first["format"] == "int8"
+    assert first["removed_per_byte"] > 0
+    offers = [choice["offered_per_byte"] for choice in facts["choices"] if choice["next"]]
+    assert max(offers) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("3.2GB", 3_200_000_000),
+        ("3.2 gb", 3_200_000_000),
+        ("900MiB", 900 << 20),
+        ("1.5KiB", 1536),
+        ("0.0000000019GB", 1),
+        ("4645746", 4_645_746),
+    ],
+)
+def test_budgets_are_read_as_they_are_written(text, size):
+    assert worker.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "0", "0.4", "3.2G", "1e9", "3,2GB", "nan", "٣GB"]
+)
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(RequestError, match=r"a size such as 3\.2GB"):
+        worker.parse_bytes(text)
+
+
 def without(original, part):
     def format(self, name, *rest):
         return None if part in name else original(self, name, *rest)
@@ -86,6 +137,10 @@ def without(original, part):
         (("--group", "48"), "group 48: choose 32, 64, 128"),
         (("--bits", "mobile", "--group", "32"), "the mobile layout has one scale a row"),
         (("--bits", "mobile", "--float-tables"), "the mobile mix includes its tables"),
+        (("--bits", "mixed"), "bits 'mixed' needs a budget: how many bytes"),
+        (("--bits", "mixed", "--budget", "3G"), "budget '3G': a size such as 3.2GB"),
+        (("--bits", "mixed", "--budget", "1MB"), "the smallest that this model can be made is 2,"),
+        (("--budget", "4MB"), "a budget is for bits 'mixed', not '4'; leave it out"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_anything_is_written(
@@ -141,10 +196,13 @@ def test_data_is_read_until_there_is_enough(tmp_path, monkeypatch):
         ("\udc80", "cannot be read"),
     ],
 )
-def test_data_that_holds_no_conversations_is_refused_by_line(tmp_path, text, message):
+def test_data_that_holds_no_conversations_is_refused_by_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "talks.jsonl"
     path.write_text(text, "utf-8", errors="surrogateescape")
     with pytest.raises(RequestError, match=message):
         worker.read_tokens(str(path), POCKET)
     with pytest.raises(RequestError, match="cannot be read"):
         worker.read_tokens(str(tmp_path / "absent"), POCKET)
+    with pytest.raises(RequestError, match=r"pocket: .*gemsmith brings no conversations to calib"):
+        worker.read_tokens("pocket", POCKET)

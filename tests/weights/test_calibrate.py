@@ -22,7 +22,7 @@ from gemsmith.quant.linear import float_product
 from gemsmith.quant.packed import Packed
 from gemsmith.quant.quantize import search
 from gemsmith.testing import assert_close, random_model, tolerance
-from gemsmith.weights import calibrate
+from gemsmith.weights import calibrate, streaming
 from gemsmith.weights.calibrate import Calibration
 from gemsmith.weights.convert import PROGRESS, quantize_checkpoint
 from gemsmith.weights.load import load_model, read_checkpoint
@@ -60,7 +60,7 @@ def test_hidden_states_are_those_of_the_model_that_is_written(tmp_path, monkeypa
     """All layers, their norms, shared K/V, experts, per-layer inputs: nothing is left out."""
     monkeypatch.setattr(linear, "integer_product", float_product)
     monkeypatch.setattr(Packed, "takes", lambda *_: False)
-    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(streaming, "BATCH_TOKENS", 100)
     source = floats(tmp_path / "floats", size)
     quantize_checkpoint(source, tmp_path / "low", Recipe("4"), tokens=sequences())
     run = calibration(source, size, Recipe("4"))

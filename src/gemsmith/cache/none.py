@@ -4,6 +4,7 @@ Shapes: T packed tokens, R rows asked for, N query heads, K key/value heads, H h
 """
 
 from collections.abc import Sequence
+from copy import copy
 from itertools import accumulate
 
 import torch
@@ -34,6 +35,12 @@ class NoCache:
             self._blocks = blocks_T.split(self.lengths)
         self._sources = {plan.kv_source for plan in config.layers if not plan.owns_kv}
         self._kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def fork(self) -> "NoCache":
+        """For another pass that is the same up to here: it starts with the K/V left so far."""
+        other = copy(self)
+        other._kv = dict(self._kv)
+        return other
 
     @torch.compiler.disable
     def attend(

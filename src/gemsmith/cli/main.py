@@ -274,7 +274,12 @@ def _places(
 def quantize(
     source: Annotated[str, typer.Argument(help="A checkpoint of floats: folder, hub id, pocket.")],
     target: Annotated[str, typer.Argument(help="The folder to write; the same again goes on.")],
-    bits: Annotated[str, typer.Option(help="8, 4, 2, or mobile (the mix of Google's).")] = "4",
+    bits: Annotated[
+        str, typer.Option(help="8, 4, 2, mobile (the mix of Google's), or mixed (as measured).")
+    ] = "4",
+    budget: Annotated[
+        str | None, typer.Option(help="Of mixed: what all weights may take, such as 3.2GB.")
+    ] = None,
     group: Annotated[
         int | None, typer.Option(help="Weights to a scale: 32, 64, 128; 32 at 4 and 2 bits.")
     ] = None,
@@ -291,7 +296,8 @@ def quantize(
     from gemsmith.cli import quantize as worker
 
     worker.run(
-        source, target, bits=bits, group=group, float_tables=float_tables, as_json=json, data=data
+        source, target, bits=bits, group=group, float_tables=float_tables, as_json=json, data=data,
+        budget=budget,
     )  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """`gemsmith quantize`: a low-bit copy of a checkpoint, and what became of each kind of weight."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from gemsmith.text import chat
 from gemsmith.text.template import ChatTemplate
 from gemsmith.text.tokenizer import Tokenizer
 from gemsmith.weights.convert import Recipe, Row, left_as_floats, quantize_checkpoint
-from gemsmith.weights.hub import resolve
+from gemsmith.weights.hub import POCKET, resolve
+from gemsmith.weights.mixed import Choice
 from gemsmith.weights.names import EMBEDDING, HEAD, PLE_TABLE
 
 MAX_TOKENS = 32_768
 """Of calibration data: their hidden states, 352 MB in E2B and 700 MB in 31B, stay in memory."""
 MAX_SEQUENCE = 2048
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
 KINDS = (
     # What a name contains, and what such weights are called; the first that fits.
@@ -74,14 +78,16 @@ def run(
     float_tables: bool,
     as_json: bool,
     data: str | None = None,
+    budget: str | None = None,
 ) -> None:
-    """Quantize, with progress on stderr, then report. data: see `read_tokens`.
+    """Quantize, with progress on stderr, then report. data: see `read_tokens`; budget:
+    `parse_bytes`.
 
     Raises:
-      RequestError: the data cannot be read.
+      RequestError: the data cannot be read, or the budget is no size.
       WeightsError: a matrix stayed floats that was not meant to.
     """
-    recipe = Recipe(bits, group, float_tables)
+    recipe = Recipe(bits, group, float_tables, parse_bytes(budget) if budget else None)
     folder = resolve(source)
     tokens = read_tokens(data, folder) if data else None
     columns = (
@@ -108,10 +114,20 @@ def run(
         facts: dict[str, Any] = {"verdict": verdict, "weights": [_facts(kind) for kind in kinds]}
         if tokens is not None:
             facts["calibration_tokens"] = sum(map(len, tokens))
+        if recipe.mixed:
+            facts["budget"] = recipe.budget
+            facts["choices"] = [_choice_facts(choice) for choice in choices(rows)]
         print(json.dumps(facts))
         return
     console = Console()
+    if recipe.mixed:
+        console.print(choice_table(choices(rows), calibrated=tokens is not None))
     console.print(table(kinds))
+    if recipe.budget is not None:
+        used = sum(row.nbytes for row in rows)
+        console.print(
+            f"{used:,} bytes of the {recipe.budget:,} there were.", markup=False, highlight=False
+        )
     if tokens is not None:
         console.print(
             f"Calibrated on {sum(map(len, tokens)):,} tokens of {data}; what was not (tables, "
@@ -120,6 +136,21 @@ def run(
             highlight=False,
         )
     console.print(f"{target}: {verdict}", markup=False, highlight=False, soft_wrap=True)
+
+
+def parse_bytes(text: str) -> int:
+    """3.2GB (GB = 10^9), 900MiB (MiB = 2^20), or a number of bytes.
+
+    Raises:
+      RequestError: neither.
+    """
+    found = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMG]I?B)?\s*", text.upper())
+    size = int(Decimal(found[1]) * UNITS.get(found[2], 1)) if found else 0
+    if size < 1:
+        raise RequestError(
+            f"budget {text!r}: a size such as 3.2GB (GB = 10^9 bytes) or 900MiB (MiB = 2^20)"
+        )
+    return size
 
 
 def read_tokens(path: str, folder: Path) -> list[list[int]]:
@@ -148,7 +179,9 @@ def read_tokens(path: str, folder: Path) -> list[list[int]]:
                 if room <= len(ids):
                     break
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read ({error})") from None
+        # The only ones in the package are those that evaluations ask: they would flatter the build.
+        none = "; gemsmith brings no conversations to calibrate on" if path == POCKET else ""
+        raise RequestError(f"{path}: cannot be read ({error}){none}") from None
     if not tokens:
         raise RequestError(f"{path} holds no conversations; a line is {EXAMPLE}")
     return tokens
@@ -193,6 +226,36 @@ def summarize(rows: Iterable[Row]) -> list[Kind]:
     return list(kinds.values())
 
 
+def choices(rows: Iterable[Row]) -> list[Choice]:
+    """Each of a mixed recipe's decisions once, in the model's order."""
+    return list({row.choice.unit: row.choice for row in rows if row.choice}.values())
+
+
+def choice_table(chosen: Iterable[Choice], *, calibrated: bool) -> Table:
+    out = Table(box=SIMPLE_HEAD)
+    for index, column in enumerate(["", "format", "", "harm", "bought at", "next", "offered at"]):
+        out.add_column(column, justify="right" if index > 1 else "left", no_wrap=True)
+    for each in chosen:
+        at, _, first = each.unit[0].removesuffix(".weight").rpartition(".")
+        others = (name.removesuffix(".weight").rpartition(".")[2] for name in each.unit[1:])
+        label = ".".join(filter(None, [at, " ".join([first, *others])]))
+        out.add_row(
+            label.removeprefix("layers."),
+            str(each.option.format),
+            size(each.option.nbytes),
+            f"{each.option.harm:.1e}",
+            "" if each.paid is None else f"{each.paid * (1 << 20):.1e}",
+            "" if each.next is None else str(each.next.format),
+            f"{each.offer * (1 << 20):.1e}" if each.next else "",
+        )
+    out.caption = (
+        "harm: KL divergence that the format adds, in nats, measured on "
+        + ("the data" if calibrated else "random tokens, for there is no data")
+        + "; bought at, offered at: what the last step and the next remove of it per MiB"
+    )
+    return out
+
+
 def judge(target: str | Path, recipe: Recipe) -> str:
     """What the checkpoint may be called, from its files.
 
@@ -200,7 +263,7 @@ def judge(target: str | Path, recipe: Recipe) -> str:
       WeightsError: it may not be called what was asked for; the matrices are named.
     """
     article, kind = ("an", "8-bit") if recipe.bits == "8" else ("a", f"{recipe.bits}-bit")
-    name = f"{article} {'mobile' if recipe.mobile else kind} checkpoint"
+    name = f"{article} {recipe.bits if recipe.mobile or recipe.mixed else kind} checkpoint"
     left = left_as_floats(target)
     surprising = [key for key in left if not recipe.leaves(key)]
     if surprising:
@@ -254,4 +317,16 @@ def _facts(kind: Kind) -> dict[str, Any]:
         "relative_squared_error": kind.error,
         "matrices": kind.matrices,
         "calibrated": kind.calibrated,
+    }
+
+
+def _choice_facts(choice: Choice) -> dict[str, Any]:
+    return {
+        "weights": choice.unit,
+        "format": str(choice.option.format),
+        "bytes": choice.option.nbytes,
+        "harm": choice.option.harm,
+        "removed_per_byte": choice.paid,
+        "next": choice.next and str(choice.next.format),
+        "offered_per_byte": choice.offer,
     }

@@ -15,35 +15,22 @@ Shapes: T tokens, D hidden_size, K inputs, E experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemsmith.cache.none import NoCache
 from gemsmith.config import TextConfig
-from gemsmith.errors import RequestError, WeightsError
-from gemsmith.model.text import DecoderLayer, Experts, TextModel, rope_table
+from gemsmith.errors import WeightsError
+from gemsmith.model.text import Experts
 from gemsmith.quant.calibrate import gptq, gram
 from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.quantize import quantize
-from gemsmith.weights.load import StoredTensor, lies_on_grid, read_rows, table_on_disk
-from gemsmith.weights.names import EMBEDDING, PLE_TABLE
+from gemsmith.weights.load import StoredTensor, lies_on_grid
+from gemsmith.weights.streaming import STAGES, Streamed
 
-BATCH_TOKENS = 2048
-"""Tokens that run through a layer together, in whole sequences: bounds what activations weigh."""
 MIN_EXPERT_TOKENS = 0.25
 """Of its K inputs: an expert that saw fewer tokens is not calibrated."""
-STAGES = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-    ("experts",),
-)
-"""Modules of a layer that have the same inputs, in the order in which they run."""
-
 Found = Callable[[str], Quantized | None]
 """A weight by its name, if it was chosen before."""
 
@@ -52,17 +39,7 @@ class _Reached(Exception):
     """A module was reached whose inputs were all that was asked for."""
 
 
-@dataclass(slots=True)
-class _Batch:
-    """Some sequences, packed, and how far they have come."""
-
-    ids_T: Tensor
-    positions_T: Tensor
-    kv: NoCache
-    x_TD: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-class Calibration:
+class Calibration(Streamed):
     """Chooses the codes of a decoder's layers, in order."""
 
     def __init__(
@@ -82,14 +59,12 @@ class Calibration:
         Raises:
           RequestError: no tokens, or ids outside the vocabulary.
         """
-        self.config, self.weights, self.formats = config, weights, formats
+        super().__init__(config, weights, formats, tokens)
         self.found, self.advance = found, advance
         self.calibrated: dict[str, int] = {}
         """How many matrices of each weight were chosen with data: of a stack perhaps not all."""
-        self._batches = [*_pack(config, tokens)]
         self._ready: dict[str, Quantized] = {}
         self._next = 0
-        self._model = TextModel(config, device="meta", dtype=torch.float32).eval()
 
     def covers(self, name: str) -> bool:
         """Whether this is a weight that data can help."""
@@ -110,24 +85,6 @@ class Calibration:
             self._run_layer(self._next)
             self._next += 1
         return self._ready.pop(name)
-
-    def _begin(self) -> None:
-        """Embeddings, and what per-layer inputs are made of."""
-        where = {"low": {}, "dtype": torch.float32, "device": torch.device("cpu")}
-        for name in (EMBEDDING, PLE_TABLE):
-            if name in self.weights:
-                table = table_on_disk(
-                    {name: self.weights[name]}, name, format=self.formats.get(name), **where
-                )
-                self._model.set_submodule(name.removesuffix(".weight"), table)
-        for name in ("per_layer_model_projection.weight", "per_layer_projection_norm.weight"):
-            if name in self.weights:
-                self._put(name, self._plain(name))
-        for batch in self._batches:
-            batch.x_TD = self._embedded(batch)
-
-    def _embedded(self, batch: _Batch) -> Tensor:
-        return self._model.embed_tokens(batch.ids_T) * self.config.hidden_size**0.5
 
     def _run_layer(self, index: int) -> None:
         """Choose the codes of a layer, and go through it."""
@@ -156,8 +113,7 @@ class Calibration:
                 self._calibrate(index, paths)
         for batch in self._batches:
             batch.x_TD = self._through(index, batch)
-        where = {"device": "meta", "dtype": torch.float32}
-        self._model.layers[index] = DecoderLayer(self.config, self.config.layers[index], **where)
+        self._drop(index)
 
     def _calibrate(self, index: int, paths: list[str]) -> None:
         """Linear layers with the same inputs."""
@@ -231,70 +187,6 @@ class Calibration:
         finally:
             handle.remove()
 
-    def _through(self, index: int, batch: _Batch) -> Tensor:
-        plan = self.config.layers[index]
-        ple_TLP = None
-        if self.config.hidden_size_per_layer_input:
-            h_TD = self._embedded(batch)
-            ple_TLP = self._model.per_layer_inputs(h_TD, batch.ids_T, index, index + 1)
-        table = rope_table(batch.positions_T, plan.rope, plan.head_dim)
-        ple_TP = None if ple_TLP is None else ple_TLP[:, 0]
-        return self._model.layers[index](batch.x_TD, ple_TP, table, batch.kv, None)
-
     def _keep(self, name: str, weight: Quantized) -> None:
         self._ready[name] = weight
         self._put(name, weight.dequantize())
-
-    def _plain(self, name: str) -> Tensor:
-        """What the weight is in the new checkpoint, as floats, without calibration."""
-        floats = self._floats(name)
-        format = self.formats.get(name)
-        if format is None:
-            return floats
-        grid = lies_on_grid(name, self.weights[name], format)
-        return quantize(floats, format, grid=grid).dequantize()
-
-    def _floats(self, name: str) -> Tensor:
-        stored = self.weights[name]
-        values = torch.cat([rows.float() for rows in read_rows(stored)]).view(stored.shape)
-        if not torch.isfinite(values).all():
-            raise WeightsError(
-                f"{stored.file.name}: {name}: a weight is infinite or not a number; the checkpoint "
-                "is damaged"
-            )
-        return values
-
-    def _put(self, name: str, values: Tensor) -> None:
-        at, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(at)
-        if leaf in module._buffers:
-            module.register_buffer(leaf, values)
-        else:
-            module.register_parameter(leaf, nn.Parameter(values, requires_grad=False))
-
-
-def _pack(config: TextConfig, tokens: Sequence[Sequence[int]]) -> Iterator[_Batch]:
-    """Sequences in batches of about BATCH_TOKENS tokens.
-
-    Raises: as `Calibration`.
-    """
-    if not any(tokens):
-        raise RequestError("calibration data holds no tokens; give at least one conversation")
-    pack: list[Sequence[int]] = []
-    for number, ids in enumerate(tokens, 1):
-        wrong = [id for id in ids if not 0 <= id < config.vocab_size]
-        if wrong:
-            raise RequestError(
-                f"calibration data: sequence {number} has the token id {wrong[0]}; the vocabulary "
-                f"of this model ends at {config.vocab_size - 1}"
-            )
-        if ids:
-            pack.append(ids)
-        full = sum(map(len, pack)) >= BATCH_TOKENS
-        if pack and (full or number == len(tokens)):
-            yield _Batch(
-                torch.tensor([id for ids in pack for id in ids]),
-                torch.cat([torch.arange(len(ids)) for ids in pack]),
-                NoCache(config, [len(ids) for ids in pack]),
-            )
-            pack = []

@@ -46,6 +46,7 @@ from gemsmith.weights.load import (
     silent,
     tower_shapes,
 )
+from gemsmith.weights.mixed import MEASURED, Choice, fit
 from gemsmith.weights.names import (
     EMBEDDING,
     HEAD,
@@ -63,6 +64,7 @@ from gemsmith.weights.save import (
     ALIGNMENT,
     index_of,
     new_file,
+    replace_file,
     split_shards,
     to_json,
     write_tensors,
@@ -94,6 +96,8 @@ class Row:
     """More than 1 in a stack of experts."""
     calibrated: int = 0
     """How many of them were chosen with data."""
+    choice: Choice | None = None
+    """Of a mixed recipe: why it has this format."""
 
 
 @dataclass(slots=True)
@@ -125,6 +129,7 @@ class _Job:
     advance: Advance
     calibration: Calibration | None = None
     """What chooses the codes, if data does."""
+    choice: Choice | None = None
     wrong: float = 0.0
     whole: float = 0.0
     calibrated: int = 0
@@ -178,9 +183,8 @@ class _Job:
         dtype = self.source.dtype
         matrices = self.source.shape[0] if len(self.source.shape) == 3 else 1
         sums = self.wrong, self.whole
-        return Row(
-            self.name, self.format, dtype, weights, self.nbytes, *sums, matrices, self.calibrated
-        )
+        told = matrices, self.calibrated, self.choice
+        return Row(self.name, self.format, dtype, weights, self.nbytes, *sums, *told)
 
     def _floats(self) -> Iterator[Tensor]:
         for rows in read_rows(self.source):
@@ -245,14 +249,16 @@ def quantize_checkpoint(
     config, jobs = _plan(source, recipe, advance)
     if tokens is not None and recipe.bits == "8":
         raise ConfigError("calibration data: 8 bits are as good without; leave it out")
+    _check_target(target)
+    if recipe.mixed:
+        recipe, choices = _fit(recipe, config, jobs, target, tokens)
+        config, jobs = _plan(source, recipe, advance)
+        for job in jobs:
+            job.choice = choices.get(job.name)
     shards = split_shards(jobs, shard_bytes)
     count = len(shards)
     names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     names = names if count > 1 else [SINGLE]
-    if (target / "config.json").exists():
-        raise WeightsError(
-            f"{target} holds a checkpoint already; remove it or choose another folder"
-        )
     done = _done_before(target, _digest(recipe, jobs, shards, tokens))
     done["files"] = {n: f for n, f in done["files"].items() if _intact(target / n, f)}
     if tokens is not None:
@@ -267,17 +273,17 @@ def quantize_checkpoint(
         for current, shard in zip(names, shards, strict=True):
             if current not in done["files"]:
                 files = done["files"] | {current: _finish(target, current, shard)}
-                _replace(target, PROGRESS, to_json(done | {"files": files}))
+                replace_file(target, PROGRESS, to_json(done | {"files": files}))
                 done["files"] = files
             noted = done["files"][current]["squares"]
             for job in shard:
                 job.wrong, job.whole, job.calibrated = noted.get(job.name, (0.0, 0.0, 0))
         if count > 1:
             parts = [[part for job in shard for part in job.parts] for shard in shards]
-            _replace(target, INDEX, to_json(index_of(names, parts)))
+            replace_file(target, INDEX, to_json(index_of(names, parts)))
         _copy_companions(source, target)
         section = _section(recipe, config)
-        _replace(
+        replace_file(
             target, "config.json", to_json(config.to_dict() | {"quantization_config": section})
         )
         (target / PROGRESS).unlink()
@@ -312,6 +318,30 @@ def _calibrate(
     )
     for job in decoder:
         job.calibration = calibration
+
+
+def _fit(
+    recipe: Recipe,
+    config: Gemma4Config,
+    jobs: list[_Job],
+    target: Path,
+    tokens: Sequence[Sequence[int]] | None,
+) -> tuple[Recipe, dict[str, Choice]]:
+    """The mixed recipe with its formats chosen, and why each weight has its own."""
+    candidates = recipe.candidates(config)
+    try:
+        recipe, choices = fit(
+            recipe,
+            config,
+            {job.name: job.source for job in jobs if not is_tower(job.name)},
+            sum(job.nbytes for job in jobs if job.name not in candidates),
+            target,
+            tokens,
+            lambda name: jobs[0].advance(written_key(name), 0),
+        )
+    except OSError as error:
+        raise WeightsError(f"{target}: cannot be written ({error.strerror})") from None
+    return recipe, {name: choice for choice in choices for name in choice.unit}
 
 
 def left_as_floats(folder: str | Path) -> list[str]:
@@ -424,16 +454,25 @@ class _Hashing:
         return self.file.write(data)
 
 
-def _done_before(target: Path, plan: str) -> dict[str, Any]:
-    """What an earlier call for the same plan noted; nothing if there was none."""
-    path = target / PROGRESS
-    fresh = {"plan": plan, "files": {}}
-    if not path.exists():
+def _check_target(target: Path) -> None:
+    """Refuse a folder that holds something else."""
+    if (target / "config.json").exists():
+        raise WeightsError(
+            f"{target} holds a checkpoint already; remove it or choose another folder"
+        )
+    if not (target / PROGRESS).exists():
         for part in target.glob("*.safetensors"):
             raise WeightsError(
                 f"{target} holds {part.name}, which is not of an unfinished quantization; "
                 "choose another folder"
             )
+
+
+def _done_before(target: Path, plan: str) -> dict[str, Any]:
+    """What an earlier call for the same plan noted; nothing if there was none."""
+    path = target / PROGRESS
+    fresh = {"plan": plan, "files": {}}
+    if not path.exists():
         return fresh
     try:
         done = json.loads(path.read_text(encoding="utf-8"))
@@ -482,22 +521,10 @@ def _digest(
 def _copy_companions(source: Path, target: Path) -> None:
     """Tokenizer, template and settings: small files beside the weights."""
     for path in sorted(source.iterdir()):
-        own = path.name in ("config.json", INDEX, PROGRESS, FIDELITY)
+        own = path.name in ("config.json", INDEX, PROGRESS, FIDELITY, MEASURED)
         companion = path.suffix in COMPANIONS and not own
         if companion and path.is_file() and path.stat().st_size <= MAX_COMPANION_BYTES:
             shutil.copyfile(path, target / path.name)
-
-
-def _replace(target: Path, name: str, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    temporary: dict[str, Path] = {}
-    try:
-        with new_file(target, name, temporary) as file:
-            file.write(data)
-        os.replace(temporary[name], target / name)
-    except BaseException:
-        temporary[name].unlink(missing_ok=True)
-        raise
 
 
 def _values(job: _Job) -> int:

@@ -22,6 +22,7 @@ Sources: compressed-tensors 0.20 (pack_quantized), transformers 5.23 integration
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -172,6 +173,14 @@ def codes_of(stored: Tensor, low: LowBit) -> Tensor:
 def words(packed: Tensor) -> Tensor:
     """uint8 codes [..., N, bytes] -> int32 [..., N, words], each row filled up with zeros."""
     return torch.nn.functional.pad(packed, (0, -packed.shape[-1] % WORD)).view(torch.int32)
+
+
+def compressed_bytes(format: Format, shape: Shape) -> int:
+    """Bytes that a weight takes in the compressed-tensors layout, all its parts together."""
+    *rows, K = shape
+    scales = format.groups(K) * (2 if format.group else 4)
+    word_bytes = -(-K * format.bits // (8 * WORD)) * WORD
+    return math.prod(rows) * (word_bytes + scales) + 8 * len(shape)
 
 
 def compressed_section(formats: Mapping[str, Format], ignored: Iterable[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ is one recipe. Norms, scalars, the router of experts (a thousandth of the weight
 which of them are used) and what of the towers is not a linear layer stay floats, as stored.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -15,8 +15,10 @@ from gemsmith.model.towers import Towers
 from gemsmith.quant.formats import Format
 from gemsmith.weights.names import EMBEDDING, HEAD, PLE_TABLE, expected_shapes, written_key
 
-BITS = ("8", "4", "2", "mobile")
+BITS = ("8", "4", "2", "mobile", "mixed")
 GROUPS = (32, 64, 128)
+MIXED = (Format(2, 32), Format(4, 128), Format(4, 64), Format(4, 32))
+"""What a mixed recipe chooses from, and int8. 2 bits lose too much in any larger group."""
 DEFAULT_GROUP = 32
 ON_LOAD = {"int8": "8", "int4": "4", "int2": "2"}
 """What `quant` of `load_model` may be, and the recipe's bits."""
@@ -42,6 +44,10 @@ class Recipe:
     float_tables: bool = False
     """Leave embedding and PLE table as they are, because transformers 5.23 reads no low-bit tables
     in compressed-tensors' layout (it does in the mobile one, with one scale a row)."""
+    budget: int | None = None
+    """Of a mixed recipe: bytes that all tensors may take in the files, headers apart."""
+    chosen: tuple[tuple[str, Format], ...] = ()
+    """Of a mixed recipe, once it is known: what each weight of `candidates` gets."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -54,10 +60,44 @@ class Recipe:
             )
         if self.mobile and self.float_tables:
             raise ConfigError("float tables: the mobile mix includes its tables; leave it out")
+        if self.mixed and self.group is not None:
+            raise ConfigError(
+                f"group {self.group}: a mixed recipe chooses groups itself; leave it out"
+            )
+        if self.mixed and (self.budget is None or self.budget < 1):
+            raise ConfigError(
+                "bits 'mixed' needs a budget: how many bytes all weights may take, such as 3.2GB"
+            )
+        if self.budget is not None and not self.mixed:
+            raise ConfigError(f"a budget is for bits 'mixed', not {self.bits!r}; leave it out")
 
     @property
     def mobile(self) -> bool:
         return self.bits == "mobile"
+
+    @property
+    def mixed(self) -> bool:
+        return self.bits == "mixed"
+
+    def candidates(self, config: Gemma4Config) -> dict[str, tuple[Format, ...]]:
+        """Of a mixed recipe: the formats that each weight it decides on may get, by name.
+
+        Groups that do not divide a weight's rows are none; with none left, 4 bits have one scale a
+        row.
+        """
+        text = config.text_config
+        wide = replace(self, bits="8", budget=None, chosen=()).formats(config)
+        out: dict[str, tuple[Format, ...]] = {}
+        for name, shape in expected_shapes(text).items():
+            if name not in wide or ("per_layer" in name and name != PLE_TABLE):
+                continue
+            P = text.hidden_size_per_layer_input
+            K = P if name == PLE_TABLE else shape[-1]
+            fits = tuple(f for f in MIXED if f.group and K % f.group == 0)
+            if name == PLE_TABLE:
+                fits = tuple(f for f in fits if f.bits > 2) or (Format(4, P),)
+            out[name] = (*(fits or (Format(4),)), wide[name])
+        return out
 
     def formats(self, config: Gemma4Config) -> dict[str, Format]:
         """The format of each weight that gets one, by name (towers' below `model.`).
@@ -68,6 +108,10 @@ class Recipe:
         text = config.text_config
         if self.mobile and text.enable_moe_block:
             raise ConfigError("bits 'mobile': its layout has no place for experts; use 4")
+        if self.mixed:
+            return replace(self, bits="8", budget=None, chosen=()).formats(config) | dict(
+                self.chosen
+            )
         out: dict[str, Format] = {}
         for name, shape in expected_shapes(text).items():
             format = self._format(name, text.layers, text.hidden_size_per_layer_input)

@@ -258,5 +258,17 @@ def new_file(folder: Path, name: str, temporary: dict[str, Path]) -> Iterator[Bi
         os.fsync(file.fileno())
 
 
+def replace_file(folder: Path, name: str, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary: dict[str, Path] = {}
+    try:
+        with new_file(folder, name, temporary) as file:
+            file.write(data)
+        os.replace(temporary[name], folder / name)
+    except BaseException:
+        temporary[name].unlink(missing_ok=True)
+        raise
+
+
 def to_json(data: dict[str, Any]) -> bytes:
     return json.dumps(data, indent=2, sort_keys=True).encode() + b"\n"
