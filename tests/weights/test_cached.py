@@ -11,9 +11,10 @@ from tests.weights.test_convert import floats, logits
 
 from gemsmith.ops import cpu
 from gemsmith.quant.packed import Packed
-from gemsmith.weights import cached
+from gemsmith.weights import cached, load
 from gemsmith.weights.convert import Recipe, quantize_checkpoint
-from gemsmith.weights.load import load_model
+from gemsmith.weights.load import load_model, load_towers, quantized_values
+from gemsmith.weights.names import PLE_TABLE
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the extension is not built")
 
@@ -126,3 +127,101 @@ def test_a_cache_that_cannot_be_made_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("GEMSMITH_CACHE", str(tmp_path / "file"))
     with pytest.warns(RuntimeWarning, match="Not a directory"):
         load_model(folder)
+
+
+# -- quantized while loading ------------------------------------------------------------------
+
+
+@pytest.fixture
+def roundings(monkeypatch) -> list[str]:
+    """Grows by one with every piece that is quantized."""
+    seen: list[str] = []
+    real = load.quantize
+
+    def quantize(weight, format, **options):
+        seen.append(str(format))
+        return real(weight, format, **options)
+
+    monkeypatch.setattr(load, "quantize", quantize)
+    return seen
+
+
+@pytest.fixture
+def source(folder) -> Path:
+    """The checkpoint of floats beside the other."""
+    return folder.parent / "floats"
+
+
+def files() -> list[Path]:
+    return sorted(cached.cached_file(Path()).parent.glob("*"))
+
+
+def test_the_second_start_quantizes_nothing_and_computes_the_same(source, roundings):
+    first = logits(load_model(source, quant="int4")[1])
+    assert roundings
+    roundings.clear()
+    told: list[int] = []
+    config, model = load_model(source, quant="int4", advance=lambda key, n: told.append(n))
+    assert torch.equal(logits(model), first)
+    # A row of the table on disk is rounded when it is read.
+    assert set(roundings) <= {str(Recipe("4").formats(config)[PLE_TABLE])}
+    assert sum(told) == quantized_values(config, "int4")
+    assert len(files()) == 1
+
+
+def test_each_recipe_has_a_file_and_so_have_the_towers(folder, tmp_path, roundings):
+    source = floats(tmp_path / "media", media=True)
+    for _ in range(2):
+        roundings.clear()
+        for quant in ("int4", "int8"):
+            config, _ = load_model(source, quant=quant)
+            where = {"device": "cpu", "dtype": torch.float32}
+            load_towers(source, config, quant=quant, **where)
+        load_model(folder)
+    assert not roundings
+    assert len(files()) == 5
+
+
+def test_towers_of_a_low_bit_folder_do_not_take_the_place_of_its_decoder(
+    tmp_path, folder, packings
+):
+    source, low = floats(tmp_path / "media", media=True), tmp_path / "media-low"
+    quantize_checkpoint(source, low, Recipe("4"))
+    for _ in range(2):
+        packings.clear()
+        config, _ = load_model(low)
+        load_towers(low, config, device="cpu", dtype=torch.float32)
+    assert not packings
+
+
+@pytest.mark.parametrize("damage", ["a bit of the last scale", "cut short", "the fingerprint"])
+def test_a_damaged_file_is_quantized_anew(source, roundings, damage):
+    first = logits(load_model(source, quant="int4")[1])
+    (file,) = files()
+    whole = file.read_bytes()
+    DAMAGES[damage](file)
+    roundings.clear()
+    assert torch.equal(logits(load_model(source, quant="int4")[1]), first)
+    assert "int4-g32" in roundings
+    assert file.read_bytes() == whole
+
+
+def test_other_weights_and_another_way_of_rounding_are_noticed(source, roundings, monkeypatch):
+    load_model(source, quant="int8")
+    for change in (
+        lambda: os.utime(source / "model.safetensors", ns=(0, 12345)),
+        lambda: monkeypatch.setattr(load, "ROUNDING", load.ROUNDING + 1),
+    ):
+        change()
+        roundings.clear()
+        load_model(source, quant="int8")
+        assert roundings
+
+
+def test_without_room_it_is_quantized_at_each_start_and_progress_is_told_once(source, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full)
+    told: list[int] = []
+    with pytest.warns(RuntimeWarning, match="No space left on device"):
+        config, _ = load_model(source, quant="int4", advance=lambda key, n: told.append(n))
+    assert sum(told) == quantized_values(config, "int4")
+    assert files() == []

@@ -1,7 +1,10 @@
 """Packed weights on disk: a checkpoint of few bits is packed once, and read as it is ever after.
 
-One file per checkpoint folder, in the user's cache folder: every weight's lines and scales, one
-after the other, then a trailer that says which checkpoint they are of and what their checksum is.
+So is one of floats that is quantized while it is loaded: that too is done once.
+
+One file per checkpoint folder and recipe, decoder and towers apart, in the user's cache folder:
+every weight's lines and scales, one after the other, then a trailer that says which checkpoint they
+are of, how they were made and what their checksum is.
 The file is mapped: a start copies nothing, processes share the memory, and pages may leave when
 memory is short. (Reading it into large pages instead made no product faster where the system keeps
 such files in large pages itself, and a start many times slower where fresh memory is dear.) A file
@@ -70,17 +73,19 @@ def packed_weights(
     files: Iterable[Path],
     layout: Layout,
     weights: Callable[[], Iterator[tuple[str, Quantized]]],
+    part: str = "",
 ) -> dict[str, Packed]:
     """The weights of a checkpoint folder, packed.
 
     files: what the folder's weights are read from. layout: what `weights()` will give, in its
-    order; it is not called where the cache has them.
+    order; it is not called where the cache has them. part: which of the folder's weights they are
+    and how they are made of it, where there may be several.
     """
     _, total = _places(layout, [4] * len(layout))  # at most
     if total < LEAST_BYTES:
         return {name: Packed.of(weight) for name, weight in weights()}
-    path = cached_file(folder)
-    fingerprint = _fingerprint(files, layout)
+    path = cached_file(folder, part)
+    fingerprint = _fingerprint(files, layout, part)
     found = _read(path, fingerprint, layout)
     if found is not None:
         return found
@@ -100,9 +105,9 @@ def packed_weights(
     return found
 
 
-def cached_file(folder: Path) -> Path:
-    """Where the packed weights of a checkpoint folder are kept."""
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
+def cached_file(folder: Path, part: str = "") -> Path:
+    """Where the packed weights of a checkpoint folder, or a part of them, are kept."""
+    name = hashlib.sha256(f"{folder.resolve()}\n{part}".encode()).hexdigest()[:24]
     return hardware.cache_folder() / "packed" / f"{name}.bin"
 
 
@@ -119,9 +124,12 @@ def _places(layout: Layout, scale_bytes: Iterable[int]) -> tuple[dict[str, _Plac
     return places, at
 
 
-def _fingerprint(files: Iterable[Path], layout: Mapping[str, object]) -> bytes:
-    """Changes with the checkpoint's files and with how they are packed."""
-    parts = [f"{VERSION} {sys.byteorder}", *(f"{name} {what}" for name, what in layout.items())]
+def _fingerprint(files: Iterable[Path], layout: Mapping[str, object], part: str) -> bytes:
+    """Changes with the checkpoint's files and with how they are quantized and packed."""
+    parts = [
+        f"{VERSION} {sys.byteorder} {part}",
+        *(f"{name} {what}" for name, what in layout.items()),
+    ]
     for file in sorted(files):
         stat = file.stat()
         parts.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")

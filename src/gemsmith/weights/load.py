@@ -15,7 +15,7 @@ replaced by renaming, or deleted; it must not be rewritten in place.
 Weights of few bits (see layouts.py) never become floats: modules of quant/linear.py hold their
 codes, on the CPU in the order of its kernels (see cached.py). With `quant` a checkpoint of floats
 becomes such a model while it is read, some MiB of floats at a time: the one that
-`gemsmith quantize` would write.
+`gemsmith quantize` would write. On the CPU it, too, is kept packed in the user's cache folder.
 
 What it is not: a reader of pickle (`.bin`, `.pt`), which runs code as it is read, or of GGUF. Image
 and audio towers are read by `load_towers`, once they are needed.
@@ -71,6 +71,8 @@ MAX_INDEX_BYTES = 64 << 20
 REMAP_BYTES = 32 << 20
 PIECE_BYTES = 16 << 20
 HEAD_ROWS_COMPARED = 256
+ROUNDING = 1
+"""To be raised when weights of floats are rounded otherwise, so that the cache is made anew."""
 FETCH_ANEW = "the file is cut short or damaged; delete it and fetch it anew"
 
 
@@ -92,6 +94,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     """Its first byte in the file."""
+    nbytes: int = 0
 
 
 def load_model(
@@ -148,7 +151,7 @@ def load_model(
         key = chosen.pop(PLE_TABLE)
         table = table_on_disk(stored, key, low, formats.get(PLE_TABLE), dtype, device)
         model.set_submodule("embed_tokens_per_layer", table)
-    _fill(model, stored, chosen, low, device, dtype, formats, advance)
+    _fill(model, stored, chosen, low, device, dtype, formats, advance, quant or "")
     model = model.eval().requires_grad_(False)
     fuse(model)
     return config, model
@@ -186,7 +189,17 @@ def load_towers(
     chosen = match_towers(shapes, expected, str(folder))
     _check_dtypes(stored, chosen, low, folder)
     towers = Towers(config, device="meta", dtype=dtype)
-    _fill(towers, stored, chosen, low, device, dtype, _formats(quant, config), silent)
+    _fill(
+        towers,
+        stored,
+        chosen,
+        low,
+        device,
+        dtype,
+        _formats(quant, config),
+        silent,
+        f"towers {quant}",
+    )
     return towers.eval().requires_grad_(False)
 
 
@@ -235,10 +248,11 @@ def _fill(
     dtype: torch.dtype,
     formats: dict[str, Format],
     advance: Advance,
+    part: str,
 ) -> None:
     """Stream the tensors `chosen` ({module name: key}) into the places of a meta model.
 
-    Those that `formats` names are quantized on the way.
+    Those that `formats` names are quantized on the way. part: see `packed_weights`.
     """
     names = {key: name for name, key in chosen.items() if key not in low and name not in formats}
     reader, done = _Reader(stored), 0
@@ -259,23 +273,46 @@ def _fill(
         del tensor
     weights = {name: low[key] for name, key in chosen.items() if key in low}
     if weights:
-        _place_low(model, _low_bit(stored, weights, device), dtype)
-    modules: dict[str, list[str]] = {}
-    for name in (name for name in chosen if name in formats):
-        modules.setdefault(name.rpartition(".")[0], []).append(name)
-    shapes = {name: stored[key].shape for name, key in chosen.items() if name in formats}
-    packs = device.type == "cpu" and all(Packed.takes(formats[n], s) for n, s in shapes.items())
-    for together in modules.values():
-        placed: dict[str, Quantized | Packed] = {}
-        for name in together:
-            key = chosen[name]
-            weight = _quantized(key, stored[key], formats[name], device, advance)
-            placed[name] = Packed.of(weight) if packs else weight
-        _place_low(model, placed, dtype)
+        _place_low(model, _low_bit(stored, weights, device, part), dtype)
+    keys = {name: key for name, key in chosen.items() if name in formats}
+    if keys:
+        _place_low(model, _rounded(stored, keys, formats, device, advance, part), dtype)
+
+
+def _rounded(
+    stored: dict[str, StoredTensor],
+    keys: dict[str, str],
+    formats: dict[str, Format],
+    device: torch.device,
+    advance: Advance,
+    part: str,
+) -> Mapping[str, Quantized | Packed]:
+    """Weights of floats in their formats by name: packed where the CPU's kernels take them all."""
+    layout = {name: (formats[name], stored[key].shape) for name, key in keys.items()}
+    told: set[str] = set()
+
+    def tell(key: str, values: int) -> None:
+        if key not in told:
+            advance(key, values)
+
+    def weights() -> Iterator[tuple[str, Quantized]]:
+        for name, key in keys.items():
+            yield name, _quantized(key, stored[key], formats[name], device, tell)
+            told.add(key)  # if the cache cannot be written, all are made once more
+
+    if device.type == "cpu" and all(Packed.takes(*each) for each in layout.values()):
+        files = {stored[key].file for key in keys.values()}
+        folder = next(iter(files)).parent
+        found = packed_weights(folder, files, layout, weights, f"{part}, rounding {ROUNDING}")
+    else:
+        found = dict(weights())
+    for name, key in keys.items():
+        tell(key, math.prod(layout[name][1]))  # what the cache had
+    return found
 
 
 def _low_bit(
-    stored: dict[str, StoredTensor], weights: dict[str, LowBit], device: torch.device
+    stored: dict[str, StoredTensor], weights: dict[str, LowBit], device: torch.device, part: str
 ) -> Mapping[str, Quantized | Packed]:
     """Low-bit weights by name: packed where the CPU's kernels take them all, else codes, which are
     the file's pages where they can be."""
@@ -285,7 +322,7 @@ def _low_bit(
         files = {stored[low.codes].file for low in weights.values()}
         folder = next(iter(files)).parent
         codes = partial(read_codes, stored, weights, device, stays=False)
-        return packed_weights(folder, files, layout, codes)
+        return packed_weights(folder, files, layout, codes, part)
     return dict(read_codes(stored, weights, device, stays=device.type == "cpu"))
 
 
@@ -460,6 +497,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header[key]["dtype"],
             tuple(header[key]["shape"]),
             8 + size + header[key]["data_offsets"][0],
+            header[key]["data_offsets"][1] - header[key]["data_offsets"][0],
         )
         for key in keys
     }
