@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.weights.low_bit import floats
 from typer.testing import CliRunner
 
 from gemsmith import sizing
 from gemsmith.cli.info import describe, size
 from gemsmith.cli.main import app
 from gemsmith.config import PRESETS, preset, text_only
+from gemsmith.weights.convert import quantize_checkpoint
+from gemsmith.weights.recipe import Recipe
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -85,3 +90,49 @@ def test_spellings_of_a_preset_are_one(name: str):
 
 def test_sizes_are_written_in_the_unit_that_suits():
     assert (size(3 * GIB), size(30 * MIB), size(GIB // 2)) == ("3.00 GiB", "30.00 MiB", "0.50 GiB")
+
+
+@pytest.mark.parametrize("bits", ["4", "mobile"])
+def test_a_low_bit_folder_says_what_its_parts_take(tmp_path: Path, bits: str):
+    source = floats(tmp_path / "floats", media=True)
+    rows = quantize_checkpoint(source, tmp_path / "low", Recipe(bits))
+    parts = json.loads(info(str(tmp_path / "low"), "--json"))["stored"]
+    with (tmp_path / "low" / "model.safetensors").open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    held = (tmp_path / "low" / "model.safetensors").stat().st_size - header
+    assert sum(part["bytes"] for part in parts) == held
+    told = {(part["part"], part["format"]): part["bytes"] for part in parts}
+    unread = sum(told.pop(key) for key in list(told) if key[0] == "not read")
+    wrote = sum(row.nbytes for row in rows)
+    # Two scales of activations, which are rounded by their own size here, for each but the tables.
+    layers = sum(row.format is not None for row in rows) - 2
+    assert unread == (8 * layers if bits == "mobile" else 0)
+    assert sum(told.values()) == wrote - unread
+    assert ("embedding", "int4-g32" if bits == "4" else "int2") in told
+    assert ("towers", "int8") in told
+    text = info(str(tmp_path / "low"))
+    assert "as stored" in text
+    assert "PLE projections" in text
+
+
+def test_floats_and_leftovers_that_no_layer_reads_are_told_apart(tmp_path: Path):
+    source = floats(tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    left = "model.language_model.layers.7.self_attn.k_proj.weight"
+    tensors[left] = torch.zeros(32, 64, dtype=torch.bfloat16)
+    save_file(tensors, source / "model.safetensors")
+    parts = json.loads(info(str(source), "--json"))["stored"]
+    assert {part["format"] for part in parts} == {"BF16"}
+    assert [part for part in parts if part["part"] == "not read"] == [
+        {"part": "not read", "format": "BF16", "weights": 2048, "bytes": 4096}
+    ]
+
+
+def test_damaged_weights_are_named_and_the_rest_is_shown(tmp_path: Path):
+    source = floats(tmp_path)
+    with (source / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert "cut short or damaged" in json.loads(info(str(source), "--json"))["stored"]
+    text = info(str(source))
+    assert "stored weights cannot be read: " in text
+    assert "K/V of" in text

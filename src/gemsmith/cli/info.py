@@ -1,6 +1,7 @@
 """`gemsmith info`: what a model is and costs, from its config alone; needs no torch.
 
-Of a folder that `gemsmith eval fidelity --save` was told to keep its report in, its headline too.
+Of a folder with weights also what these take as they are stored, from the files' headers; and if
+`gemsmith eval fidelity --save` was told to keep its report there, its headline.
 """
 
 import json
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from gemsmith import sizing
 from gemsmith.config import Gemma4Config, LayerPlan, TextConfig, preset
-from gemsmith.errors import ConfigError
+from gemsmith.errors import ConfigError, GemsmithError
 from gemsmith.weights import hub
 from gemsmith.weights.hub import FIDELITY
 
@@ -46,7 +47,8 @@ def describe(name: str, config: Gemma4Config) -> dict[str, Any]:
     parts = sizing.parameters(config)
     contexts = [*(n for n in CONTEXTS if n < text.max_position_embeddings)]
     contexts.append(text.max_position_embeddings)
-    report = Path(name) / FIDELITY
+    folder = hub.resolve(name) if name == hub.POCKET else Path(name)
+    report = folder / FIDELITY
     return {
         "name": name,
         "model_type": config.model_type,
@@ -70,8 +72,23 @@ def describe(name: str, config: Gemma4Config) -> dict[str, Any]:
             }
             for dtype, size in DTYPE_BYTES.items()
         },
+        **({"stored": stored(folder)} if [*folder.glob("*.safetensors")] else {}),
         **({"fidelity": fidelity(report)} if report.is_file() else {}),
     }
+
+
+def stored(folder: Path) -> list[dict[str, Any]] | str:
+    """Weights and bytes by part and format, or why the files cannot be read."""
+    from gemsmith.cli.quantize import summarize  # these need torch
+    from gemsmith.weights.convert import stored_weights
+
+    try:
+        kinds = summarize(stored_weights(folder))
+    except GemsmithError as error:
+        return str(error)
+    return [
+        {"part": k.kind, "format": k.format, "weights": k.weights, "bytes": k.nbytes} for k in kinds
+    ]
 
 
 def fidelity(path: Path) -> str:
@@ -128,7 +145,25 @@ def show(facts: dict[str, Any], console: Console) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(layer_table(facts))
     console.print(parameter_table(facts))
+    if isinstance(facts.get("stored"), str):
+        line = f"stored weights cannot be read: {facts['stored']}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    elif "stored" in facts:
+        console.print(stored_table(facts["stored"]))
     console.print(memory_table(facts))
+
+
+def stored_table(parts: list[dict[str, Any]]) -> Table:
+    table = _table("as stored", "", "format", "weights", "bits each", "")
+    for part in parts:
+        bits = 8 * part["bytes"] / max(1, part["weights"])
+        table.add_row(
+            part["part"], part["format"], f"{part['weights']:,}", f"{bits:.2f}", size(part["bytes"])
+        )
+    table.add_section()
+    weights, nbytes = (sum(part[key] for part in parts) for key in ("weights", "bytes"))
+    table.add_row("all", "", f"{weights:,}", f"{8 * nbytes / max(1, weights):.2f}", size(nbytes))
+    return table
 
 
 def _features(text: dict[str, Any]) -> str:

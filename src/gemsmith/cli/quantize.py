@@ -20,7 +20,7 @@ from gemsmith.errors import GemsmithError, RequestError, WeightsError
 from gemsmith.text import chat
 from gemsmith.text.template import ChatTemplate
 from gemsmith.text.tokenizer import Tokenizer
-from gemsmith.weights.convert import Recipe, Row, left_as_floats, quantize_checkpoint
+from gemsmith.weights.convert import UNREAD, Recipe, Row, left_as_floats, quantize_checkpoint
 from gemsmith.weights.hub import POCKET, resolve
 from gemsmith.weights.mixed import Choice
 from gemsmith.weights.names import EMBEDDING, HEAD, PLE_TABLE
@@ -32,6 +32,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, 
 EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
 KINDS = (
     # What a name contains, and what such weights are called; the first that fits.
+    (UNREAD, "not read"),
     (EMBEDDING, "embedding"),
     (HEAD, "head"),
     (PLE_TABLE, "PLE table"),

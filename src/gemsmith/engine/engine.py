@@ -139,7 +139,8 @@ class LM:
         the model's dtype elsewhere.
 
         quant: "int8", "int4" or "int2" quantizes a checkpoint of floats while it is read, to what
-        `gemsmith quantize --bits` would write; a large model takes minutes, so quantize it once.
+        `gemsmith quantize --bits` would write; a large model takes minutes the first time, and is
+        then kept in the user's cache folder (on the CPU).
         progress: told after each piece how many values are quantized, of how many.
 
         Raises:

@@ -73,6 +73,8 @@ from gemsmith.weights.save import (
 SHARD_BYTES = 512 << 20
 """Bytes of a file, and so the most work a kill can cost: a few minutes."""
 PROGRESS = "quantizing.json"
+UNREAD = "unread: "
+"""Begins the name of a tensor that is in the files and no weight of the model."""
 COMPANIONS = (".json", ".jinja", ".model", ".txt")
 MAX_COMPANION_BYTES = 64 << 20
 
@@ -362,6 +364,38 @@ def left_as_floats(folder: str | Path) -> list[str]:
         if len(shape) > 1 and ".router." not in name
     }
     return sorted(key for key in stored if key in linear and key not in low)
+
+
+def stored_weights(folder: str | Path) -> list[Row]:
+    """What the checkpoint's files hold, in the model's order, and last what the model never reads.
+
+    The sum of their bytes is that of the files without their headers.
+
+    Raises:
+      WeightsError: a file is missing or damaged, or the tensors are not this model's.
+    """
+    folder = Path(folder)
+    config = Gemma4Config.load(folder)
+    stored, text = read_checkpoint(folder), config.text_config
+    towers = tower_shapes(config)
+    shapes, low = layouts.fold(stored, expected_shapes(text) | unused_shapes(text) | towers)
+    files = {key: stored[low[key].codes if key in low else key].file.name for key in shapes}
+    chosen = match(shapes, text, files, str(folder))
+    if towers:
+        chosen |= match_towers(shapes, towers, str(folder))
+    rows, left = [], dict(stored)
+    for name in [name for name in (*expected_shapes(text), *towers) if name in chosen]:
+        key = chosen[name]
+        weight = low.get(key)
+        keys = [key] if weight is None else [weight.codes, weight.scales, weight.stated_shape]
+        tensors = [left.pop(key) for key in keys if key is not None]
+        nbytes, format = sum(tensor.nbytes for tensor in tensors), weight and weight.format
+        count = math.prod(shapes[key])
+        rows.append(Row(name, format, tensors[0].dtype, count, nbytes, 0.0, 0.0))
+    for key, tensor in left.items():
+        count = math.prod(tensor.shape)
+        rows.append(Row(UNREAD + key, None, tensor.dtype, count, tensor.nbytes, 0.0, 0.0))
+    return rows
 
 
 def _plan(source: Path, recipe: Recipe, advance: Advance) -> tuple[Gemma4Config, list[_Job]]:
