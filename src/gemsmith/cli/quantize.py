@@ -233,15 +233,14 @@ def choices(rows: Iterable[Row]) -> list[Choice]:
 
 
 def choice_table(chosen: Iterable[Choice], *, calibrated: bool) -> Table:
-    out = Table(box=SIMPLE_HEAD)
-    for index, column in enumerate(["", "format", "", "harm", "bought at", "next", "offered at"]):
+    out = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(["", "format", "", "harm", "bought", "next", "offered"]):
         out.add_column(column, justify="right" if index > 1 else "left", no_wrap=True)
     for each in chosen:
-        at, _, first = each.unit[0].removesuffix(".weight").rpartition(".")
-        others = (name.removesuffix(".weight").rpartition(".")[2] for name in each.unit[1:])
-        label = ".".join(filter(None, [at, " ".join([first, *others])]))
+        names = [name.removesuffix(".weight").rpartition(".") for name in each.unit]
+        parts = [names[0][0].removeprefix("layers."), *(n[2].removesuffix("_proj") for n in names)]
         out.add_row(
-            label.removeprefix("layers."),
+            " ".join(filter(None, parts)),
             str(each.option.format),
             size(each.option.nbytes),
             f"{each.option.harm:.1e}",
@@ -252,7 +251,7 @@ def choice_table(chosen: Iterable[Choice], *, calibrated: bool) -> Table:
     out.caption = (
         "harm: KL divergence that the format adds, in nats, measured on "
         + ("the data" if calibrated else "random tokens, for there is no data")
-        + "; bought at, offered at: what the last step and the next remove of it per MiB"
+        + "; bought, offered: what the last step removed of it, and the next would, per MiB"
     )
     return out
 
