@@ -71,14 +71,72 @@ inline void soften(const AttentionTile& t, const KeyBlock& b, int64_t row, float
   t.sum[row] += tree(lanes);
 }
 
+// Values d0 .. d0 + count of a stored row.
+inline void read_values(const void* row, float scale, int format, int64_t d0, int64_t count,
+                        float* out) {
+  if (format == FLOAT32) {
+    std::memcpy(out, static_cast<const float*>(row) + d0, static_cast<size_t>(count) * sizeof(float));
+  } else if (format == INT8) {
+    const auto* codes = static_cast<const int8_t*>(row) + d0;
+    for (int64_t d = 0; d < count; d++) out[d] = static_cast<float>(codes[d]) * scale;
+  } else {
+    const auto* halves = static_cast<const uint16_t*>(row) + d0;
+    for (int64_t d = 0; d < count; d++) out[d] = widened(halves[d]);
+  }
+}
+
 // See AttentionKernels.
-void attend(const AttentionTile& t, const KeyBlock& b) {
+void turn(const KeyRule& rule, const KeyBlock& block, int format, int64_t H, int64_t first,
+          int64_t width, float* keys) {
+  const int64_t pairs = rule.pairs;
+  const float *fc = rule.far_cos + first / KEYS * pairs, *fs = rule.far_sin + first / KEYS * pairs;
+  const float *norm_a = rule.norm, *norm_b = rule.norm + H / 2;
+  for (int64_t s = 0; s < block.count; s++) {
+    float a[MAX_HEAD / 2], b[MAX_HEAD / 2];
+    read_values(block.v[s], block.v_scale[s], format, 0, pairs, a);
+    read_values(block.v[s], block.v_scale[s], format, H / 2, pairs, b);
+    const float *nc = rule.near_cos + s * pairs, *ns = rule.near_sin + s * pairs;
+    const float far = static_cast<float>(first), near = static_cast<float>(s);
+    const float position = static_cast<float>(first + s);
+    for (int64_t i = 0; i < pairs; i++) {
+      const float f = rule.frequency[i];
+      const float left = (position * f - far * f) - near * f;
+      const float cosine = fc[i] * nc[i] - fs[i] * ns[i], sine = fs[i] * nc[i] + fc[i] * ns[i];
+      const float c = cosine - left * (sine + 0.5f * left * cosine);
+      const float n = sine + left * (cosine - 0.5f * left * sine);
+      const float x = a[i] * norm_a[i], y = b[i] * norm_b[i];
+      a[i] = x * c - y * n;
+      b[i] = y * c + x * n;
+    }
+    float* out = keys + s * width;
+    std::memcpy(out, a, static_cast<size_t>(pairs) * sizeof(float));
+    std::memcpy(out + pairs, b, static_cast<size_t>(pairs) * sizeof(float));
+  }
+}
+
+// Adds to scores what the dimensions that turn contribute.
+inline void add_turning(const AttentionTile& t, const KeyBlock& turned, float (*scores)[KEYS]) {
+  alignas(64) float more[TILE_ROWS][KEYS];
+  AttentionTile part;
+  part.rows = t.rows;
+  part.H = t.turning_width;
+  part.k_format = part.v_format = FLOAT32;
+  part.ahead = false;
+  for (int64_t row = 0; row < t.rows; row++) part.q[row] = t.turning[row];
+  scores_float(part, turned, more);
+  for (int64_t row = 0; row < t.rows; row++)
+    for (int64_t i = 0; i < turned.count; i++) scores[row][i] += more[row][i];
+}
+
+// See AttentionKernels.
+void attend(const AttentionTile& t, const KeyBlock& b, const KeyBlock* turned) {
   alignas(64) float scores[TILE_ROWS][KEYS];
   Weights weights;
   if (t.k_format == INT8)
     scores_int8(t, b, scores);
   else
     scores_float(t, b, scores);
+  if (turned) add_turning(t, *turned, scores);
   for (int64_t row = 0; row < t.rows; row++) {
     float* w = scores[row];
     if (t.first[row] >= t.last[row]) {
@@ -114,7 +172,7 @@ void combine(const float* acc, const float* most, const float* sum, int64_t spli
   for (int64_t d = 0; d < H; d++) y[d] /= total;
 }
 
-const AttentionKernels ATTENTION = {quantize16, attend, combine};
+const AttentionKernels ATTENTION = {quantize16, attend, turn, combine};
 
 }  // namespace
 }  // namespace gemsmith

@@ -35,6 +35,8 @@ struct Job {
   int64_t stride;   // of q16
   const int16_t* q16;
   const float* q_scale;  // [R][N]
+  int64_t turning_width;
+  const float* turning;  // [R][N][turning_width]: q of the dimensions that turn, or null
   // [K][splits][rows][H], [K][splits][rows] twice; acc is y where there is one split.
   float *acc, *most, *sum;
 
@@ -82,6 +84,7 @@ bool look(const Job& job, int64_t head, int64_t split, int64_t i0, int64_t i1, i
   tile.H = a.H;
   tile.k_format = a.k_format;
   tile.v_format = a.v_format;
+  tile.turning_width = job.turning_width;
   bool any = false;
   for (int64_t i = i0; i < i1; i++) {
     const int64_t* range = a.ranges + 2 * job.token(i);
@@ -90,6 +93,7 @@ bool look(const Job& job, int64_t head, int64_t split, int64_t i0, int64_t i1, i
     tile.last[row] = less(more(range[1] - first, 0), count);
     any = any || tile.first[row] < tile.last[row];
     tile.q[row] = a.q + query * a.H;
+    tile.turning[row] = job.turning + query * job.turning_width;
     tile.q16[row] = job.q16 + query * job.stride;
     tile.q_scale[row] = job.q_scale[query];
     tile.acc[row] = job.acc_of(head, split, i);
@@ -121,15 +125,25 @@ void run_piece(const void* data, int64_t piece) {
   const int64_t b0 = more(split * job.blocks / job.splits, (low - job.low) / KEYS);
   const int64_t b1 = less((split + 1) * job.blocks / job.splits,
                           ceil_div(more(high - job.low, 0), KEYS));
-  KeyBlock block;
+  KeyBlock block, turned;
   AttentionTile tile;
+  std::unique_ptr<float[]> keys;
+  if (a.rule) {
+    keys.reset(new float[static_cast<size_t>(KEYS * job.turning_width)]());
+    for (int64_t s = 0; s < KEYS; s++) turned.k[s] = turned.v[s] = &keys[s * job.turning_width];
+  }
   for (int64_t b = b0; b < b1; b++) {
     const int64_t first = job.low + b * KEYS, count = less(KEYS, high - first);
     find(a, head, first, count, block);
+    if (a.rule) {
+      turned.count = count;
+      job.kernels.attention.turn(*a.rule, block, a.v_format, a.H, first, job.turning_width,
+                                 keys.get());
+    }
     tile.ahead = true;
     for (int64_t i = i0; i < i1; i += TILE_ROWS)
       if (look(job, head, split, i, less(i + TILE_ROWS, i1), first, count, tile)) {
-        job.kernels.attention.attend(tile, block);
+        job.kernels.attention.attend(tile, block, a.rule ? &turned : nullptr);
         tile.ahead = false;
       }
   }
@@ -167,6 +181,7 @@ void attention(const Attention& given) {
     low = less(low, a.ranges[2 * r]);
     high = more(high, a.ranges[2 * r + 1]);
   }
+  if (a.rule) low -= low % KEYS;  // blocks begin where the rule's do
   const int64_t group = a.N / a.K, rows = a.R * group, chunks = ceil_div(rows, ROWS);
   const int64_t blocks = ceil_div(high - low, KEYS);
   const int64_t splits = less(blocks, more(1, PIECES / (a.K * chunks)));
@@ -174,6 +189,24 @@ void attention(const Attention& given) {
   const auto size = [](int64_t count) { return static_cast<size_t>(count); };
 
   const Kernels& kernels = gemsmith::kernels();
+  // With keys rebuilt from values q meets them in two parts, see KeyRule.
+  std::unique_ptr<float[]> still, turning;
+  const int64_t pairs = a.rule ? a.rule->pairs : 0, turning_width = ceil_div(2 * pairs, 16) * 16;
+  if (a.rule) {
+    still.reset(new float[size(a.R * a.N * a.H)]);
+    turning.reset(new float[size(a.R * a.N * turning_width)]());
+    for (int64_t n = 0; n < a.R * a.N; n++) {
+      const float* q = a.q + n * a.H;
+      float *rest = &still[size(n * a.H)], *part = turning.get() + n * turning_width;
+      for (int64_t d = 0; d < a.H; d++) rest[d] = q[d] * a.rule->norm[d];
+      for (int64_t i = 0; i < pairs; i++) {
+        part[i] = q[i];
+        part[pairs + i] = q[a.H / 2 + i];
+        rest[i] = rest[a.H / 2 + i] = 0.0f;
+      }
+    }
+    a.q = still.get();
+  }
   std::unique_ptr<int16_t[]> q16;
   const std::unique_ptr<float[]> q_scale(new float[size(a.R * a.N)]());
   if (a.k_format == INT8) {
@@ -185,8 +218,9 @@ void attention(const Attention& given) {
   const int64_t states = a.K * splits * rows;
   const std::unique_ptr<float[]> state(new float[size(2 * states)]);
   const std::unique_ptr<float[]> acc(splits == 1 ? nullptr : new float[size(states * a.H)]);
-  const Job job{kernels, a,      group,     rows,          chunks,    low,         blocks,
-                splits,  stride, q16.get(), q_scale.get(), acc.get(), state.get(), state.get() + states};
+  const Job job{kernels,       a,         group,         rows,          chunks,        low,
+                blocks,        splits,    stride,        q16.get(),     q_scale.get(), turning_width,
+                turning.get(), acc.get(), state.get(),   state.get() + states};
   const int64_t pieces = a.K * chunks * splits, ends = a.K * rows;
   if (a.K * rows * (high - low) * a.H < ALONE) {
     for (int64_t i = 0; i < pieces; i++) run_piece(&job, i);

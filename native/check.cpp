@@ -1,6 +1,7 @@
 // Every kernel of every instruction set this CPU has, against plain loops over the codes; then the
 // thread pool, from several threads at once. For sanitizers: buffers have exactly the bytes that
 // are promised. Ends with 1 at the first difference.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -20,6 +21,8 @@ using namespace gemsmith;
 namespace {
 
 std::mt19937 random_bits(0);
+
+float small() { return static_cast<float>(random_bits() % 2001) / 1000 - 1; }
 
 struct Shape {
   int64_t N, K, group;
@@ -122,14 +125,15 @@ void quantize(int64_t M, int64_t K) {
 }
 
 // Attention of R rows, the last of S keys, over a ring of S slots that has turned by `turn` and a
-// second storage of S2: within 1e-3 of doubles, and the bits of the first instruction set.
+// second storage of S2: within 1e-3 of doubles, and the bits of the first instruction set. pairs: keys
+// are rebuilt from the values by a rule that turns so many, in one span; else -1.
 struct Attended {
   int64_t R, N, K, H, S, turn, S2, window;
   int k_format, v_format;
   std::vector<float> first;
+  int64_t pairs = -1;
 };
 
-float small() { return static_cast<float>(random_bits() % 2001) / 1000 - 1; }
 
 struct Stored {
   std::vector<uint8_t> bytes;
@@ -164,9 +168,49 @@ Stored store(int64_t slots, int64_t K, int64_t H, int format) {
   return made;
 }
 
+// A rule with random norms and frequencies, its tables exactly as long as they must be.
+struct Rule {
+  std::vector<float> norm, frequency, near_cos, near_sin, far_cos, far_sin;
+  Rule(int64_t H, int64_t pairs, int64_t S) {
+    for (int64_t d = 0; d < H; d++) norm.push_back(small() + 1.5f);
+    for (int64_t i = 0; i < pairs; i++) frequency.push_back(std::fabs(small()));
+    for (int64_t s = 0; s < KEYS; s++) add(s, near_cos, near_sin);
+    for (int64_t s = 0; s < S; s += KEYS) add(s, far_cos, far_sin);
+  }
+  void add(int64_t s, std::vector<float>& cosine, std::vector<float>& sine) const {
+    for (const float f : frequency) {
+      cosine.push_back(std::cos(static_cast<float>(s) * f));
+      sine.push_back(std::sin(static_cast<float>(s) * f));
+    }
+  }
+  KeyRule view() const {
+    return {norm.data(),     static_cast<int64_t>(frequency.size()),
+            frequency.data(), near_cos.data(), near_sin.data(), far_cos.data(), far_sin.data()};
+  }
+  // The keys of values [S][K][H], by the definition.
+  std::vector<float> keys(const std::vector<float>& values, int64_t K, int64_t H) const {
+    std::vector<float> made(values.size());
+    for (size_t i = 0; i < values.size(); i++) made[i] = values[i] * norm[i % H];
+    for (size_t row = 0; row < values.size() / H; row++)
+      for (size_t i = 0; i < frequency.size(); i++) {
+        float &a = made[row * H + i], &b = made[row * H + H / 2 + i];
+        const float angle = static_cast<float>(row / K) * frequency[i];
+        const float x = a * std::cos(angle) - b * std::sin(angle);
+        b = b * std::cos(angle) + a * std::sin(angle);
+        a = x;
+      }
+    return made;
+  }
+};
+
 void attend(Attended& c) {
   random_bits.seed(static_cast<unsigned>(c.S * 31 + c.H));
-  const Stored k = store(c.S, c.K, c.H, c.k_format), v = store(c.S, c.K, c.H, c.v_format);
+  const bool rebuilt = c.pairs >= 0;
+  Stored k = store(c.S, c.K, c.H, c.k_format);
+  const Stored v = rebuilt ? k : store(c.S, c.K, c.H, c.v_format);
+  const Rule made(c.H, rebuilt ? c.pairs : 0, c.S);
+  const KeyRule rule = made.view();
+  if (rebuilt) k.plain = made.keys(v.plain, c.K, c.H);
   const Stored k2 = store(c.S2, c.K, c.H, c.k_format), v2 = store(c.S2, c.K, c.H, c.v_format);
   std::vector<float> q(c.R * c.N * c.H), y(q.size(), -1);
   for (float& value : q) value = small() / 8;
@@ -182,8 +226,8 @@ void attend(Attended& c) {
     ranges.push_back(c.window && last > c.window ? last - c.window : 0);
     ranges.push_back(last);
   }
-  attention({q.data(), c.R, c.N, c.K, c.H, spans, 3, c.k_format, c.v_format, ranges.data(),
-             y.data()});
+  attention({q.data(), c.R, c.N, c.K, c.H, spans, rebuilt ? 1 : 3, c.k_format, c.v_format,
+             ranges.data(), y.data(), rebuilt ? &rule : nullptr});
   const auto key = [&](const Stored& one, const Stored& two, int64_t s, int64_t head) {
     return s < c.S ? &one.plain[((s + c.turn) % c.S * c.K + head) * c.H]
                    : &two.plain[((s - c.S) * c.K + head) * c.H];
@@ -208,9 +252,9 @@ void attend(Attended& c) {
         same = same && std::fabs(out[d] / total - y[(r * c.N + n) * c.H + d]) < 1e-3;
     }
   if (same) return;
-  std::printf("%s: attention differs: R %ld N %ld K %ld H %ld S %ld formats %d %d\n",
+  std::printf("%s: attention differs: R %ld N %ld K %ld H %ld S %ld formats %d %d pairs %ld\n",
               kernels().name, long(c.R), long(c.N), long(c.K), long(c.H), long(c.S), c.k_format,
-              c.v_format);
+              c.v_format, long(c.pairs));
   std::exit(1);
 }
 
@@ -308,6 +352,9 @@ int main() {
     attended.push_back({1, 8, 1, 512, 300, 0, 0, 0, format, format, {}});
     attended.push_back({3, 6, 2, 48, 131, 40, 5, 100, format, INT8, {}});
     attended.push_back({33, 4, 1, 64, 200, 199, 33, 150, format, FLOAT32, {}});
+    attended.push_back({1, 16, 2, 512, 300, 0, 0, 0, format, format, {}, 64});
+    attended.push_back({9, 3, 1, 48, 257, 0, 0, 90, format, format, {}, 5});
+    attended.push_back({2, 2, 2, 32, 129, 0, 0, 0, format, format, {}, 0});
   }
   attended.push_back({2, 8, 1, 256, 2100, 7, 2, 0, INT8, INT8, {}});  // several threads
   std::vector<LayerCase> layers;

@@ -80,6 +80,22 @@ struct KeySpan {
   int64_t first, count;
 };
 
+// How keys follow from stored values, where no keys are stored (K = V layers): those of position s
+// are norm * value, of which pairs (i, i + H/2), i < pairs, are then turned by the angle
+// s * frequency[i], rounded to float32 as it is where keys are stored.
+//
+// One table of all positions would be as large as the values. So an angle is far (of the first
+// position of its block of KEYS) + near (of the place in it) + what the three roundings leave, up to
+// 3 * s / 2^25, which turns by its series. A block of keys is rebuilt once for all query rows, and
+// only the dimensions that turn: norm is multiplied into q for the others.
+struct KeyRule {
+  const float* norm;       // [H]
+  int64_t pairs;           // at most H / 2
+  const float* frequency;  // [pairs]
+  const float *near_cos, *near_sin;  // [KEYS][pairs]
+  const float *far_cos, *far_sin;    // [blocks][pairs]
+};
+
 struct Attention {
   const float* q;  // [R][N][H]
   int64_t R, N, K, H;
@@ -89,6 +105,8 @@ struct Attention {
   const int64_t* ranges;  // [R][2]: row r sees keys ranges[r][0] .. ranges[r][1], cut to 0 .. S;
                           // one that sees none gets NaN
   float* y;               // [R][N][H]
+  const KeyRule* rule;    // null: keys are stored. Else k and v of spans are the same, and key s
+                          // stands at position s
 };
 
 // Keys of one key/value head. Pointers and scales go on to a multiple of 4, the last pointers
@@ -106,6 +124,8 @@ struct AttentionTile {
   int k_format, v_format;
   bool ahead;                               // first of those that work on this block
   const float* q[TILE_ROWS];                // [H]
+  const float* turning[TILE_ROWS];          // [turning_width], of q where keys are rebuilt
+  int64_t turning_width;
   const int16_t* q16[TILE_ROWS];            // [H up to a multiple of 32], for int8 keys
   float q_scale[TILE_ROWS];
   int64_t first[TILE_ROWS], last[TILE_ROWS];  // keys of the block that the row sees
@@ -125,7 +145,12 @@ struct AttentionKernels {
   // x rounded to codes * (the result): the largest becomes 32767. Zeros and 0 below 1e-30; zeros
   // and NaN where x is not finite.
   float (*quantize16)(const float* x, int64_t count, int16_t* codes);
-  void (*attend)(const AttentionTile&, const KeyBlock&);
+  // turned: what `turn` made of the block's keys, or null.
+  void (*attend)(const AttentionTile&, const KeyBlock&, const KeyBlock* turned);
+  // The dimensions that turn, of keys first .. first + count rebuilt from the block's values: float32
+  // [count][width], all first of pairs before all second. first: a multiple of KEYS.
+  void (*turn)(const KeyRule&, const KeyBlock&, int format, int64_t H, int64_t first, int64_t width,
+               float* keys);
   // One row's output from parts that lie acc_step values apart, their most and sum step apart.
   void (*combine)(const float* acc, const float* most, const float* sum, int64_t splits,
                   int64_t step, int64_t acc_step, int64_t H, float* y);

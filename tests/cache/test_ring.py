@@ -51,7 +51,7 @@ class Rounded(NoCache):
             v_TKH = self.there_and_back(v_TKH)
             k_TKH = self.there_and_back(k_TKH)
             if self.layers[layer].k_eq_v:
-                k_TKH = self.model.k_from_v(layer, v_TKH, torch.arange(len(v_TKH)))
+                k_TKH = self.model.k_from_v(layer).keys(v_TKH, torch.arange(len(v_TKH)))
         return NoCache.attend(self, layer, q, k_TKH, v_TKH, rows_R)
 
     @staticmethod
@@ -219,7 +219,7 @@ def test_k_eq_v_layers_store_one_copy_and_rebuild_the_keys():
         assert bool(names) == (not plan.k_eq_v)
         if plan.k_eq_v:
             values = cache._layers[plan.index].slots.v[:20]
-            rebuilt = model.k_from_v(plan.index, values, torch.arange(20))
+            rebuilt = model.k_from_v(plan.index).keys(values, torch.arange(20))
             assert_close(rebuilt, stored[plan.index], LIMIT)
 
 

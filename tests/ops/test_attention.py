@@ -16,6 +16,7 @@ from torch import Tensor
 from gemsmith.errors import WeightsError
 from gemsmith.ops import attention, cpu
 from gemsmith.ops.attention import Queries, Slots, Span, stored_attention
+from gemsmith.ops.rotary import KeyRule, Turns
 from gemsmith.testing import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -297,3 +298,130 @@ def test_what_the_kernel_cannot_take_is_refused():
     refused("only int8 slots are written", lambda: good.write(0, kv(1, 2, 32), kv(1, 2, 32)))
     refused(r"slots 7 to 9 of 8", lambda: other.write(7, kv(2, 2, 32), kv(2, 2, 32)))
     refused(r"v is .* \[2, 1, 32\]", lambda: other.write(0, kv(2, 2, 32), kv(2, 1, 32)))
+
+
+# -- keys rebuilt from values -------------------------------------------------------------------
+
+
+def rule_of(head_dim: int, pairs: int) -> KeyRule:
+    """Norms around 1, and the slowest to the fastest of the angles Gemma turns by."""
+    generator = torch.Generator().manual_seed(4)
+    frequencies = 1_000_000.0 ** -(torch.arange(pairs) * 2 / head_dim)
+    return KeyRule(torch.rand(head_dim, generator=generator) + 0.5, Turns(frequencies))
+
+
+def values_alone(
+    count: int, heads: int, head_dim: int, dtype: torch.dtype, pairs: int, repeats: int = 1
+) -> Slots:
+    """`count` slots of random values and the rule for their keys; the same again for long pasts."""
+    rule = rule_of(head_dim, pairs)
+    slots = Slots.empty(count, heads, head_dim, dtype=dtype, device=CPU, keys=False, rule=rule)
+    v = torch.randn(-(-count // repeats), heads, head_dim, generator=torch.Generator())
+    v = v.repeat(repeats, 1, 1)[:count]
+    slots.write(0, torch.full_like(v, torch.nan), v)
+    return slots
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "pairs"), [(512, 64), (512, 256), (48, 7), (32, 0)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 1), (16, 2), (3, 3)])
+def test_keys_rebuilt_from_values_are_the_definition(
+    how: str, heads: int, kv_heads: int, head_dim: int, pairs: int, dtype: torch.dtype
+):
+    for rows, keys, window in ((1, 1, None), (1, 300, None), (2, 129, None), (40, 260, 100)):
+        slots = values_alone(keys, kv_heads, head_dim, dtype, pairs)
+        assert slots.k is None
+        spans: list[Span] = [(slots, 0, keys)]
+        q, asked = queries_of(rows, heads, head_dim), Queries(rows, keys, window)
+        expected = rebuilt_plainly(q, slots, keys, asked)
+        assert_close(stored_attention(q, spans, asked), expected, limit(dtype, head_dim, how))
+
+
+def rebuilt_plainly(q: Tensor, slots: Slots, keys: int, asked: Queries) -> Tensor:
+    """The definition: float32 angles, all else in float64."""
+    assert slots.rule is not None
+    _, v = slots.widened(0, keys, torch.float32)
+    frequencies = slots.rule.turns.frequencies_R
+    angle = (torch.arange(keys)[:, None, None].float() * frequencies).double()
+    k = v.double() * slots.rule.norm_H
+    half, pairs = k.shape[-1] // 2, len(frequencies)
+    a, b = k[..., :pairs].clone(), k[..., half : half + pairs].clone()
+    k[..., :pairs] = a * angle.cos() - b * angle.sin()
+    k[..., half : half + pairs] = b * angle.cos() + a * angle.sin()
+    exact = Slots(v, k.float())
+    return plainly(q, [(exact, 0, keys)], asked.ranges_R2)
+
+
+@needs_extension
+def test_far_positions_turn_by_the_rounded_angles_of_the_definition():
+    """At 200,000 float32 angles are off by up to 1/128; what is rebuilt is off by the same."""
+    keys = 200_000
+    slots = values_alone(keys, 1, 32, torch.float32, 16, repeats=400)
+    q = queries_of(1, 2, 32)
+    ranges = torch.tensor([[keys - 90, keys]])
+    assert slots._native
+    found = cpu.attention(q, [(slots._native, 0, keys)], ranges)
+    _, v = slots.widened(keys - 90, keys, torch.float32)
+    assert slots.rule is not None
+    exact = Slots(v.contiguous(), slots.rule.keys(v, torch.arange(keys - 90, keys)))
+    expected = plainly(q, [(exact, 0, 90)], torch.tensor([[0, 90]]))
+    assert_close(found, expected, 2 * limit(torch.float32, 32))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rebuilt_keys_have_the_same_bits_on_every_instruction_set(dtype: torch.dtype):
+    slots = values_alone(700, 2, 512, dtype, 64)
+    assert slots._native
+    asked = Queries(9, 700, None)
+    q = queries_of(9, 16, 512)
+    with pytest.MonkeyPatch.context() as patch:
+        results: list[Tensor] = []
+        for isa in cpu.isas():
+            cpu.force_isa(isa)
+            for threads in (1, 2):
+                patch.setattr(cpu, "threads", lambda threads=threads: threads)
+                results.append(cpu.attention(q, [(slots._native, 0, 700)], asked.ranges_R2))
+    cpu.force_isa(None)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_extension
+def test_values_alone_are_attended_by_the_extension_and_their_keys_never_made(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    slots = values_alone(300, 1, 32, torch.int8, 4)
+    monkeypatch.setattr(KeyRule, "keys", lambda *_: pytest.fail("keys of the whole past"))
+    for rows in (1, 64):
+        stored_attention(queries_of(rows, 2, 32), [(slots, 0, 300)], Queries(rows, 300, None))
+
+
+@needs_extension
+def test_rules_that_do_not_fit_are_refused():
+    rule, v = rule_of(32, 4), torch.zeros(8, 2, 32)
+    with pytest.raises(WeightsError, match="either stored or rebuilt by a rule: give one of the"):
+        cpu.StoredKV(None, v)
+    with pytest.raises(WeightsError, match="either stored or rebuilt by a rule: give one of the"):
+        cpu.StoredKV(v, v, rule=rule)
+    with pytest.raises(WeightsError, match=r"norm is torch.float32 \[48\] .* \[32\] on cpu"):
+        cpu.StoredKV(None, v, rule=rule_of(48, 4))
+    with pytest.raises(WeightsError, match="17 pairs of a head of 32 cannot turn"):
+        cpu.StoredKV(None, v, rule=KeyRule(torch.ones(32), Turns(torch.ones(17))))
+    kv = cpu.StoredKV(None, v, rule=rule)
+    q, ranges = torch.zeros(1, 2, 32), torch.tensor([[0, 4]])
+    for other in (cpu.StoredKV(v, v), cpu.StoredKV(None, v, rule=rule_of(32, 4))):
+        with pytest.raises(WeightsError, match="keys follow other rules cannot be attended"):
+            cpu.attention(q, [(kv, 0, 4), (other, 4, 4)], ranges)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rebuilt_keys_stand_where_their_spans_say(how: str, dtype: torch.dtype):
+    """A past in blocks that lie anywhere, as one in a row."""
+    slots = values_alone(300, 2, 64, dtype, 8)
+    q, asked = queries_of(3, 4, 64), Queries(3, 300, None)
+    order = torch.cat([torch.arange(100, 300), torch.arange(100)])
+    scale = None if slots.v_scale is None else slots.v_scale[order]
+    moved = Slots(slots.v[order], None, scale, rule=slots.rule)
+    expected = stored_attention(q, [(slots, 0, 300)], asked)
+    found = stored_attention(q, [(moved, 200, 100), (moved, 0, 150), (moved, 150, 50)], asked)
+    assert torch.equal(found, expected)

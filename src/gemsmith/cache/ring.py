@@ -29,11 +29,13 @@ from gemsmith import sizing
 from gemsmith.config import LayerPlan, TextConfig
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
 from gemsmith.ops.attention import Queries, Slots, Span, stored_attention
+from gemsmith.ops.rotary import KeyRule
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """How K/V can be stored, by name."""
 
-KFromV = Callable[[int, Tensor, Tensor], Tensor]
+KFromV = Callable[[int], KeyRule]
+"""Of a layer's number: how its keys follow from its values."""
 
 
 @dataclass(slots=True)
@@ -82,6 +84,8 @@ class RingCache:
         self.reserved = 0
         """Tokens that storage has been sized for; never shrinks."""
         self._k_from_v = k_from_v
+        k_eq_v = [p.index for p in config.layers if p.owns_kv and p.k_eq_v]
+        self._rules = {index: k_from_v(index) for index in k_eq_v if k_from_v is not None}
         self._layers = {
             plan.index: _Layer(plan, self._empty(plan)) for plan in config.layers if plan.owns_kv
         }
@@ -101,6 +105,7 @@ class RingCache:
             dtype=self.dtype,
             device=self.device,
             keys=not plan.k_eq_v,
+            rule=self._rules.get(plan.index),
         )
 
     @property
@@ -202,9 +207,9 @@ class RingCache:
         start, stop = self.length, self.length + tokens
         window, slots = layer.plan.window, layer.slots
         if window is None:
+            if slots.k is None and slots.rule is None:
+                raise ValueError(f"layer {layer.plan.index} is K = V: RingCache needs k_from_v")
             slots.write(start, k_TKH, v_TKH)
-            if slots.k is None:
-                slots = self._with_keys(layer, stop, k_TKH.dtype)
             return _View([(slots, 0, stop)], stop)
         assert slots.k is not None, "K = V layers are full-attention layers"
         if tokens == 1:
@@ -220,17 +225,6 @@ class RingCache:
         past = min(start, window - 1)
         spans = [*_turns(slots, start - past, start, window), (pending, 0, tokens)]
         return _View(spans, past + tokens)
-
-    def _with_keys(self, layer: _Layer, stop: int, dtype: torch.dtype) -> Slots:
-        """The first `stop` values of a K = V layer with the keys that belong to them."""
-        if self._k_from_v is None:
-            raise ValueError(f"layer {layer.plan.index} is K = V: RingCache needs k_from_v")
-        slots = layer.slots
-        _, v_SKH = slots.widened(0, stop, dtype)
-        positions_S = torch.arange(stop, device=self.device)
-        k_SKH = self._k_from_v(layer.plan.index, v_SKH, positions_S)
-        scale = None if slots.v_scale is None else slots.v_scale[:stop]
-        return Slots(slots.v[:stop], k_SKH.contiguous(), scale)
 
     def _write_ring(self, layer: _Layer, pending: Slots) -> None:
         window = layer.plan.window

@@ -29,6 +29,7 @@ from gemsmith.config import LayerPlan, RopeParameters, TextConfig
 from gemsmith.errors import ConfigError
 from gemsmith.ops import moe
 from gemsmith.ops.linear import linear
+from gemsmith.ops.rotary import KeyRule, Turns, rotate, table
 
 
 class KVStore(Protocol):
@@ -95,23 +96,17 @@ def rope_table(positions_T: Tensor, rope: RopeParameters, head_dim: int) -> tupl
     `proportional` turns the first partial_rotary_factor of the head_dim / 2 pairs with the
     frequencies they would have if all turned.
     """
+    return table(positions_T, rope_frequencies(rope, head_dim, positions_T.device))
+
+
+def rope_frequencies(
+    rope: RopeParameters, head_dim: int, device: torch.device | None = None
+) -> Tensor:
+    """Angle from one position to the next, float32 [pairs], of the pairs that turn at all."""
     fraction = rope.partial_rotary_factor if rope.rope_type == "proportional" else 1.0
     pairs = int(fraction * head_dim // 2)
-    exponent = torch.arange(0, 2 * pairs, 2, device=positions_T.device, dtype=torch.float32)
-    inv_freq = 1.0 / (rope.rope_theta ** (exponent / head_dim)) / rope.factor
-    angle = positions_T[:, None, None].float() * inv_freq
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_TNH: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs (i, i + H/2) for i below the table's width; the other dimensions pass."""
-    cos, sin = (t.to(x_TNH.dtype) for t in table)
-    half, pairs = x_TNH.shape[-1] // 2, cos.shape[-1]
-    a, b = x_TNH[..., :pairs], x_TNH[..., half : half + pairs]
-    turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
-    if pairs == half:
-        return torch.cat((turned_a, turned_b), -1)
-    return torch.cat((turned_a, x_TNH[..., pairs:half], turned_b, x_TNH[..., half + pairs :]), -1)
+    exponent = torch.arange(0, 2 * pairs, 2, device=device, dtype=torch.float32)
+    return 1.0 / (rope.rope_theta ** (exponent / head_dim)) / rope.factor
 
 
 class Attention(nn.Module):
@@ -286,6 +281,7 @@ class TextModel(nn.Module):
             self.per_layer_model_projection = Linear(D, L * P, **where)
             self.per_layer_projection_norm = RMSNorm(P, config.rms_norm_eps, **where)
         self._rope = {(p.rope, p.head_dim) for p in config.layers}
+        self._turns: dict[tuple[RopeParameters, int, torch.device], Turns] = {}
 
     def forward(
         self,
@@ -363,16 +359,14 @@ class TextModel(nn.Module):
         cap = self.config.final_logit_softcapping
         return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
 
-    def k_from_v(self, layer: int, v_SKH: Tensor, positions_S: Tensor) -> Tensor:
-        """The keys that belong to the values of a K = V layer, [S, K, H].
-
-        There v = n(x) and k = rotate(w_k * n(x)) with the same un-weighted norm n, so one copy is
-        enough: k = rotate(w_k * v), exact up to the rounding of v.
-        """
+    def k_from_v(self, layer: int) -> KeyRule:
+        """How the keys of a K = V layer follow from its values."""
         block: Any = self.layers[layer]
-        weight = block.self_attn.k_norm.weight
-        k_SKH = (v_SKH.float() * weight.float()).to(v_SKH.dtype)
-        return rotate(k_SKH, rope_table(positions_S, block.plan.rope, block.plan.head_dim))
+        norm_H: Tensor = block.self_attn.k_norm.weight
+        kind = block.plan.rope, block.plan.head_dim, norm_H.device
+        if kind not in self._turns:
+            self._turns[kind] = Turns(rope_frequencies(*kind))
+        return KeyRule(norm_H.detach().float().contiguous(), self._turns[kind])
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

@@ -5,7 +5,8 @@ Softmax scale is 1.0 always: Gemma 4 puts the scale into the query and key norms
 softmax are float32 inside the fused kernels.
 
 int8: one float32 scale a token and head, the rule of `cpu.quantize_rows`. The extension reads the
-stored keys where they lie; torch widens them first.
+stored keys where they lie, and rebuilds those of K = V layers a block at a time; torch widens and
+rebuilds them all first.
 
 Shapes: T queries, S keys, N query heads, K key/value heads, H head_dim. N is a multiple of K.
         R rows: the queries among T that ask.
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemsmith.ops import cpu
+from gemsmith.ops.rotary import KeyRule
 
 NATIVE_ROWS = 32
 """Most queries that the extension attends with over float K/V; beyond, torch's products are faster.
@@ -120,10 +122,10 @@ class Slots:
     """Keys and values of one layer as a cache stores them: [slots, K, H] each, contiguous.
 
     float32, bfloat16, or int8 with scales float32 [slots, K]. k is None where values alone are
-    stored.
+    stored; a rule then rebuilds the key of a slot whenever it is read.
     """
 
-    __slots__ = ("_native", "k", "k_scale", "v", "v_scale")
+    __slots__ = ("_native", "k", "k_scale", "rule", "v", "v_scale")
 
     def __init__(
         self,
@@ -131,11 +133,12 @@ class Slots:
         k: Tensor | None,
         v_scale: Tensor | None = None,
         k_scale: Tensor | None = None,
+        rule: KeyRule | None = None,
     ) -> None:
-        self.v, self.k, self.v_scale, self.k_scale = v, k, v_scale, k_scale
+        self.v, self.k, self.v_scale, self.k_scale, self.rule = v, k, v_scale, k_scale, rule
         self._native = None
-        if k is not None and _native_head(v):
-            self._native = cpu.StoredKV(k, v, k_scale, v_scale)
+        if (k is not None or rule is not None) and _native_head(v):
+            self._native = cpu.StoredKV(k, v, k_scale, v_scale, rule=rule)
 
     @classmethod
     def empty(
@@ -147,8 +150,9 @@ class Slots:
         dtype: torch.dtype,
         device: torch.device,
         keys: bool = True,
+        rule: KeyRule | None = None,
     ) -> Self:
-        """Uninitialised ones; without `keys`, values alone."""
+        """Uninitialised ones; without `keys`, values alone, and the rule for their keys."""
 
         def values() -> Tensor:
             return torch.empty((slots, heads, head_dim), dtype=dtype, device=device)
@@ -157,7 +161,7 @@ class Slots:
             wanted = dtype == torch.int8
             return torch.empty((slots, heads), device=device) if wanted else None
 
-        return cls(values(), values() if keys else None, scales(), scales() if keys else None)
+        return cls(values(), values() if keys else None, scales(), scales() if keys else None, rule)
 
     def __len__(self) -> int:
         return self.v.shape[0]
@@ -170,7 +174,7 @@ class Slots:
 
     def clone(self) -> Self:
         copies = [None if t is None else t.clone() for t in (self.k, self.v_scale, self.k_scale)]
-        return type(self)(self.v.clone(), *copies)
+        return type(self)(self.v.clone(), *copies, self.rule)
 
     def write(self, first: int, k_TKH: Tensor, v_TKH: Tensor) -> None:
         """Store T tokens from slot `first` on; k is ignored where values alone are stored."""
@@ -247,7 +251,8 @@ def _block_ends(block_T: Tensor) -> Tensor:
 def stored_attention(q_RNH: Tensor, spans: Sequence[Span], queries: Queries) -> Tensor:
     """Attention over the keys of `spans`, one after the other; [R, N, H] in q's dtype.
 
-    Where one query sees every key their order does not matter.
+    Where one query sees every key their order does not matter, unless they are rebuilt: the first
+    of the spans is then that of position 0, and so on.
     """
     if _goes_native(q_RNH, spans):
         natives = [(slots._native, first, n) for slots, first, n in spans if slots._native]
@@ -255,9 +260,12 @@ def stored_attention(q_RNH: Tensor, spans: Sequence[Span], queries: Queries) -> 
         return cpu.attention(q_RNH.float(), natives, queries.ranges_R2).to(dtype)
     parts = [slots.widened(first, first + count, q_RNH.dtype) for slots, first, count in spans]
     ks, vs = zip(*parts, strict=True)
-    k_SKH, v_SKH = (x[0] if len(x) == 1 else torch.cat(x) for x in (ks, vs))
-    if q_RNH.dtype != k_SKH.dtype:
-        k_SKH, v_SKH = k_SKH.to(q_RNH.dtype), v_SKH.to(q_RNH.dtype)
+    v_SKH = (vs[0] if len(vs) == 1 else torch.cat(vs)).to(q_RNH.dtype)
+    rule = spans[0][0].rule
+    if rule is not None:
+        k_SKH = rule.keys(v_SKH, torch.arange(len(v_SKH), device=v_SKH.device))
+    else:
+        k_SKH = (ks[0] if len(ks) == 1 else torch.cat(ks)).to(q_RNH.dtype)
     if queries.tokens == 1:
         return masked_attention(q_RNH, k_SKH, v_SKH, None)
     window, block_T, rows_R = queries.window, queries.block_T, queries.rows_R

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from gemsmith import hardware
 from gemsmith.errors import WeightsError
+from gemsmith.ops.rotary import KeyRule
 
 LINE, BLOCK = 64, 16
 MAX_INPUTS = 65536
@@ -443,22 +444,31 @@ class StoredKV:
     """Keys and values [slots, K, H] each as `attention` reads them: float32, bfloat16, or int8 with
     float32 scales [slots, K]. Checked once, here.
 
+    With a rule, values alone: the key of a slot is rebuilt from its value whenever it is read.
+
     The tensors are kept, not copied, and must not be resized. H is a multiple of 16 up to MAX_HEAD.
     Needs the extension.
     """
 
-    __slots__ = ("_arguments", "_tensors", "formats", "head_dim", "heads", "slots")
+    __slots__ = ("_arguments", "_tensors", "formats", "head_dim", "heads", "rule", "slots")
 
     def __init__(
         self,
-        k: Tensor,
+        k: Tensor | None,
         v: Tensor,
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
+        *,
+        rule: KeyRule | None = None,
     ):
         """Raises:
         WeightsError: tensors that do not fit each other, not contiguous, or not on the CPU.
         """
+        if (k is None) != (rule is not None):
+            raise WeightsError("keys are either stored or rebuilt by a rule: give one of the two")
+        self.rule = rule
+        if k is None:
+            k, k_scale = v, v_scale
         if k.ndim != 3 or k.shape[2] % 16 or not 16 <= k.shape[2] <= MAX_HEAD:
             raise WeightsError(
                 f"keys {list(k.shape)}: they must be [slots, K, H] with H a multiple of 16 up to "
@@ -473,6 +483,11 @@ class StoredKV:
                 raise WeightsError(f"{name} is {values.dtype}: int8 has scales, no other type does")
             if scale is not None:
                 _check(scale, f"{name}_scale", torch.float32, (self.slots, self.heads))
+        if rule is not None:
+            _check(rule.norm_H, "norm", torch.float32, (self.head_dim,))
+            pairs = len(rule.turns.frequencies_R)
+            if pairs > self.head_dim // 2:
+                raise WeightsError(f"{pairs} pairs of a head of {self.head_dim} cannot turn")
         self.formats = FORMATS[k.dtype], FORMATS[v.dtype]
         self._tensors = (k, v, k_scale, v_scale)
         self._arguments = tuple(
@@ -495,10 +510,9 @@ class StoredKV:
             raise WeightsError("only int8 slots are written here")
         native, rows = _ready(), T * self.heads
         assert native is not None, "StoredKV needs the extension"
-        for x, values, scale in (
-            (k_TKH, self._arguments[0], self._arguments[1]),
-            (v_TKH, self._arguments[2], self._arguments[3]),
-        ):
+        k, k_scale, v, v_scale = self._arguments
+        stored = ((v_TKH, v, v_scale), (k_TKH, k, k_scale))
+        for x, values, scale in stored if self.rule is None else stored[:1]:
             first = slot * self.heads
             native.quantize_rows(
                 x.data_ptr(), rows, self.head_dim, values + first * self.head_dim, scale + 4 * first
@@ -514,7 +528,8 @@ def attention(
 ) -> Tensor:
     """Attention of float32 queries over stored keys, softmax scale 1; float32 [R, N, H].
 
-    spans: (storage, first slot, count) each; one after the other they are keys 0..S-1. ranges_R2,
+    spans: (storage, first slot, count) each; one after the other they are keys 0..S-1, which are
+    the positions of those that a rule rebuilds. ranges_R2,
     int64: row r sees keys ranges[r, 0] to ranges[r, 1] - 1; one that sees none gets NaN. N is a
     multiple of K; consecutive query heads share a key/value head. Needs the extension.
 
@@ -530,19 +545,33 @@ def attention(
     if N < 1 or N % kv.heads:
         raise WeightsError(f"{N} query heads do not share {kv.heads} key/value heads evenly")
     addresses: list[int] = []
+    keys = sum(count for _, _, count in spans)
     for each, first, count in spans:
         each._room(first, count)
         if (each.formats, each.heads, each.head_dim) != (kv.formats, kv.heads, kv.head_dim):
             raise WeightsError("spans of different formats or shapes cannot be attended together")
+        if each.rule is not kv.rule:
+            raise WeightsError("spans whose keys follow other rules cannot be attended together")
         addresses += (*each._arguments, first, count)
     native = _ready()
     assert native is not None, "StoredKV needs the extension"
     y_RNH = torch.empty_like(q_RNH)
     native.attention(
         q_RNH.data_ptr(), R, N, kv.heads, kv.head_dim, addresses, *kv.formats,
-        ranges_R2.data_ptr(), y_RNH.data_ptr(),
+        ranges_R2.data_ptr(), y_RNH.data_ptr(), _rule_arguments(kv.rule, keys),
     )  # fmt: skip
     return y_RNH
+
+
+def _rule_arguments(rule: KeyRule | None, keys: int) -> tuple[int, ...]:
+    """As KeyRule in native/kernels.h has them; zeros for None."""
+    if rule is None:
+        return (0,) * 7
+    turns = rule.turns
+    turns.reach(keys)
+    frequencies_R = turns.frequencies_R
+    tables = (frequencies_R, *turns.near, *turns.far)
+    return rule.norm_H.data_ptr(), len(frequencies_R), *(t.data_ptr() for t in tables)
 
 
 def advise_hugepages(tensor: Tensor) -> bool:

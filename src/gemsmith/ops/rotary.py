@@ -1,0 +1,68 @@
+"""Rotary position embedding, and the keys of K = V layers, which it makes of stored values.
+
+Shapes: T tokens, S keys, N heads, K key/value heads, H head_dim, R pairs of a head that turn.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Positions of which `Turns.far_BR` knows the first; KEYS in native/kernels.h."""
+
+
+def table(positions_T: Tensor, frequencies_R: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, each [T, 1, R] float32."""
+    angle = positions_T[:, None, None].float() * frequencies_R
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_TNH: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn pairs (i, i + H/2) for i below the table's width; the other dimensions pass."""
+    cos, sin = (t.to(x_TNH.dtype) for t in table)
+    half, pairs = x_TNH.shape[-1] // 2, cos.shape[-1]
+    a, b = x_TNH[..., :pairs], x_TNH[..., half : half + pairs]
+    turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
+    if pairs == half:
+        return torch.cat((turned_a, turned_b), -1)
+    return torch.cat((turned_a, x_TNH[..., pairs:half], turned_b, x_TNH[..., half + pairs :]), -1)
+
+
+class Turns:
+    """cos and sin of every position in two parts, for the extension: those of the first position of
+    each block, and those of the places in a block. Layers that turn alike share one.
+
+    A table of every position would be as large as what it serves to rebuild.
+    """
+
+    def __init__(self, frequencies_R: Tensor) -> None:
+        self.frequencies_R = frequencies_R.float().contiguous()
+        self.near = table(torch.arange(BLOCK), self.frequencies_R.cpu())
+        self.far = table(torch.zeros(1), self.frequencies_R.cpu())
+
+    def reach(self, positions: int) -> None:
+        """Know the blocks of so many positions."""
+        blocks = -(-positions // BLOCK)
+        if blocks > len(self.far[0]):
+            # Twice as many, so that a growing context seldom asks.
+            first = torch.arange(2 * blocks) * BLOCK
+            self.far = table(first, self.frequencies_R.cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class KeyRule:
+    """How the keys of a K = V layer follow from its values, at the position of each.
+
+    There v = n(x) and k = rotate(norm * n(x)) with the same un-weighted norm n, so one copy is
+    enough: k = rotate(norm * v), exact up to the rounding of v.
+    """
+
+    norm_H: Tensor
+    """float32: the weight of the key norm."""
+    turns: Turns = field(repr=False)
+
+    def keys(self, v_SKH: Tensor, positions_S: Tensor) -> Tensor:
+        """[S, K, H] in the values' dtype."""
+        k_SKH = (v_SKH.float() * self.norm_H).to(v_SKH.dtype)
+        return rotate(k_SKH, table(positions_S, self.turns.frequencies_R))
