@@ -42,6 +42,20 @@ void linear(Address lines, Address scales, int64_t N, int64_t K, int bits, int64
                    scale_bits, at<const float>(x), M, at<float>(y));
 }
 
+void top(Address lines, Address scales, int64_t N, int64_t K, int bits, int64_t group,
+         int scale_bits, Address x, int64_t M, int64_t count, Address skipped,
+         int64_t skipped_count, Address values, Address ids, Address most) {
+  gemsmith::top(at<const uint8_t>(lines), at<const void>(scales), N, K, bits, group, scale_bits,
+                at<const float>(x), M, count, at<const int64_t>(skipped), skipped_count,
+                at<float>(values), at<int64_t>(ids), at<float>(most));
+}
+
+void linear_of(Address lines, Address scales, int64_t N, int64_t K, int bits, int64_t group,
+            int scale_bits, Address x, int64_t M, Address ids, int64_t count, Address y) {
+  gemsmith::linear_of(at<const uint8_t>(lines), at<const void>(scales), N, K, bits, group, scale_bits,
+                   at<const float>(x), M, at<const int64_t>(ids), count, at<float>(y));
+}
+
 // (lines, scales, outputs, inputs, bits, group, scale_bits), or seven zeros for a weight that the layer lacks.
 using WeightFields = std::array<int64_t, 7>;
 
@@ -142,6 +156,8 @@ NB_MODULE(_native, m) {
   }, release);
   m.def("matmul", matmul, release);
   m.def("linear", linear, release);
+  m.def("top", top, release);
+  m.def("linear_of", linear_of, release);
   nb::class_<gemsmith::Layer>(m, "Layer")
       .def("before", [](const gemsmith::Layer& self, Address x, int64_t M, Address cosine,
                         Address sine, int64_t pairs, Address q, Address k, Address v) {

@@ -124,6 +124,51 @@ void quantize(int64_t M, int64_t K) {
   }
 }
 
+// The greatest outputs, and some alone, of a weight: those of the whole product. ties: of a weight
+// whose rows repeat.
+void search(const Shape& shape, int bits, int64_t M, bool ties) {
+  Case c = make(shape, bits, M, 0);
+  const auto [N, K, group] = shape;
+  const int64_t blocks = ceil_div(N, BLOCK);
+  if (ties)  // every block as the first
+    for (int64_t b = 1; b < blocks; b++) {
+      const size_t lines = c.lines.size() / blocks, scales = c.scales.size() / blocks;
+      std::memcpy(&c.lines[b * lines], &c.lines[0], lines);
+      std::memcpy(&c.scales[b * scales], &c.scales[0], scales * sizeof(float));
+    }
+  std::vector<float> x(M * K), all(M * N);
+  for (float& value : x) value = small();
+  linear(c.lines.data(), c.scales.data(), N, K, bits, group, 32, x.data(), M, all.data());
+  std::vector<int64_t> skipped;
+  for (int64_t n = 0; n < N; n += 3) skipped.push_back(n);
+  const int64_t count = std::min<int64_t>(N - static_cast<int64_t>(skipped.size()), 40);
+  std::vector<float> values(M * count), most(M);
+  std::vector<int64_t> ids(M * count);
+  top(c.lines.data(), c.scales.data(), N, K, bits, group, 32, x.data(), M, count, skipped.data(),
+      static_cast<int64_t>(skipped.size()), values.data(), ids.data(), most.data());
+  std::vector<float> some(M * N);
+  std::vector<int64_t> order;
+  for (int64_t n = 0; n < N; n++) order.push_back((n * 7 + 5) % N);  // N is no multiple of 7
+  linear_of(c.lines.data(), c.scales.data(), N, K, bits, group, 32, x.data(), M, order.data(), N,
+         some.data());
+  bool same = true;
+  for (int64_t m = 0; m < M; m++) {
+    const float* row = &all[m * N];
+    std::vector<int64_t> best;
+    for (int64_t n = 0; n < N; n++)
+      if (n % 3) best.push_back(n);
+    std::stable_sort(best.begin(), best.end(), [&](int64_t a, int64_t b) { return row[a] > row[b]; });
+    for (int64_t i = 0; i < count; i++)
+      same = same && ids[m * count + i] == best[i] && values[m * count + i] == row[best[i]];
+    for (int64_t n = 0; n < N; n++) same = same && some[m * N + n] == row[order[n]];
+    same = same && most[m] == *std::max_element(row, row + N);
+  }
+  if (same) return;
+  std::printf("%s: head differs: N %ld K %ld group %ld bits %d M %ld\n", kernels().name, long(N),
+              long(K), long(group), bits, long(M));
+  std::exit(1);
+}
+
 // Attention of R rows, the last of S keys, over a ring of S slots that has turned by `turn` and a
 // second storage of S2: within 1e-3 of doubles, and the bits of the first instruction set. pairs: keys
 // are rebuilt from the values by a rule that turns so many, in one span; else -1.
@@ -372,6 +417,11 @@ int main() {
       run(large);
       for (int64_t M : {1, 5, 64}) quantize(M, 1037);
       for (Attended& c : attended) attend(c);
+      for (const bool ties : {false, true}) {
+        search({17, 33, 0}, 2, 3, ties);
+        search({5003, 64, 32}, 4, 2, ties);
+        search({9000, 20, 0}, 8, 1, ties);
+      }
       for (LayerCase& c : layers)
         for (int64_t M : {1, 5, 300}) c.run(M);
     }

@@ -222,6 +222,17 @@ void matmul(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int 
 // quantize_rows and matmul: y of float rows x [M][K].
 void linear(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
             int64_t group, int scale_bits, const float* x, int64_t M, float* y);
+// Of the outputs that `linear` would give, the `count` greatest of each row: values and ids [M][count],
+// greatest first, equal ones lowest id first. Ids in skipped (ascending) are passed over; there are at
+// least count others. most [M]: the greatest of all, skipped ones too; NaN if any is, and then no
+// other result of the row means anything. All outputs are never in memory.
+void top(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits, int64_t group,
+         int scale_bits, const float* x, int64_t M, int64_t count, const int64_t* skipped,
+         int64_t skipped_count, float* values, int64_t* ids, float* most);
+// The outputs `ids` alone: y [M][count]. Of the weight the blocks of 16 are read in which they lie;
+// neighbours that follow each other are read once.
+void linear_of(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits, int64_t group,
+               int scale_bits, const float* x, int64_t M, const int64_t* ids, int64_t count, float* y);
 // Reads `bytes` of memory with all threads; a multiple of 64.
 uint64_t read_memory(const uint8_t* data, int64_t bytes);
 // A number that any changed, lost or moved bytes change, all but one time in 2^64; no defence

@@ -1,7 +1,11 @@
 // What surrounds the kernels of an instruction set: sums of the activations, and the sharing of the
-// work among threads.
+// work among threads; and the head's outputs of which only the greatest, or a few, are wanted.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 #include "threads.h"
@@ -117,6 +121,146 @@ void run_arrange(const void* data, int64_t piece) {
   }
 }
 
+// Activations of a few rows as Kernels::product reads them.
+struct FewRows {
+  std::unique_ptr<int8_t[]> padded;  // where a row's length is no whole number of lines
+  std::unique_ptr<int32_t[]> sums;
+
+  FewRows(const Kernels& k, const int8_t* x8, int64_t M, int64_t K, int64_t stride, int64_t groups,
+          int bits)
+      : sums(new int32_t[static_cast<size_t>(M * groups)]) {
+    if (stride != K) {
+      padded.reset(new int8_t[static_cast<size_t>(M * stride)]());
+      for (int64_t m = 0; m < M; m++)
+        std::memcpy(&padded[static_cast<size_t>(m * stride)], x8 + m * K, static_cast<size_t>(K));
+    }
+    k.sums(x8, M * groups, K / groups, -(1 << (bits - 1)), sums.get());
+  }
+};
+
+// A product of which some outputs are computed at a time, each time into a place of their own.
+struct Head {
+  const Kernels& kernels;
+  std::unique_ptr<int8_t[]> x8;
+  std::unique_ptr<float[]> sx;
+  std::unique_ptr<FewRows> rows;
+  Product product;
+  int64_t M;
+
+  Head(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits, int64_t group,
+       int scale_bits, const float* x, int64_t M)
+      : kernels(gemsmith::kernels()),
+        x8(new int8_t[static_cast<size_t>(M * K)]),
+        sx(new float[static_cast<size_t>(M)]),
+        M(M) {
+    const int64_t inputs = line_inputs(bits), count = ceil_div(K, inputs);
+    const int64_t groups = group ? K / group : 1, stride = count * inputs;
+    quantize_rows(x, M, K, x8.get(), sx.get());
+    rows.reset(new FewRows(kernels, x8.get(), M, K, stride, groups, bits));
+    product = {lines,  scales, N,          count, group ? group / inputs : count,
+               groups, bits,   scale_bits, rows->padded ? rows->padded.get() : x8.get(),
+               stride, rows->sums.get(),   sx.get(), nullptr};
+  }
+  // How many outputs blocks b0..b1 hold; into y [M][that many].
+  int64_t some(int64_t b0, int64_t b1, float* y) const {
+    Product part = product;
+    part.lines += b0 * part.line_count * LINE;
+    part.scales = static_cast<const uint8_t*>(part.scales) + b0 * part.groups * BLOCK * part.scale_bits / 8;
+    part.N = clamp(part.N - b0 * BLOCK, 0, (b1 - b0) * BLOCK);
+    part.y = y;
+    kernels.product(part, 0, b1 - b0, 0, M);
+    return part.N;
+  }
+};
+
+// Outputs of a piece: their values stay in a core's L1 cache until they have been looked through.
+constexpr int64_t LOOKED = 2048;
+
+struct Found {
+  float value;
+  int64_t id;
+  bool before(const Found& other) const {
+    return value > other.value || (value == other.value && id < other.id);
+  }
+};
+
+struct TopJob {
+  const Head& head;
+  int64_t count;
+  const int64_t *skipped, *skipped_end;
+  // [M]: what a value must reach, since so many others do.
+  std::atomic<float>* bounds;
+  // [pieces][M]
+  std::vector<Found>* found;
+  float* most;  // the greatest, NaN if there is one
+};
+
+void lift(std::atomic<float>& bound, float value) {
+  float seen = bound.load(std::memory_order_relaxed);
+  while (value > seen && !bound.compare_exchange_weak(seen, value, std::memory_order_relaxed)) {
+  }
+}
+
+// Values y of the outputs from `first` on of row m. What is passed over is less than `count` others,
+// so what is found in the end does not depend on the order in which pieces run.
+void look_through(const TopJob& job, const float* y, int64_t size, int64_t first, int64_t m,
+                  std::vector<Found>& found, float& most) {
+  float bound = job.bounds[m].load(std::memory_order_relaxed);
+  for (int64_t i = 0; i < size; i += 16) {
+    const int64_t end = i + 16 < size ? i + 16 : size;
+    bool any = false;  // NaN is not less
+    for (int64_t j = i; j < end; j++) any |= !(y[j] < bound);
+    if (!any) continue;
+    for (int64_t j = i; j < end; j++) {
+      if (std::isnan(y[j])) most = y[j];
+      if (!std::isnan(most) && y[j] > most) most = y[j];
+      const Found here{y[j], first + j};
+      if (!(here.value >= bound) || std::binary_search(job.skipped, job.skipped_end, here.id))
+        continue;
+      const bool full = static_cast<int64_t>(found.size()) == job.count;
+      if (full && !here.before(found.back())) continue;
+      if (full) found.pop_back();
+      const auto before = [](const Found& a, const Found& b) { return a.before(b); };
+      found.insert(std::upper_bound(found.begin(), found.end(), here, before), here);
+      if (static_cast<int64_t>(found.size()) == job.count && found.back().value > bound)
+        bound = found.back().value;
+    }
+  }
+  if (static_cast<int64_t>(found.size()) == job.count) lift(job.bounds[m], found.back().value);
+}
+
+void run_top(const void* data, int64_t piece) {
+  const auto& job = *static_cast<const TopJob*>(data);
+  const int64_t M = job.head.M, size = LOOKED / BLOCK, blocks = ceil_div(job.head.product.N, BLOCK);
+  const int64_t b0 = piece * size, b1 = b0 + size < blocks ? b0 + size : blocks;
+  const std::unique_ptr<float[]> y(new float[static_cast<size_t>(M * LOOKED)]);
+  const int64_t outputs = job.head.some(b0, b1, y.get());
+  for (int64_t m = 0; m < M; m++)
+    look_through(job, y.get() + m * outputs, outputs, b0 * BLOCK, m, job.found[piece * M + m],
+                 job.most[piece * M + m]);
+}
+
+struct ChosenJob {
+  const Head& head;
+  const int64_t* ids;
+  float* y;
+  Slices chosen;
+};
+
+void run_chosen(const void* data, int64_t piece) {
+  const auto& job = *static_cast<const ChosenJob*>(data);
+  const int64_t M = job.head.M;
+  const std::unique_ptr<float[]> y(new float[static_cast<size_t>(M * BLOCK)]);
+  int64_t block = -1, outputs = 0;
+  for (int64_t i = job.chosen.begin(piece); i < job.chosen.end(piece); i++) {
+    const int64_t its = job.ids[i] / BLOCK;
+    if (its != block) outputs = job.head.some(its, its + 1, y.get());
+    block = its;
+    for (int64_t m = 0; m < M; m++)
+      job.y[m * job.chosen.total + i] = y[static_cast<size_t>(m * outputs + job.ids[i] % BLOCK)];
+  }
+}
+
 struct QuantizeJob {
   const Kernels& kernels;
   const float* x;
@@ -183,26 +327,23 @@ void matmul(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int 
   const bool many = k.gemm && M >= k.gemm->least;
   const int64_t inputs = line_inputs(bits), count = ceil_div(K, inputs);
   const int64_t groups = group ? K / group : 1, blocks = ceil_div(N, BLOCK);
-  const int32_t factor = -(1 << (bits - 1));
   const int64_t step = many ? k.gemm->bytes : 1;  // of x, that kernels read at once
   const int64_t stride = ceil_div(count * inputs, step) * step;
-  const int64_t rows = many ? ceil_div(M, k.gemm->rows) * k.gemm->rows : M;
 
-  const std::unique_ptr<int32_t[]> sums(new int32_t[static_cast<size_t>(rows * groups)]);
+  std::unique_ptr<int32_t[]> sums;
   std::unique_ptr<int8_t[]> x;  // x8 as kernels read it
   if (many) {
+    const int64_t panels = ceil_div(M, k.gemm->rows), rows = panels * k.gemm->rows;
+    const int32_t factor = -(1 << (bits - 1));
+    sums.reset(new int32_t[static_cast<size_t>(rows * groups)]);
     x.reset(new int8_t[static_cast<size_t>(rows * stride)]);
-    const int64_t panels = rows / k.gemm->rows;
     const ArrangeJob job{k,      x8,      M,          K, stride, groups, factor, x.get(), sums.get(),
                          {panels, piece_size(panels, k.gemm->rows * stride)}};
     parallel(job.panels.count(), run_arrange, &job);
   } else {
-    if (stride != K) {
-      x.reset(new int8_t[static_cast<size_t>(M * stride)]());
-      for (int64_t m = 0; m < M; m++)
-        std::memcpy(&x[static_cast<size_t>(m * stride)], x8 + m * K, static_cast<size_t>(K));
-    }
-    k.sums(x8, M * groups, K / groups, factor, sums.get());
+    FewRows few(k, x8, M, K, stride, groups, bits);
+    sums = std::move(few.sums);
+    x = std::move(few.padded);
   }
 
   const Product product{lines,  scales, N,          count,        group ? group / inputs : count,
@@ -221,6 +362,49 @@ void linear(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int 
   const std::unique_ptr<float[]> sx(new float[static_cast<size_t>(M)]);
   quantize_rows(x, M, K, x8.get(), sx.get());
   matmul(lines, scales, N, K, bits, group, scale_bits, x8.get(), sx.get(), M, y);
+}
+
+void top(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits, int64_t group,
+         int scale_bits, const float* x, int64_t M, int64_t count, const int64_t* skipped,
+         int64_t skipped_count, float* values, int64_t* ids, float* most) {
+  if (M == 0) return;
+  constexpr float MINUS_INFINITY = -__builtin_inff();
+  const Head head(lines, scales, N, K, bits, group, scale_bits, x, M);
+  const int64_t pieces = ceil_div(N, LOOKED);
+  const std::unique_ptr<std::atomic<float>[]> bounds(new std::atomic<float>[static_cast<size_t>(M)]);
+  for (int64_t m = 0; m < M; m++) bounds[static_cast<size_t>(m)] = MINUS_INFINITY;
+  std::vector<std::vector<Found>> found(static_cast<size_t>(pieces * M));
+  std::vector<float> greatest(static_cast<size_t>(pieces * M), MINUS_INFINITY);
+  const TopJob job{head,         count,        skipped,        skipped + skipped_count,
+                   bounds.get(), found.data(), greatest.data()};
+  parallel(pieces, run_top, &job);
+  for (int64_t m = 0; m < M; m++) {
+    std::vector<Found> all;
+    most[m] = MINUS_INFINITY;
+    for (int64_t piece = 0; piece < pieces; piece++) {
+      const auto& some = found[static_cast<size_t>(piece * M + m)];
+      all.insert(all.end(), some.begin(), some.end());
+      const float its = greatest[static_cast<size_t>(piece * M + m)];
+      if (std::isnan(its) || its > most[m]) most[m] = its;
+      if (std::isnan(its)) break;
+    }
+    // Where there are NaNs fewer may have been found.
+    const int64_t there = clamp(static_cast<int64_t>(all.size()), 0, count);
+    std::partial_sort(all.begin(), all.begin() + there, all.end(),
+                      [](const Found& a, const Found& b) { return a.before(b); });
+    for (int64_t i = 0; i < count; i++) {
+      values[m * count + i] = i < there ? all[static_cast<size_t>(i)].value : MINUS_INFINITY;
+      ids[m * count + i] = i < there ? all[static_cast<size_t>(i)].id : 0;
+    }
+  }
+}
+
+void linear_of(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits, int64_t group,
+               int scale_bits, const float* x, int64_t M, const int64_t* ids, int64_t count, float* y) {
+  if (M == 0 || count == 0) return;
+  const Head head(lines, scales, N, K, bits, group, scale_bits, x, M);
+  const ChosenJob job{head, ids, y, {count, piece_size(count, head.product.line_count * LINE)}};
+  parallel(job.chosen.count(), run_chosen, &job);
 }
 
 uint64_t checksum(const uint8_t* data, int64_t bytes) {

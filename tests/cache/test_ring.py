@@ -198,7 +198,7 @@ def test_bytes_are_what_sizing_says(size, tokens):
 @pytest.mark.parametrize("size", SIZES)
 def test_bytes_of_real_sizes_are_what_sizing_says_without_touching_memory(size):
     config = PRESETS[size].text_config
-    cache = RingCache(config, dtype=torch.bfloat16, device="meta", k_from_v=lambda *_: None)
+    cache = RingCache(config, dtype=torch.bfloat16, device="meta")
     cache.reserve(config.max_position_embeddings)
     assert cache.nbytes == sizing.kv_bytes(config, config.max_position_embeddings, 2)
 

@@ -64,6 +64,12 @@ class ScriptedModel:
             logits[row, said] = 20.0
         return logits
 
+    def likeliest(self, hidden_RD, count, skipped):
+        return None
+
+    def logits_of(self, hidden_RD, ids_n):
+        return self.logits(hidden_RD)[:, ids_n]
+
     def parameters(self):
         return iter(())
 

@@ -103,10 +103,12 @@ def test_candidates_equal_transformers(warpers, seed, temperature, top_k, top_p,
     torch.testing.assert_close(ours.float(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_top_k_keeps_exactly_k_of_equal_logits():
+def test_top_k_keeps_exactly_k_of_equal_logits_the_lowest_ids():
     ids, probs = candidates(torch.zeros(10), temperature=1.0, top_k=3)
-    assert len(set(ids.tolist())) == 3
+    assert ids.tolist() == [0, 1, 2]
     assert probs.tolist() == pytest.approx([1 / 3] * 3)
+    ids, _ = candidates(torch.tensor([1.0, 5.0, 7.0, 5.0, 7.0, 5.0]), temperature=1.0, top_k=4)
+    assert ids.tolist() == [2, 4, 1, 3]
 
 
 def test_smallest_temperature_takes_the_likeliest_without_overflow():

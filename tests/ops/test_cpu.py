@@ -529,6 +529,88 @@ def test_other_arguments_that_do_not_fit_are_refused():
         cpu.quantize_rows(torch.zeros(4, 0))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("outputs", "inputs", "group", "repeat"), [
+    (37, 70, None, 1), (50, 96, 32, 1), (2500, 32, None, 3), (20, 32, None, 300),
+])  # fmt: skip
+@pytest.mark.parametrize("bits", BITS)
+def test_the_greatest_outputs_are_those_of_the_whole_product(
+    isa: str, threads: int, bits: int, outputs: int, inputs: int, group: int | None, repeat: int,
+    rows: int,
+):  # fmt: skip
+    """Repeated rows tie: of equal outputs the lowest id comes first."""
+    w = Weight(outputs, inputs, bits, group, repeat=repeat)
+    if repeat > 1:
+        scales = w.scales_NG[:outputs].repeat(repeat, 1)
+        w.packed = cpu.PackedWeight.pack(packed_codes(w.q, bits), scales, inputs=inputs, bits=bits)
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(3))
+    whole = cpu.linear(w.packed, x)
+    skipped = torch.arange(1, outputs * repeat, 5)
+    for count in (1, 9, min(200, outputs * repeat - len(skipped))):
+        values, ids, most = cpu.top(w.packed, x, count, skipped)
+        assert torch.equal(most, whole.amax(1))
+        left = whole.index_fill(1, skipped, -torch.inf)
+        expected = left.sort(dim=1, descending=True, stable=True)
+        assert torch.equal(values, expected.values[:, :count])
+        assert torch.equal(ids, expected.indices[:, :count])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("inputs", "group"), [(70, None), (96, 32)])
+def test_some_outputs_alone_are_those_of_the_whole_product(
+    isa: str, threads: int, bits: int, inputs: int, group: int | None
+):
+    w = Weight(137, inputs, bits, group)
+    x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(3))
+    whole = cpu.linear(w.packed, x)
+    for ids in ([], [136], [0, 1, 15, 16, 136], [99, 3, 3, 98], list(range(137))):
+        chosen = torch.tensor(ids, dtype=torch.int64)
+        assert torch.equal(cpu.linear_of(w.packed, x, chosen), whole[:, chosen])
+
+
+def test_what_is_not_finite_reaches_the_greatest_output(isa: str):
+    w = Weight(5000, 32, 4)
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    x[1, 3] = torch.nan
+    assert cpu.top(w.packed, x, 4)[2].isnan().tolist() == [False, True]
+    w.packed.scales[200, 0, 7] = torch.nan
+    assert cpu.top(w.packed, x, 4)[2].isnan().all()
+    w.packed.scales[200, 0, 7] = torch.inf
+    values, ids, most = cpu.top(w.packed, x[:1], 5000)
+    assert most.abs().isinf().item() or values[0, -1] == -torch.inf
+    assert 200 * 16 + 7 in (int(ids[0, 0]), int(ids[0, -1]))
+
+
+def test_the_head_without_the_extension(monkeypatch: pytest.MonkeyPatch):
+    w = Weight(100, 64, 4, repeat=2)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
+    ids = torch.tensor([7, 190, 3])
+    found = *cpu.top(w.packed, x, 12, ids.sort().values), cpu.linear_of(w.packed, x, ids)
+    monkeypatch.setattr(cpu, "_native", lambda: None)
+    again = *cpu.top(w.packed, x, 12, ids.sort().values), cpu.linear_of(w.packed, x, ids)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_a_head_asked_for_what_it_lacks_is_refused():
+    w, x = Weight(20, 96, 4, 32).packed, torch.zeros(2, 96)
+    with pytest.raises(WeightsError, match="the 21 greatest of 20 outputs"):
+        cpu.top(w, x, 21)
+    with pytest.raises(WeightsError, match="the 19 greatest of 18 outputs"):
+        cpu.top(w, x, 19, torch.tensor([0, 1]))
+    with pytest.raises(WeightsError, match="the 0 greatest of 20 outputs"):
+        cpu.top(w, x, 0)
+    for skipped in ([3, 3], [5, 4], [-1, 4], [4, 20]):
+        with pytest.raises(WeightsError, match="skipped: ids must ascend within 20 outputs"):
+            cpu.top(w, x, 1, torch.tensor(skipped))
+    with pytest.raises(WeightsError, match=r"skipped is torch.float32"):
+        cpu.top(w, x, 1, torch.zeros(1))
+    with pytest.raises(WeightsError, match=r"x is .* \[2, 95\] .* \[2, 96\] on cpu"):
+        cpu.top(w, torch.zeros(2, 95), 1)
+    for id in (-1, 20):
+        with pytest.raises(WeightsError, match=f"output {id} of a weight of 20"):
+            cpu.linear_of(w, x, torch.tensor([0, id]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_the_kernels_run_clean_under_sanitizers(tmp_path: Path, sanitizers: str):

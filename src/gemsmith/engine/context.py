@@ -35,6 +35,38 @@ def kv_format(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtyp
     return FORMATS[name]
 
 
+class Next:
+    """What the model says of the next token, worked out as far as it is asked for.
+
+    A whole row of logits is a megabyte that several passes go over; most samplers need few of them.
+    """
+
+    def __init__(self, model: TextModel, hidden_1D: Tensor) -> None:
+        self._model, self._hidden_1D = model, hidden_1D
+        self._logits_V: Tensor | None = None
+
+    @property
+    @torch.inference_mode()
+    def logits_V(self) -> Tensor:
+        """All logits, float32 [V]."""
+        if self._logits_V is None:
+            self._logits_V = self._model.logits(self._hidden_1D)[0]
+        return self._logits_V
+
+    @torch.inference_mode()
+    def likeliest(self, count: int, skipped: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The greatest `count` logits and their ids, or None; see `TextModel.likeliest`."""
+        found = self._model.likeliest(self._hidden_1D, count, skipped)
+        return None if found is None else (found[0][0], found[1][0])
+
+    @torch.inference_mode()
+    def logits_of(self, ids: Sequence[int]) -> Tensor:
+        """The logits of some tokens alone, float32 [n]: what a step needs at which nothing else is
+        allowed."""
+        ids_n = torch.tensor(ids, device=self._hidden_1D.device)
+        return self._model.logits_of(self._hidden_1D, ids_n)[0]
+
+
 class Context:
     """One growing sequence on one model."""
 
@@ -84,7 +116,6 @@ class Context:
         del self.keys[common:]
         return common
 
-    @torch.inference_mode()
     def run(
         self,
         ids: Sequence[int],
@@ -93,7 +124,19 @@ class Context:
         soft: Soft | None = None,
         blocks_T: Tensor | None = None,
     ) -> Tensor:
-        """Append tokens (at least one); returns the logits [V] after the last, float32.
+        """`step`, and the logits [V] after the last token, float32."""
+        return self.step(ids, keys=keys, soft=soft, blocks_T=blocks_T).logits_V
+
+    @torch.inference_mode()
+    def step(
+        self,
+        ids: Sequence[int],
+        *,
+        keys: Sequence[Hashable] | None = None,
+        soft: Soft | None = None,
+        blocks_T: Tensor | None = None,
+    ) -> Next:
+        """Append tokens (at least one); returns what the model says of the one after them.
 
         keys: by which they are known to `rewind_for`, if not by their ids. soft: tokens that stand
         for an image or a sound. blocks_T: see `ops.attention.causal_attention`.
@@ -110,7 +153,7 @@ class Context:
                 _between(soft, start, stop),
                 None if blocks_T is None else blocks_T[start:stop],
             )
-        return self.model.logits(hidden_1D)[0]
+        return Next(self.model, hidden_1D)
 
     @torch.no_grad()  # not inference mode: the caller may change what it gets
     def scan(

@@ -440,7 +440,7 @@ class LM:
         logprobs: list[TokenLogprob] = []
         first_token_s = 0.0
 
-        logits_V = context.run(
+        following = context.step(
             ids[cached:],
             keys=keys[cached:],
             soft=self._soft(prompt, cached),
@@ -448,11 +448,11 @@ class LM:
         )
         while True:
             forced = thought.forced()
-            token = sampler.choose(logits_V) if forced is None else forced
+            token = sampler.choose_next(following) if forced is None else forced
             first_token_s = first_token_s or time.perf_counter() - started
             reply.append(token)
             if params.logprobs is not None:
-                logprobs.append(token_logprob(logits_V, token, params.logprobs))
+                logprobs.append(token_logprob(following.logits_V, token, params.logprobs))
             sampler.observe(token)
             thought.observe(token)
             if token not in self.end_ids:
@@ -460,7 +460,7 @@ class LM:
             ended = output.ended or (token in self.end_ids and not params.ignore_eos)
             if ended or len(reply) == max_tokens:
                 break
-            logits_V = context.run([token])
+            following = context.step([token])
         yield from output.finish()
         reason = FinishReason.STOP if ended or output.cut else FinishReason.LENGTH
         if ended and output.num_calls:

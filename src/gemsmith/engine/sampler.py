@@ -6,17 +6,36 @@ top-k, top-p, min-p; then one draw.
 
 The draw inverts the cumulative distribution at one uniform number of a CPU generator seeded by the
 request. So a reply depends on the seed and the logits alone: not on the device, nor on what else
-the process draws. Where logits tie at the border of top-k, exactly k tokens are kept.
+the process draws. Of equal logits the lowest id comes first, also at the border of top-k.
+
+A sampler that is greedy or has a top-k needs the greatest logits alone, and asks for no others.
 
 Shapes: V vocabulary, C candidates that the filters leave.
 Source of the definitions: transformers 5.23 generation/logits_process.py.
 """
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gemsmith.engine.request import SamplingParams, TokenLogprob
 from gemsmith.errors import WeightsError
+
+MAX_REACH = 256
+"""Most logits that are asked for by rank; beyond, the whole row."""
+
+
+class Next(Protocol):
+    """What a model says of the next token; see `context.Next`."""
+
+    @property
+    def logits_V(self) -> Tensor: ...
+
+    def likeliest(self, count: int, skipped: Tensor) -> tuple[Tensor, Tensor] | None: ...
+
+    def logits_of(self, ids: Sequence[int]) -> Tensor: ...
 
 
 def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
@@ -32,15 +51,15 @@ def candidates(
 
     Probabilities are float64 and sum to 1. Without top_k and top_p the order is that of the ids.
     """
-    # The largest is taken away first: a small temperature must not overflow.
-    scores = (logits_V - logits_V.max()) / temperature
+    ids: Tensor | None = None
     if top_k:
-        scores, ids = scores.topk(min(top_k, scores.shape[0]))
-        probs_C = scores.double().softmax(0)
-    elif top_p < 1:
-        probs_C, ids = _likeliest(scores.double().softmax(0), top_p)
-    else:
-        probs_C, ids = scores.double().softmax(0), torch.arange(len(scores), device=scores.device)
+        logits_V, ids = greatest(logits_V, min(top_k, logits_V.shape[0]))
+    # The largest is taken away first: a small temperature must not overflow.
+    probs_C = ((logits_V - logits_V.max()) / temperature).double().softmax(0)
+    if ids is None and top_p < 1:
+        probs_C, ids = _likeliest(probs_C, top_p)
+    elif ids is None:
+        ids = torch.arange(len(probs_C), device=probs_C.device)
     if top_p < 1:
         # A token stays while those before it have not reached the sum; the first always does.
         before = probs_C.cumsum(0) - probs_C
@@ -50,6 +69,14 @@ def candidates(
         likely = probs_C >= min_p * probs_C.max()
         probs_C, ids = probs_C[likely], ids[likely]
     return ids, probs_C / probs_C.sum()
+
+
+def greatest(logits_V: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The greatest logits and their ids, [count] each, of equal ones the lowest id first."""
+    least = logits_V.topk(count).values[-1]
+    ids = (logits_V >= least).nonzero()[:, 0]
+    values, order = logits_V[ids].sort(descending=True, stable=True)
+    return values[:count], ids[order[:count]]
 
 
 def _likeliest(probs_V: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
@@ -85,7 +112,8 @@ def token_logprob(logits_V: Tensor, token_id: int, alternatives: int) -> TokenLo
 class Sampler:
     """Chooses the tokens of one request.
 
-    prompt_ids: what the repetition penalty has seen at the start. suppressed: ids never chosen.
+    prompt_ids: what the repetition penalty has seen at the start. suppressed: ids never chosen,
+    ascending, but where they are among few that are allowed.
     """
 
     def __init__(
@@ -97,7 +125,7 @@ class Sampler:
         suppressed: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
     ) -> None:
-        self.params = params
+        self.params, self._device = params, device
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -120,23 +148,52 @@ class Sampler:
         Raises:
           WeightsError: logits are not finite.
         """
-        if not torch.isfinite(logits_V.max()):
+        return self._choice(logits_V, None)
+
+    def choose_next(self, row: Next, allowed: Collection[int] | None = None) -> int:
+        """As `choose` of the row's logits, to the bit; of which no more are asked for than needed.
+
+        allowed: the only ids that may come, where they are few; logits of others are not asked for.
+
+        Raises: as `choose`.
+        """
+        if allowed is not None:
+            ids = sorted(allowed)
+            return self._choice(row.logits_of(ids), torch.tensor(ids, device=self._device))
+        reach = self._reach
+        found = row.likeliest(reach, self._suppressed) if reach else None
+        return self._choice(row.logits_V, None) if found is None else self._choice(*found)
+
+    @property
+    def _reach(self) -> int | None:
+        """How many of the greatest logits a choice may depend on; None: on all."""
+        if self._seen_V is not None or self.params.logprobs is not None:
+            return None
+        reach = 1 if self.params.temperature == 0 else self.params.top_k
+        return reach if 0 < reach <= MAX_REACH else None
+
+    def _choice(self, logits_C: Tensor, ids_C: Tensor | None) -> int:
+        """One of the ids that the logits are of; None: of all."""
+        if not torch.isfinite(logits_C.max()):
             raise WeightsError(
                 "the model's logits are not finite: its weights are damaged, or overflow in "
                 "this dtype; check the checkpoint's files, or load with dtype='float32'"
             )
         params = self.params
         if self._seen_V is not None:
-            logits_V = penalize_repetition(logits_V, self._seen_V, params.repetition_penalty)
-        if self._suppressed.numel():
-            logits_V = logits_V.index_fill(0, self._suppressed, float("-inf"))
+            seen_C = self._seen_V if ids_C is None else self._seen_V[ids_C]
+            logits_C = penalize_repetition(logits_C, seen_C, params.repetition_penalty)
+        if self._suppressed.numel() and ids_C is None:
+            logits_C = logits_C.index_fill(0, self._suppressed, float("-inf"))
         if params.temperature == 0:
-            return int(logits_V.argmax())
-        ids_C, probs_C = candidates(
-            logits_V,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-        )
-        return int(ids_C[draw(probs_C, self._generator)])
+            at = int(logits_C.argmax())
+        else:
+            left, probs = candidates(
+                logits_C,
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                min_p=params.min_p,
+            )
+            at = int(left[draw(probs, self._generator)])
+        return at if ids_C is None else int(ids_C[at])

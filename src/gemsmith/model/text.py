@@ -28,8 +28,12 @@ from torch import Tensor, nn
 from gemsmith.config import LayerPlan, RopeParameters, TextConfig
 from gemsmith.errors import ConfigError
 from gemsmith.ops import moe
-from gemsmith.ops.linear import linear
+from gemsmith.ops.linear import linear, linear_rows, top
 from gemsmith.ops.rotary import KeyRule, Turns, rotate, table
+
+SPARE, NEAR = 16, 1e-4
+"""Logits asked for beyond those wanted, and how far apart the last of either must be: then no other
+is as great as one of the wanted, whatever capping rounds (by 2e-6)."""
 
 
 class KVStore(Protocol):
@@ -354,10 +358,46 @@ class TextModel(nn.Module):
 
         The head is the token embedding, save in low-bit checkpoints that store the two apart.
         """
+        return self._capped(linear(hidden_RD, self._head).float())
+
+    def logits_of(self, hidden_RD: Tensor, ids_n: Tensor) -> Tensor:
+        """Columns ids of `logits`, [R, n], for a step at which few tokens are allowed: of the head
+        only their rows are read. See `ops.linear.linear_rows` for equality."""
+        return self._capped(linear_rows(hidden_RD, self._head, ids_n).float())
+
+    def likeliest(
+        self, hidden_RD: Tensor, count: int, skipped: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """The `count` greatest of each row of `logits` and their ids, [R, count] each: greatest
+        first, of equal ones the lowest id first. skipped: ids left out, ascending.
+
+        None where they cannot be told without the whole row: of floats, where a logit is not
+        finite, where capping may have made some equal to others that were not looked at.
+        """
+        left = self.config.vocab_size - len(skipped)
+        wanted = min(count + SPARE, left)
+        found = top(hidden_RD, self._head, wanted, skipped) if count <= wanted else None
+        if found is None:
+            return None
+        raw_RC, ids_RC, most_R = found
+        values_RC = self._capped(raw_RC)
+        # Capping rounds: what was in order before may be equal now.
+        ids_RC, order = ids_RC.sort(dim=1)
+        values_RC, order = values_RC.gather(1, order).sort(dim=1, descending=True, stable=True)
+        ids_RC = ids_RC.gather(1, order)
+        apart = wanted == left or bool((values_RC[:, count - 1] - values_RC[:, -1] > NEAR).all())
+        if not apart or not bool(self._capped(most_R).isfinite().all()):
+            return None
+        return values_RC[:, :count], ids_RC[:, :count]
+
+    @property
+    def _head(self) -> Any:
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits_RV = linear(hidden_RD, head.weight).float()
+        return head.weight
+
+    def _capped(self, logits: Tensor) -> Tensor:
         cap = self.config.final_logit_softcapping
-        return logits_RV if cap is None else cap * torch.tanh(logits_RV / cap)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def k_from_v(self, layer: int) -> KeyRule:
         """How the keys of a K = V layer follow from its values."""

@@ -173,8 +173,10 @@ class Slots:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def clone(self) -> Self:
-        copies = [None if t is None else t.clone() for t in (self.k, self.v_scale, self.k_scale)]
-        return type(self)(self.v.clone(), *copies, self.rule)
+        k, v_scale, k_scale = (
+            None if t is None else t.clone() for t in (self.k, self.v_scale, self.k_scale)
+        )
+        return type(self)(self.v.clone(), k, v_scale, k_scale, self.rule)
 
     def write(self, first: int, k_TKH: Tensor, v_TKH: Tensor) -> None:
         """Store T tokens from slot `first` on; k is ignored where values alone are stored."""

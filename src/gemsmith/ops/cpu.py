@@ -287,6 +287,65 @@ def linear(weight: PackedWeight, x_MK: Tensor) -> Tensor:
     return y_MN
 
 
+def top(
+    weight: PackedWeight, x_MK: Tensor, count: int, skipped: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the outputs that `linear` would give, the greatest of each row, without the others.
+
+    Values float32 and ids int64, [M, count] each, greatest first, of equal ones the lowest id
+    first; and most [M], the greatest of all. skipped: int64 ids, ascending, that are passed over
+    (not by most). Where an output is NaN so is most, and values and ids mean nothing.
+
+    Raises:
+      WeightsError: x or skipped do not fit the weight, or fewer than `count` outputs are left.
+    """
+    M = x_MK.shape[0] if x_MK.ndim else 0
+    _check(x_MK, "x", torch.float32, (M, weight.inputs))
+    skipped = torch.empty(0, dtype=torch.int64) if skipped is None else skipped
+    _check(skipped, "skipped", torch.int64, (None,))
+    left = weight.outputs - len(skipped)
+    if not 0 < count <= left:
+        raise WeightsError(f"the {count} greatest of {left} outputs")
+    if len(skipped) and not (
+        0 <= int(skipped[0]) <= int(skipped[-1]) < weight.outputs
+        and bool((skipped[1:] > skipped[:-1]).all())
+    ):
+        raise WeightsError(f"skipped: ids must ascend within {weight.outputs} outputs")
+    native = _ready()
+    if native is None:
+        return top_reference(weight, x_MK, count, skipped)
+    values, ids = torch.empty((M, count)), torch.empty((M, count), dtype=torch.int64)
+    most_M = torch.empty(M)
+    native.top(
+        *weight._arguments, x_MK.data_ptr(), M, count, skipped.data_ptr(), len(skipped),
+        values.data_ptr(), ids.data_ptr(), most_M.data_ptr(),
+    )  # fmt: skip
+    return values, ids, most_M
+
+
+def linear_of(weight: PackedWeight, x_MK: Tensor, ids: Tensor) -> Tensor:
+    """The outputs of int64 ids [n] alone, as `linear` would give them: float32 [M, n]. Reads the
+    blocks of 16 outputs in which they lie, once each where ids ascend.
+
+    Raises:
+      WeightsError: x does not fit the weight, or an id is no output.
+    """
+    M = x_MK.shape[0] if x_MK.ndim else 0
+    _check(x_MK, "x", torch.float32, (M, weight.inputs))
+    _check(ids, "ids", torch.int64, (None,))
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < weight.outputs:
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise WeightsError(f"output {wrong} of a weight of {weight.outputs}")
+    native = _ready()
+    if native is None:
+        return gemm_reference(weight, *quantize_rows_reference(x_MK))[:, ids]
+    y_Mn = torch.empty((M, len(ids)))
+    native.linear_of(
+        *weight._arguments, x_MK.data_ptr(), M, ids.data_ptr(), len(ids), y_Mn.data_ptr()
+    )
+    return y_Mn
+
+
 class Layer:
     """A decoder layer of low-bit weights, but for its attention; `model.text.DecoderLayer`'s halves
     in two calls of the extension, for float32 hidden states. Needs the extension.
@@ -696,3 +755,14 @@ def gemm_reference(weight: PackedWeight, x8_MK: Tensor, sx_M: Tensor) -> Tensor:
             total_Mn += sums_Mn.float() * scale_n
         y_MN[:, start:stop] = total_Mn * sx_M[:, None]
     return y_MN
+
+
+def top_reference(
+    weight: PackedWeight, x_MK: Tensor, count: int, skipped: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`top` by torch."""
+    y_MN = gemm_reference(weight, *quantize_rows_reference(x_MK))
+    most_M = y_MN.amax(1)
+    y_MN.index_fill_(1, skipped, -torch.inf)
+    values, ids = y_MN.sort(dim=1, descending=True, stable=True)
+    return values[:, :count].contiguous(), ids[:, :count].contiguous(), most_M

@@ -37,6 +37,16 @@ class Factor(Protocol):
         """x @ self.T, [T, O] in x's dtype."""
         ...
 
+    def multiply_by_rows(self, x_TD: Tensor, ids_n: Tensor) -> Tensor:
+        """Columns ids of `multiply`, [T, n]."""
+        ...
+
+    def top(
+        self, x_TD: Tensor, count: int, skipped: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """See `top` below."""
+        ...
+
 
 @cache
 def cpu_multiplies_bfloat16() -> bool:
@@ -58,6 +68,22 @@ def linear(x_TD: Tensor, weight_OD: Tensor | Factor) -> Tensor:
         block = weight_OD[start : start + BLOCK_OUTPUTS].float()
         out_TO[:, start : start + BLOCK_OUTPUTS] = F.linear(wide_TD, block)
     return out_TO
+
+
+def linear_rows(x_TD: Tensor, weight_OD: Tensor | Factor, ids_n: Tensor) -> Tensor:
+    """Columns ids of `linear`, [T, n]; of the weight only these rows are read. Bit for bit the same
+    where the weight is no tensor, else up to the order in which a product adds."""
+    if not isinstance(weight_OD, Tensor):
+        return weight_OD.multiply_by_rows(x_TD, ids_n)
+    return linear(x_TD, weight_OD[ids_n])
+
+
+def top(
+    x_TD: Tensor, weight_OD: Tensor | Factor, count: int, skipped: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The `count` greatest of `linear`'s outputs, as `cpu.top` has them; None where they are not to
+    be had without all the others."""
+    return None if isinstance(weight_OD, Tensor) else weight_OD.top(x_TD, count, skipped)
 
 
 def _needs_grad(weight: Tensor) -> bool:

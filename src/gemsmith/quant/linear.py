@@ -113,6 +113,21 @@ class QuantWeight:
             y_TN = float_product(x_TK, self.stored)
         return y_TN.to(x_TD.dtype).view(*x_TD.shape[:-1], -1)
 
+    def multiply_by_rows(self, x_TD: Tensor, ids_n: Tensor) -> Tensor:
+        if not isinstance(self.stored, Packed):
+            return self.multiply(x_TD)[..., ids_n]
+        ids_n = ids_n + self.skipped
+        y_Tn = cpu.linear_of(self.stored.weight, x_TD.float().contiguous(), ids_n)
+        return y_Tn.to(x_TD.dtype)
+
+    def top(
+        self, x_TD: Tensor, count: int, skipped: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        # Rounded to fewer bits than float32, outputs would have another order.
+        if not isinstance(self.stored, Packed) or self.skipped or x_TD.dtype != torch.float32:
+            return None
+        return cpu.top(self.stored.weight, x_TD.contiguous(), count, skipped)
+
 
 class QuantModule(nn.Module):
     """Holds a weight's codes and scales as buffers, which follow the module to a device."""
