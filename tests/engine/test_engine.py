@@ -618,3 +618,61 @@ def test_a_vocabulary_larger_than_the_model_is_refused(tokenizer):
         "different checkpoints",
     ):
         LM(random_model(config), tokenizer, config)
+
+
+# -- one of given texts -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["E2B", "26B-A4B"])
+def test_the_choice_is_what_a_masked_greedy_reply_would_be(size, tokenizer):
+    lm = random_lm(size, tokenizer, end_ids=[1])
+    choices = ["abc", "abd", "ab", "b", "bfgh", "cad"]
+    for prompt in ("a", "hi there", "jjjj"):
+        ids = lm._raw_ids([(prompt, False)])
+        live = {(*tokenizer.encode(text), min(lm.end_ids)): text for text in choices}
+        said: tuple[int, ...] = ()
+        while len(live) > 1 or said not in live:
+            allowed = sorted({reply[len(said)] for reply in live})
+            row = lm.logits([*ids, *said])[-1]
+            said += (max(allowed, key=lambda id: row[id]),)
+            live = {reply: text for reply, text in live.items() if reply[: len(said)] == said}
+        assert lm.choose(prompt, choices) == live[said]
+
+
+def test_a_chat_model_chooses_what_it_would_have_said(scripted):
+    for reply, expected in (("no<turn|>", "no"), ("nothing", "nothing"), ("yes<turn|>", "yes")):
+        lm = scripted(reply)
+        messages = [{"role": "user", "content": "Is it?"}]
+        lm.model.start = len(lm.encode(messages).ids)
+        assert lm.choose("Is it?", ["yes", "no", "nothing"]) == expected
+        assert lm.choose(messages, ["nothing", "yes", "no"]) == expected
+
+
+def test_a_choice_that_begins_another_ends_as_a_turn_does(scripted, monkeypatch):
+    lm, asked = scripted("no<turn|>"), []
+    plain = lm.model.logits_of
+    monkeypatch.setattr(lm.model, "logits_of", lambda h, ids: asked.append(ids) or plain(h, ids))
+    lm.choose("Is it?", ["no", "not"])
+    assert asked[0].tolist() == sorted([*lm.tokenizer.encode("t"), lm.tokenizer.special.turn_close])
+
+
+def test_a_lone_choice_and_tokens_that_all_choices_share_cost_nothing(scripted):
+    lm = scripted("no")
+    assert lm.choose("Is it?", ["whatever"]) == "whatever"
+    assert lm.model.passes == []
+    lm.choose("Is it?", ["abcdef", "abcdeg"])
+    prompt = len(lm.encode([{"role": "user", "content": "Is it?"}]).ids)
+    assert lm.model.passes == [prompt, 5]
+
+
+@pytest.mark.parametrize("choices", [[], ["a", "b", "a"], ["a", ""], "ab", [1]])
+def test_choices_that_are_none_are_refused(scripted, choices):
+    with pytest.raises(RequestError, match=r"choices .*: give a list of one text or more, none"):
+        scripted("no").choose("Is it?", choices)
+
+
+def test_choices_that_do_not_fit_the_context_are_refused(scripted):
+    lm = scripted("no")
+    limit = lm.config.text_config.max_position_embeddings
+    with pytest.raises(RequestError, match=f"the longest choice {limit}, but the .* holds {limit}"):
+        lm.choose("Is it?", ["a" * limit, "b"])

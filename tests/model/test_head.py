@@ -35,7 +35,7 @@ def model(floats: TextModel, request: pytest.FixtureRequest, monkeypatch: pytest
     codes = quantize(floats.embed_tokens.weight, Format(4))
     codes.packed[1000:1100] = codes.packed[:100]
     codes.scales[1000:1100] = codes.scales[:100]
-    made.embed_tokens = QuantEmbedding(Packed.of(codes), torch.float32)
+    made.set_submodule("embed_tokens", QuantEmbedding(Packed.of(codes), torch.float32))
     return made
 
 

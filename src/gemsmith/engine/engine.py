@@ -317,6 +317,76 @@ class LM:
         ids = self._raw_ids([(prompt, True)]) if isinstance(prompt, str) else list(prompt)
         return collect(self._start(Prompt(ids), params, chat=False))
 
+    def choose(self, prompt: str | Sequence[chat.Message], choices: Sequence[str]) -> str:
+        """The one of some texts that the model replies with when it may say nothing else.
+
+        Tokens are chosen one at a time, the likeliest of those with which some choice goes on (or
+        ends); nothing is computed where there is but one. For a classifier or a router this costs
+        less than a reply: of the model's head only the rows of such tokens are read.
+
+        Raises:
+          RequestError: no choices, two alike, or an empty one; otherwise as `generate`.
+        """
+        texts = not isinstance(choices, str) and all(isinstance(c, str) and c for c in choices)
+        if not choices or not texts or len(set(choices)) < len(choices):
+            raise RequestError(
+                f"choices {choices!r}: give a list of one text or more, none of them empty or twice"
+            )
+        if isinstance(prompt, str) and self.is_chat:
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str):
+            encoded = Prompt(self._raw_ids([(prompt, False)]))
+        else:
+            encoded = self.encode(prompt)
+        turn_close = self.tokenizer.special.turn_close
+        end = turn_close if turn_close in self.end_ids else min(self.end_ids)
+        replies: dict[tuple[int, ...], str] = {
+            (*self.tokenizer.encode(text), end): text for text in choices
+        }
+        longest = max(map(len, replies))
+        limit = self.config.text_config.max_position_embeddings
+        if len(encoded.ids) + longest > limit:
+            raise RequestError(
+                f"the prompt has {len(encoded.ids)} tokens and the longest choice {longest - 1}, "
+                f"but the model's context holds {limit}; shorten them"
+            )
+        self._check_ids(encoded.ids)
+        context, self._kept = self._kept or Context(self.model, self.kv), None
+        try:
+            return replies[self._chosen(context, encoded, list(replies))]
+        finally:
+            if context.whole:
+                self._kept = context
+
+    def _chosen(
+        self, context: Context, prompt: Prompt, replies: list[tuple[int, ...]]
+    ) -> tuple[int, ...]:
+        sampler = Sampler(
+            SamplingParams(temperature=0),
+            vocab_size=self.config.text_config.vocab_size,
+            prompt_ids=prompt.ids,
+            device=context.device,
+        )
+        following, read, at = None, 0, 0  # tokens of the reply that the model has read, and chosen
+        while len(replies) > 1:
+            allowed = {reply[at] for reply in replies}
+            if len(allowed) > 1:
+                if following is None:
+                    cached = context.rewind_for(prompt.keys())
+                    following = context.step(
+                        prompt.ids[cached:],
+                        keys=prompt.keys()[cached:],
+                        soft=self._soft(prompt, cached),
+                        blocks_T=self._blocks(prompt, cached),
+                    )
+                if read < at:
+                    following = context.step(replies[0][read:at])
+                    read = at
+                token = sampler.choose_next(following, allowed)
+                replies = [reply for reply in replies if reply[at] == token]
+            at += 1
+        return replies[0]
+
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits after each of the given tokens, float32 [T, V], on the model's device.
 
