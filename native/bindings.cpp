@@ -95,6 +95,33 @@ void set_experts(gemsmith::Layer& layer, int64_t A, int64_t F,
   for (int i = 0; i < 6; i++) *all[i] = at<const float>(arrays[i]);
 }
 
+// Each place: what Place in layer.h has, in its order, then spans of six as in `attention`.
+void run_layers(const std::vector<const gemsmith::Layer*>& layers,
+                const std::vector<std::vector<int64_t>>& places, Address x, Address ple,
+                int64_t ple_stride, int64_t M, Address y) {
+  constexpr size_t FIXED = 10;
+  std::vector<gemsmith::Place> made;
+  for (const std::vector<int64_t>& f : places) {
+    const auto address = [&](size_t i) { return static_cast<Address>(f[i]); };
+    gemsmith::Place place;
+    place.into = {at<int8_t>(address(0)), at<float>(address(1)), at<int8_t>(address(2)),
+                  at<float>(address(3))};
+    place.slot = f[4];
+    place.kv_heads = f[5];
+    place.ranges = at<const int64_t>(address(6));
+    place.cosine = at<const float>(address(7));
+    place.sine = at<const float>(address(8));
+    place.pairs = f[9];
+    for (size_t i = FIXED; i + 6 <= f.size(); i += 6)
+      place.spans.push_back({at<const void>(address(i)), at<const float>(address(i + 1)),
+                             at<const void>(address(i + 2)), at<const float>(address(i + 3)),
+                             f[i + 4], f[i + 5]});
+    made.push_back(std::move(place));
+  }
+  gemsmith::run(layers.data(), made, at<const float>(x), at<const float>(ple), ple_stride, M,
+                at<float>(y));
+}
+
 // spans: six integers each, as KeySpan has them. rule: as KeyRule, or zeros where keys are stored.
 void attention(Address q, int64_t R, int64_t N, int64_t K, int64_t H,
                const std::vector<int64_t>& spans, int k_format, int v_format, Address ranges,
@@ -171,6 +198,8 @@ NB_MODULE(_native, m) {
       }, release);
   m.def("layer", layer);
   m.def("set_experts", set_experts);
+  // Turned from Python's lists into C++ before the GIL is released.
+  m.def("run_layers", run_layers, release);
   m.def("attention", attention, release);
   m.def("read_memory", [](Address data, int64_t bytes) {
     return gemsmith::read_memory(at<const uint8_t>(data), bytes);

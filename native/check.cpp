@@ -366,6 +366,47 @@ struct LayerCase {
                     static_cast<long long>(M), i, y[i], known.first->second[i]);
         std::exit(1);
       }
+    if (layer.kv_heads && M <= 5) run_twice(M, x, cosine, sine);
+  }
+  // The layer twice over, in one call with its attention: what its parts give one by one.
+  void run_twice(int64_t M, const std::vector<float>& x, const std::vector<float>& cosine,
+                 const std::vector<float>& sine) const {
+    constexpr int64_t FIRST = 2, PAST = 3;  // slots before those of the rows; those that are seen
+    const std::vector<float> ple(M * 2 * P, 0.5f);
+    const Stored past = store(FIRST + M, 1, H, INT8);
+    std::vector<int64_t> ranges;
+    for (int64_t m = 0; m < M; m++) ranges.insert(ranges.end(), {m ? 1 : 0, PAST + m});
+    Stored one[] = {past, past, past, past}, other[] = {past, past, past, past};
+    const auto codes = [](Stored& s) { return reinterpret_cast<int8_t*>(s.bytes.data()); };
+    std::vector<Place> places(2);
+    std::vector<float> wanted(x);
+    for (size_t i = 0; i < 2; i++) {
+      Stored &k = one[2 * i], &v = one[2 * i + 1], &k2 = other[2 * i], &v2 = other[2 * i + 1];
+      const auto spans = [&](Stored& a, Stored& b) -> std::vector<KeySpan> {
+        return {{codes(a), a.scales.data(), codes(b), b.scales.data(), 0, FIRST},
+                {codes(a), a.scales.data(), codes(b), b.scales.data(), FIRST, M}};
+      };
+      places[i] = {{codes(k), k.scales.data(), codes(v), v.scales.data()}, FIRST, 1, ranges.data(),
+                   cosine.data(), sine.data(), PAIRS, spans(k, v)};
+      std::vector<float> q(M * HEADS * H), o(q), key(M * H), value(M * H), y(M * D);
+      layer.before(wanted.data(), M, cosine.data(), sine.data(), PAIRS, q.data(), key.data(),
+                   value.data());
+      quantize_rows(key.data(), M, H, codes(k2) + FIRST * H, k2.scales.data() + FIRST);
+      quantize_rows(value.data(), M, H, codes(v2) + FIRST * H, v2.scales.data() + FIRST);
+      const std::vector<KeySpan> seen = spans(k2, v2);
+      attention({q.data(), M, HEADS, 1, H, seen.data(), 2, INT8, INT8, ranges.data(), o.data()});
+      layer.after(wanted.data(), o.data(), ple.data() + i * P, 2 * P, M, y.data());
+      wanted = y;
+    }
+    const Layer* const both[] = {&layer, &layer};
+    std::vector<float> y(M * D);
+    gemsmith::run(both, places, x.data(), ple.data(), 2 * P, M, y.data());
+    bool same = y == wanted;
+    for (int i = 0; i < 4; i++)
+      same = same && one[i].bytes == other[i].bytes && one[i].scales == other[i].scales;
+    if (same) return;
+    std::printf("%s: layers in one call differ from layers one by one\n", kernels().name);
+    std::exit(1);
   }
 };
 

@@ -194,4 +194,44 @@ void Layer::after(const float* x, const float* o, const float* ple, int64_t ple_
   }
 }
 
+void run(const Layer* const* layers, const std::vector<Place>& places, const float* x,
+         const float* ple, int64_t ple_stride, int64_t M, float* y) {
+  int64_t q_size = 0, kv_size = 0;
+  for (size_t i = 0; i < places.size(); i++) {
+    const Layer& layer = *layers[i];
+    const int64_t q = layer.heads * layer.H, kv = layer.kv_heads * layer.H;
+    q_size = q > q_size ? q : q_size;
+    kv_size = kv > kv_size ? kv : kv_size;
+  }
+  const Floats q = floats(M * q_size), o = floats(M * q_size);
+  const Floats k = floats(M * kv_size), v = floats(M * kv_size);
+  for (size_t i = 0; i < places.size(); i++) {
+    const Layer& layer = *layers[i];
+    const Place& place = places[i];
+    const int64_t heads = layer.kv_heads, row = heads * layer.H;
+    layer.before(i ? y : x, M, place.cosine, place.sine, place.pairs, q.get(), k.get(), v.get());
+    if (heads) {
+      const StoredInt8& into = place.into;
+      quantize_rows(k.get(), M * heads, layer.H, into.k + place.slot * row,
+                    into.k_scale + place.slot * heads);
+      quantize_rows(v.get(), M * heads, layer.H, into.v + place.slot * row,
+                    into.v_scale + place.slot * heads);
+    }
+    Attention asked{};
+    asked.q = q.get();
+    asked.R = M;
+    asked.N = layer.heads;
+    asked.K = place.kv_heads;
+    asked.H = layer.H;
+    asked.spans = place.spans.data();
+    asked.span_count = static_cast<int64_t>(place.spans.size());
+    asked.k_format = asked.v_format = INT8;
+    asked.ranges = place.ranges;
+    asked.y = o.get();
+    attention(asked);
+    layer.after(i ? y : x, o.get(), ple, ple_stride, M, y);
+    if (ple) ple += layer.P;
+  }
+}
+
 }  // namespace gemsmith

@@ -1,9 +1,11 @@
-// A decoder layer of low-bit weights between two calls of attention: everything of it but attention
-// itself, for M rows of float32 hidden states. src/gemsmith/model/text.py, DecoderLayer, is the
-// definition; names are its. Sizes are checked by the caller (src/gemsmith/ops/cpu.py).
+// A decoder layer of low-bit weights, for M rows of float32 hidden states: before attention, after
+// it, and several layers on end with their attention. src/gemsmith/model/text.py, DecoderLayer, is
+// the definition; names are its. Sizes are checked by the caller (src/gemsmith/ops/cpu.py).
 #pragma once
 #include <cstdint>
 #include <vector>
+
+#include "kernels.h"
 
 namespace gemsmith {
 
@@ -56,5 +58,30 @@ struct Layer {
   // y [M][D] = the weighted sum of what the chosen experts make of x [M][D].
   void mix(const float* x, int64_t M, float* y) const;
 };
+
+// Keys and values as int8: [slots][K][H], scales [slots][K] float32.
+struct StoredInt8 {
+  int8_t* k = nullptr;
+  float* k_scale = nullptr;
+  int8_t* v = nullptr;
+  float* v_scale = nullptr;
+};
+
+// What a layer does with keys and values: it stores its M rows from `slot` on, if it owns any, and
+// attends to `spans`, see Attention in kernels.h.
+struct Place {
+  StoredInt8 into;
+  int64_t slot = 0;
+  int64_t kv_heads = 0;  // of those that are read
+  const int64_t* ranges = nullptr;
+  const float *cosine = nullptr, *sine = nullptr;  // see Layer::before
+  int64_t pairs = 0;
+  std::vector<KeySpan> spans;
+};
+
+// Layers one after the other, x [M][D] -> y [M][D]; a place for each. ple: [M][layers][P], rows
+// ple_stride apart.
+void run(const Layer* const* layers, const std::vector<Place>& places, const float* x,
+         const float* ple, int64_t ple_stride, int64_t M, float* y);
 
 }  // namespace gemsmith

@@ -11,7 +11,7 @@ from gemsmith.cache.none import NoCache
 from gemsmith.cache.ring import RingCache
 from gemsmith.config import Gemma4Config
 from gemsmith.errors import WeightsError
-from gemsmith.model.text import Experts, TextModel
+from gemsmith.model.text import Experts, Layers, TextModel
 from gemsmith.ops import attention, cpu
 from gemsmith.ops.rotary import KeyRule
 from gemsmith.quant.formats import Format
@@ -111,6 +111,94 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(isa, mo
     for threads in (1, 2):
         monkeypatch.setattr(cpu, "threads", lambda threads=threads: threads)
         assert torch.equal(logits(model, config, 300), wanted)
+
+
+def steps(model: TextModel, config: Gemma4Config, lengths: tuple[int, ...]) -> list[Tensor]:
+    """Hidden states of steps of so many tokens, K/V kept as int8; the first asks for one row."""
+    kv = RingCache(config.text_config, dtype=torch.int8, k_from_v=model.k_from_v)
+    found = []
+    for tokens in lengths:
+        with kv.step(tokens) as positions_T:
+            rows_R = torch.tensor([tokens - 1]) if not found else None
+            ids_T = (positions_T * 7) % 60 + 2
+            found.append(model(ids_T, positions_T, kv, rows_R=rows_R))
+    kept = (t for layer in kv._layers.values() for t in layer.tensors.values())
+    return [*found, *(t[: kv.length] for t in kept)]
+
+
+@pytest.mark.parametrize("size", ["E2B", "12B", "26B-A4B"])
+def test_layers_in_one_call_give_the_same_bits_as_one_by_one(monkeypatch, size):
+    """Through a ring that turns, with layers in between whose keys the extension cannot store."""
+    config = tiny_config(size, vocab_size=320)
+    model = packed_model(config, Format(4))
+    fuse(model)
+    lengths = (5, 1, 1, 1, 1, 1, 3, 1, 12, 2, 1)  # the window is 8
+    calls: list[int] = []
+    run = cpu.run_layers
+    monkeypatch.setattr(cpu, "run_layers", lambda a, *b: calls.append(len(a)) or run(a, *b))
+    found = steps(model, config, lengths)
+    layers = len(model.layers)
+    assert max(calls) == layers if size == "E2B" else 1 < max(calls) < layers
+    monkeypatch.setattr(type(model.layers), "run", Layers.run)
+    for one, other in zip(found, steps(model, config, lengths), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_failed_step_in_one_call_leaves_no_trace():
+    config = tiny_config("E2B", vocab_size=320)
+    model = packed_model(config, Format(4))
+    fuse(model)
+    kv = RingCache(config.text_config, dtype=torch.int8)
+
+    def step() -> None:
+        with kv.step(1) as positions_T:
+            model(torch.tensor([3]), positions_T, kv)
+            raise KeyboardInterrupt
+
+    for tokens in (7, 1, 1, 1):
+        with kv.step(tokens) as positions_T:
+            model(torch.arange(tokens), positions_T, kv)
+    seen = kv.length
+    before = {n: t.clone() for layer in kv._layers.values() for n, t in layer.tensors.items()}
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert kv.length == seen
+    for layer in kv._layers.values():
+        for name, tensor in layer.tensors.items():
+            held = min(seen, len(tensor))
+            assert torch.equal(tensor[:held], before[name][:held])
+
+
+def test_places_that_do_not_belong_to_the_layers_are_refused():
+    layer = cpu.Layer(*weights_and_norms(), heads=4, head_dim=16, eps=1e-6, scalar=1.0)
+    x, ranges = torch.zeros(1, 64), torch.tensor([[0, 2]])
+    turn = torch.zeros(1, 8), torch.zeros(1, 8)
+
+    def stored(heads: int = 1, head_dim: int = 16, dtype: torch.dtype = torch.int8) -> cpu.StoredKV:
+        values, scales = torch.zeros(3, heads, head_dim, dtype=dtype), torch.ones(3, heads)
+        extra = (scales, scales) if dtype == torch.int8 else (None, None)
+        return cpu.StoredKV(values, values, *extra)
+
+    def run(kv: cpu.StoredKV, count: int = 2, into: cpu.StoredKV | None = None) -> Tensor:
+        place = cpu.Place(into, 0, [(kv, 0, count)], ranges)
+        return cpu.run_layers([layer], [place], [turn], x, None)
+
+    assert run(stored()).shape == (1, 64)
+    with pytest.raises(WeightsError, match="slots 0 to 4 of 3"):
+        run(stored(), 4)
+    with pytest.raises(WeightsError, match=r"\[1, 32\] of formats \(2, 2\); .* int8 \[1, 16\]"):
+        run(stored(head_dim=32))
+    with pytest.raises(WeightsError, match=r"formats \(0, 0\); the layer runs on int8"):
+        run(stored(dtype=torch.float32))
+    with pytest.raises(WeightsError, match="4 query heads do not share 3 key/value heads"):
+        run(stored(heads=3))
+    with pytest.raises(WeightsError, match="a layer of 0 key/value heads was given"):
+        run(stored(), into=stored())
+    place, turns = cpu.Place(None, 0, [(stored(), 0, 2)], ranges), torch.zeros(2, 8)
+    with pytest.raises(WeightsError, match=r"ranges is torch.int64 \[1, 2\]"):
+        cpu.run_layers([layer], [place], [(turns, turns)], torch.zeros(2, 64), None)
+    with pytest.raises(WeightsError, match="no spans were given"):
+        cpu.run_layers([layer], [cpu.Place(None, 0, [], ranges)], [turn], x, None)
 
 
 def test_layers_keep_their_names_and_those_with_floats_stay():

@@ -28,6 +28,7 @@ from torch import Tensor
 from gemsmith import sizing
 from gemsmith.config import LayerPlan, TextConfig
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
+from gemsmith.ops import cpu
 from gemsmith.ops.attention import Queries, Slots, Span, stored_attention
 from gemsmith.ops.rotary import KeyRule
 
@@ -194,6 +195,25 @@ class RingCache:
             view = self._views[plan.kv_source]
         return stored_attention(q, view.spans, self._asking(view.keys, plan.window, rows_R))
 
+    def place(self, layer: int, rows_R: Tensor | None) -> cpu.Place | None:
+        """Where the extension itself stores and finds K/V of a layer this step, in the stead of
+        `attend`; None where it cannot. Once a layer and step, in order."""
+        plan, own = self.config.layers[layer], self._layers.get(layer)
+        into, slot = None, 0
+        if own is None:
+            view = self._views.get(plan.kv_source)
+        elif self.dtype != torch.int8 or own.slots.k is None:
+            return None
+        else:
+            view, target, slot = self._view(own, self._step_tokens)
+            into = target._native
+            if layer in self._sources:
+                self._views[layer] = view
+        if view is None or any(slots._native is None for slots, _, _ in view.spans):
+            return None
+        spans = [(slots._native, first, n) for slots, first, n in view.spans if slots._native]
+        return cpu.Place(into, slot, spans, self._asking(view.keys, plan.window, rows_R).ranges_R2)
+
     def _asking(self, keys: int, window: int | None, rows_R: Tensor | None) -> Queries:
         """The same for all layers of a kind in a step."""
         kind = (keys, window, rows_R is None)
@@ -203,28 +223,31 @@ class RingCache:
         return self._queries[kind]
 
     def _append(self, layer: _Layer, k_TKH: Tensor, v_TKH: Tensor) -> _View:
-        tokens = v_TKH.shape[0]
+        view, target, slot = self._view(layer, v_TKH.shape[0])
+        target.write(slot, k_TKH, v_TKH)
+        return view
+
+    def _view(self, layer: _Layer, tokens: int) -> tuple[_View, Slots, int]:
+        """The keys that this step sees in a layer of its own, and where its tokens' go: slots, and
+        the first of them."""
         start, stop = self.length, self.length + tokens
         window, slots = layer.plan.window, layer.slots
         if window is None:
             if slots.k is None and slots.rule is None:
                 raise ValueError(f"layer {layer.plan.index} is K = V: RingCache needs k_from_v")
-            slots.write(start, k_TKH, v_TKH)
-            return _View([(slots, 0, stop)], stop)
+            return _View([(slots, 0, stop)], stop), slots, start
         assert slots.k is not None, "K = V layers are full-attention layers"
         if tokens == 1:
             slot = start % window
             if start >= window:
                 old = {name: tensor[slot].clone() for name, tensor in slots.tensors.items()}
                 self._overwritten[layer.plan.index] = (slot, old)
-            slots.write(slot, k_TKH, v_TKH)
             held = min(stop, window)
-            return _View([(slots, 0, held)], held)
+            return _View([(slots, 0, held)], held), slots, slot
         pending = self._pending[layer.plan.index] = self._empty(layer.plan, tokens)
-        pending.write(0, k_TKH, v_TKH)
         past = min(start, window - 1)
         spans = [*_turns(slots, start - past, start, window), (pending, 0, tokens)]
-        return _View(spans, past + tokens)
+        return _View(spans, past + tokens), pending, 0
 
     def _write_ring(self, layer: _Layer, pending: Slots) -> None:
         window = layer.plan.window

@@ -188,6 +188,10 @@ class Experts(nn.Module):
         return moe.experts(x_TD, index_TA, weight_TA, self.gate_up_proj, self.down_proj)
 
 
+Tables = dict[tuple[RopeParameters, int], tuple[Tensor, Tensor]]
+"""`rope_table` of each pair of settings and head_dim."""
+
+
 class DecoderLayer(nn.Module):
     """One layer. Computes before and after attention; between the two the store attends."""
 
@@ -253,6 +257,27 @@ class DecoderLayer(nn.Module):
         )
 
 
+class Layers(nn.ModuleList):
+    """The decoder layers, in order."""
+
+    def run(
+        self,
+        first: int,
+        stop: int,
+        x_TD: Tensor,
+        ple_TLP: Tensor | None,
+        tables: Tables,
+        kv: KVStore,
+        rows_R: Tensor | None,
+    ) -> Tensor:
+        """Hidden states after layers first..stop-1; ple_TLP is of these layers."""
+        for index in range(first, stop):
+            layer: Any = self[index]
+            ple_TP = None if ple_TLP is None else ple_TLP[:, index - first]
+            x_TD = layer(x_TD, ple_TP, tables[layer.plan.rope, layer.plan.head_dim], kv, rows_R)
+        return x_TD
+
+
 class TextModel(nn.Module):
     """The decoder. Weights are allocated, not initialised: load a checkpoint or `init_weights`."""
 
@@ -273,7 +298,7 @@ class TextModel(nn.Module):
         L, D, P = config.num_hidden_layers, config.hidden_size, config.hidden_size_per_layer_input
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, D, **where)
-        self.layers = nn.ModuleList(DecoderLayer(config, p, **where) for p in config.layers)
+        self.layers = Layers(DecoderLayer(config, p, **where) for p in config.layers)
         self.norm = RMSNorm(D, config.rms_norm_eps, **where)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(D, config.vocab_size, **where)
@@ -310,26 +335,18 @@ class TextModel(nn.Module):
             at, values = soft
             h_TD = h_TD.index_copy(0, at, values.to(h_TD.dtype))
             ids_T = ids_T.index_fill(0, at, self.config.pad_token_id or 0)
-        first_shared = self.config.first_kv_shared_layer
-        ple_TLP = self.per_layer_inputs(h_TD, ids_T, 0, first_shared)
-        tables = {key: rope_table(positions_T, *key) for key in self._rope}
-
-        x, at_rows = h_TD, None
-        for layer in self.layers:
-            plan: LayerPlan = layer.plan  # pyright: ignore[reportAssignmentType]
-            if plan.index == first_shared:
-                if rows_R is not None:
-                    if not len(rows_R):
-                        return x[rows_R]
-                    at_rows = rows_R
-                    x, h_TD, ids_T = x[rows_R], h_TD[rows_R], ids_T[rows_R]
-                    tables = {key: (c[rows_R], s[rows_R]) for key, (c, s) in tables.items()}
-                ple_TLP = self.per_layer_inputs(h_TD, ids_T, first_shared, len(self.layers))
-            offset = first_shared if plan.index >= first_shared else 0
-            ple_TP = None if ple_TLP is None else ple_TLP[:, plan.index - offset]
-            x = layer(x, ple_TP, tables[plan.rope, plan.head_dim], kv, at_rows)
-        if rows_R is not None and at_rows is None:
+        L = len(self.layers)
+        # Where all tokens are asked for, all layers run on the same rows.
+        middle = L if rows_R is None else self.config.first_kv_shared_layer
+        ple_TLP = self.per_layer_inputs(h_TD, ids_T, 0, middle)
+        tables: Tables = {key: rope_table(positions_T, *key) for key in self._rope}
+        x = self.layers.run(0, middle, h_TD, ple_TLP, tables, kv, None)
+        if rows_R is not None:
             x = x[rows_R]
+            if middle < L and len(rows_R):
+                tables = {key: (c[rows_R], s[rows_R]) for key, (c, s) in tables.items()}
+                ple_TLP = self.per_layer_inputs(h_TD[rows_R], ids_T[rows_R], middle, L)
+                x = self.layers.run(middle, L, x, ple_TLP, tables, kv, rows_R)
         return self.norm(x)
 
     def embed(self, input_ids_T: Tensor) -> Tensor:

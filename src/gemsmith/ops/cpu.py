@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -496,6 +496,7 @@ class Layer:
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """How keys and values may be stored, as native/kernels.h numbers it."""
+INT8 = (FORMATS[torch.int8],) * 2
 MAX_HEAD = 512
 
 
@@ -565,7 +566,7 @@ class StoredKV:
         _check(k_TKH, "k", torch.float32, shape)
         _check(v_TKH, "v", torch.float32, shape)
         self._room(slot, T)
-        if self.formats != (FORMATS[torch.int8],) * 2:
+        if self.formats != INT8:
             raise WeightsError("only int8 slots are written here")
         native, rows = _ready(), T * self.heads
         assert native is not None, "StoredKV needs the extension"
@@ -631,6 +632,83 @@ def _rule_arguments(rule: KeyRule | None, keys: int) -> tuple[int, ...]:
     frequencies_R = turns.frequencies_R
     tables = (frequencies_R, *turns.near, *turns.far)
     return rule.norm_H.data_ptr(), len(frequencies_R), *(t.data_ptr() for t in tables)
+
+
+class Place(NamedTuple):
+    """What a layer does with the keys and values of a step, for `run_layers`."""
+
+    into: StoredKV | None
+    """Where it stores its own, None if it owns none; from `slot` on."""
+    slot: int
+    spans: Sequence[tuple[StoredKV, int, int]]
+    ranges_R2: Tensor
+    """As `attention` takes them."""
+
+
+def run_layers(
+    layers: Sequence[Layer],
+    places: Sequence[Place],
+    tables: Sequence[tuple[Tensor, Tensor]],
+    x_MD: Tensor,
+    ple_MLP: Tensor | None,
+) -> Tensor:
+    """`Layer.before`, the storing of keys and values as int8, `attention` and `Layer.after` of one
+    layer after the other, in one call: the same bits, and no Python in between.
+
+    A place, and cos and sin [M, R], for each layer; ple_MLP: the per-layer inputs of them all.
+
+    Raises:
+      WeightsError: sizes, types or slots that do not belong together.
+    """
+    M, D = x_MD.shape
+    _check(x_MD, "x", torch.float32, (M, layers[0]._D))
+    P = layers[0]._P
+    ple, stride = 0, 0
+    if P:
+        shape = (M, len(layers), P)
+        if ple_MLP is None:
+            raise WeightsError(f"the layers want per-layer inputs {list(shape)}")
+        if tuple(ple_MLP.shape) != shape:
+            raise WeightsError(f"per-layer inputs {list(ple_MLP.shape)}, not {list(shape)}")
+        if ple_MLP.stride()[1:] != (P, 1) or ple_MLP.dtype != torch.float32:
+            ple_MLP = ple_MLP.float().contiguous()
+        ple, stride = ple_MLP.data_ptr(), ple_MLP.stride(0)
+    fields: list[list[int]] = []
+    for layer, place, (cos_MR, sin_MR) in zip(layers, places, tables, strict=True):
+        R, H = cos_MR.shape[-1], layer._H
+        _check(cos_MR, "cos", torch.float32, (M, min(R, H // 2)))
+        _check(sin_MR, "sin", torch.float32, (M, R))
+        _check(place.ranges_R2, "ranges", torch.int64, (M, 2))
+        if (place.into is None) != (layer._K == 0):
+            raise WeightsError(f"a layer of {layer._K} key/value heads was given {place.into}")
+        if not place.spans:
+            raise WeightsError("a layer needs keys: no spans were given")
+        heads = place.spans[0][0].heads
+        own = [] if place.into is None else [(place.into, place.slot, M)]
+        for (kv, start, count), wanted in zip(
+            (*own, *place.spans), [layer._K] * len(own) + [heads] * len(place.spans), strict=True
+        ):
+            kv._room(start, count)
+            if kv.formats != INT8 or kv.rule or (kv.heads, kv.head_dim) != (wanted, H):
+                raise WeightsError(
+                    f"keys and values [{kv.heads}, {kv.head_dim}] of formats {kv.formats}; "
+                    f"the layer runs on int8 [{wanted}, {H}]"
+                )
+        if layer._N % heads:
+            raise WeightsError(f"{layer._N} query heads do not share {heads} key/value heads")
+        into = (0, 0, 0, 0) if place.into is None else place.into._arguments
+        addresses = (place.ranges_R2.data_ptr(), cos_MR.data_ptr(), sin_MR.data_ptr())
+        fields.append([*into, place.slot, heads, *addresses, R])
+        for kv, start, count in place.spans:
+            fields[-1] += (*kv._arguments, start, count)
+    native = _ready()
+    assert native is not None, "the layers were made by the extension"
+    y_MD = torch.empty((M, D))
+    native.run_layers(
+        [layer._layer for layer in layers], fields, x_MD.data_ptr(), ple, stride, M,
+        y_MD.data_ptr(),
+    )  # fmt: skip
+    return y_MD
 
 
 def advise_hugepages(tensor: Tensor) -> bool:

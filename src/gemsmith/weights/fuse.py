@@ -1,15 +1,15 @@
-"""Decoder layers of packed weights, computed in two calls of the C++ extension each.
+"""Decoder layers of packed weights, computed by the C++ extension: two calls each, or one for all.
 
 The same numbers as the modules they hold, up to the order in which norms add; a step of one token
 spends its time reading weights then, and not on calls.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from gemsmith.model.text import DecoderLayer, Experts, TextModel
+from gemsmith.model.text import DecoderLayer, Experts, KVStore, Layers, Tables, TextModel
 from gemsmith.ops import cpu
 from gemsmith.quant.linear import QuantModule
 from gemsmith.quant.packed import Packed
@@ -108,8 +108,63 @@ def takes(layer: DecoderLayer) -> bool:
     return all(p.dtype == torch.float32 and p.is_cpu for p in layer.parameters())
 
 
+FEW_ROWS = 32
+"""Up to so many rows layers run in one call; beyond, calls cost nothing beside the products, and
+between them a signal is heard."""
+
+
+@runtime_checkable
+class Places(Protocol):
+    """A `KVStore` whose K/V the extension can store and find by itself."""
+
+    def place(self, layer: int, rows_R: Tensor | None) -> cpu.Place | None:
+        """None where it cannot. Asked once a layer and step, in order, in the stead of `attend`."""
+        ...
+
+
+class PackedLayers(Layers):
+    """Layers of which as many on end as possible run in one call of the extension."""
+
+    def run(
+        self,
+        first: int,
+        stop: int,
+        x_TD: Tensor,
+        ple_TLP: Tensor | None,
+        tables: Tables,
+        kv: KVStore,
+        rows_R: Tensor | None,
+    ) -> Tensor:
+        if len(x_TD) > FEW_ROWS or not isinstance(kv, Places):
+            return super().run(first, stop, x_TD, ple_TLP, tables, kv, rows_R)
+        angles = {key: (c.flatten(1), s.flatten(1)) for key, (c, s) in tables.items()}
+        done = first
+        while done < stop:
+            layers: list[cpu.Layer] = []
+            places: list[cpu.Place] = []
+            turns: list[tuple[Tensor, Tensor]] = []
+            for index in range(done, stop):
+                layer: Any = self._modules[str(index)]
+                place = kv.place(index, rows_R) if isinstance(layer, PackedLayer) else None
+                if place is None:
+                    break
+                layers.append(layer._native)
+                places.append(place)
+                turns.append(angles[layer.plan.rope, layer.plan.head_dim])
+            after = done + len(layers)
+            part = None if ple_TLP is None else ple_TLP[:, done - first : after - first]
+            if layers:
+                x_TD = cpu.run_layers(layers, places, turns, x_TD.contiguous(), part)
+            if after < stop:  # one that cannot
+                part = None if ple_TLP is None else ple_TLP[:, after - first :]
+                x_TD = super().run(after, after + 1, x_TD, part, tables, kv, rows_R)
+            done = after + 1
+        return x_TD
+
+
 def fuse(model: TextModel) -> None:
     """Replace the layers that can be by `PackedLayer`s, in place."""
-    for index, layer in enumerate(model.layers):
-        if isinstance(layer, DecoderLayer) and takes(layer):
-            model.layers[index] = PackedLayer(layer)
+    model.layers = PackedLayers(
+        PackedLayer(layer) if isinstance(layer, DecoderLayer) and takes(layer) else layer
+        for layer in model.layers
+    )
