@@ -28,6 +28,22 @@ INLINE inline void dot(__m512i& sum, __m512i u, __m512i x) {
 #endif
 }
 
+// The same of four x for all lanes.
+INLINE inline void dot4(__m512i& sum, __m512i u, const int8_t* x) {
+#if defined(__GNUC__)
+  struct Four {
+    int8_t bytes[4];
+  };
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(sum)
+      : "v"(u), "m"(*reinterpret_cast<const Four*>(x)));
+#else
+  int32_t four;
+  std::memcpy(&four, x, sizeof(four));
+  dot(sum, u, _mm512_set1_epi32(four));
+#endif
+}
+
 // Far ahead into L2, and from there into L1: one of the two alone keeps fewer lines on their way.
 INLINE inline void read_ahead(const uint8_t* w) {
   _mm_prefetch(reinterpret_cast<const char*>(w) + 8192, _MM_HINT_T1);
@@ -37,25 +53,32 @@ INLINE inline void read_ahead(const uint8_t* w) {
 template <int B, int M, int A>
 struct Sums {
   static constexpr int F = 8 / B;
+  // Fields that stay where they are in a byte: such a sum is 2^(B * place) times what it should be,
+  // which one exact shift at the end costs less than one of each line.
+  static constexpr int PLACES = A < F ? A : F;
   __m512i sum[M][A];
 
   // One line, the u-th of those that use different registers.
-  INLINE void add(const uint8_t* w, const int8_t* x, int64_t stride,
-                                          int u) {
-    const __m512i mask = _mm512_set1_epi8((1 << B) - 1);
-    const __m512i q = _mm512_loadu_si512(w);
+  INLINE void add(const uint8_t* w, const int8_t* x, int64_t stride, int u) {
+    __m512i q = _mm512_loadu_si512(w);
     read_ahead(w);
     UNROLL
     for (int f = 0; f < F; f++) {
-      __m512i code = f ? _mm512_srli_epi16(q, B * f) : q;
-      if (B < 8) code = _mm512_and_si512(code, mask);
+      if (f && f % PLACES == 0) q = _mm512_srli_epi16(q, B * PLACES);
+      const int mask = ((1 << B) - 1) << (B * (f % PLACES));
+      const __m512i code =
+          B < 8 ? _mm512_and_si512(q, _mm512_set1_epi8(static_cast<char>(mask))) : q;
       UNROLL
-      for (int m = 0; m < M; m++) {
-        int32_t four;
-        std::memcpy(&four, x + m * stride + 4 * f, sizeof(four));
-        dot(sum[m][(u * F + f) % A], code, _mm512_set1_epi32(four));
-      }
+      for (int m = 0; m < M; m++) dot4(sum[m][(u * F + f) % A], code, x + m * stride + 4 * f);
     }
+  }
+
+  INLINE __m512i of_row(int m) const {
+    __m512i all = sum[m][0];
+    UNROLL
+    for (int a = 1; a < A; a++)
+      all = _mm512_add_epi32(all, _mm512_srai_epi32(sum[m][a], B * (a % PLACES)));
+    return all;
   }
 };
 
@@ -98,10 +121,8 @@ void tile(const Product& p, int64_t block, int64_t m0) {
     const __m512 s = load_scales<S>(p.scales, scale);
     UNROLL
     for (int m = 0; m < M; m++) {
-      __m512i sum = sums.sum[m][0];
-      UNROLL
-      for (int a = 1; a < A; a++) sum = _mm512_add_epi32(sum, sums.sum[m][a]);
-      total[m] = _mm512_add_ps(total[m], _mm512_mul_ps(_mm512_cvtepi32_ps(sum), s));
+      const __m512 sum = _mm512_cvtepi32_ps(sums.of_row(m));
+      total[m] = _mm512_add_ps(total[m], _mm512_mul_ps(sum, s));
     }
   }
   const int64_t left = p.N - block * BLOCK;

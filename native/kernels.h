@@ -219,6 +219,18 @@ void quantize_rows(const float* x, int64_t M, int64_t K, int8_t* x8, float* sx);
 // K is at most 65536: sums of 255 * 128 then fit 32 bits.
 void matmul(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
             int64_t group, int scale_bits, const int8_t* x8, const float* sx, int64_t M, float* y);
+// Several such products of the same rows, which threads share out together.
+struct Factor {
+  const uint8_t* lines;
+  const void* scales;
+  int64_t N;
+  int bits;
+  int64_t group;
+  int scale_bits;
+  float* y;
+};
+void matmul(const Factor* factors, int64_t count, int64_t K, const int8_t* x8, const float* sx,
+            int64_t M);
 // quantize_rows and matmul: y of float rows x [M][K].
 void linear(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
             int64_t group, int scale_bits, const float* x, int64_t M, float* y);

@@ -1,7 +1,9 @@
 #include "layer.h"
 
 #include <cstring>
+#include <initializer_list>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -53,8 +55,17 @@ struct Rounded {
       : Rounded(M, K) {
     quantize_rows(x, M, K, x8.get(), sx.get());
   }
-  void times(const Weight& w, float* y) const {
-    matmul(w.lines, w.scales, w.N, w.K, w.bits, w.group, w.scale_bits, x8.get(), sx.get(), M, y);
+  void times(const Weight& w, float* y) const { times({{&w, y}}); }
+  // Those that the layer has, in one job: threads wait for each other once.
+  void times(std::initializer_list<std::pair<const Weight*, float*>> weights) const {
+    Factor factors[3];
+    int64_t count = 0, K = 0;
+    for (const auto& [w, y] : weights) {
+      if (!w->lines) continue;
+      factors[count++] = {w->lines, w->scales, w->N, w->bits, w->group, w->scale_bits, y};
+      K = w->K;
+    }
+    matmul(factors, count, K, x8.get(), sx.get(), M);
   }
 };
 
@@ -132,11 +143,7 @@ void Layer::before(const float* x, int64_t M, const float* cosine, const float* 
     isa.norm(x, input_norm, D, eps, m0, m1, normed.get());
   });
   const Rounded rows(normed.get(), M, D);
-  rows.times(this->q, q);
-  if (kv_heads) {
-    rows.times(this->k, k);
-    if (this->v.lines) rows.times(this->v, v);
-  }
+  rows.times({{&this->q, q}, {&this->k, k}, {&this->v, v}});
   each_row(M, heads * H, [&](int64_t m0, int64_t m1) {
     isa.norm(q, q_norm, H, eps, m0 * heads, m1 * heads, q);
     isa.rotate(q, heads, H, pairs, cosine, sine, m0, m1);
@@ -162,11 +169,7 @@ void Layer::after(const float* x, const float* o, const float* ple, int64_t ple_
       isa.add_norm(in, branch.get(), attention_norm, D, eps, 1.0f, m0, m1, out);
       isa.norm(out, before_mlp_norm, D, eps, m0, m1, normed.get());
     });
-    {
-      const Rounded input(normed.get(), rows, D);
-      input.times(gate, gate_out.get());
-      input.times(up, up_out.get());
-    }
+    Rounded(normed.get(), rows, D).times({{&gate, gate_out.get()}, {&up, up_out.get()}});
     each_row(rows, F, [&](int64_t m0, int64_t m1) {
       isa.geglu(gate_out.get(), F, up_out.get(), F, F, m0, m1, gate_out.get());
     });

@@ -21,16 +21,22 @@ constexpr int64_t MANY_ROWS = 144;
 constexpr int64_t ALONE_BYTES = 128 * 1024;
 // Bytes of a piece: few enough that threads end together, many enough to stream.
 constexpr int64_t MIN_PIECE = 16 * 1024, MAX_PIECE = 8 * 1024 * 1024;
+// Pieces a thread: where each has to be begun, and where one goes on with the next.
+constexpr int64_t FEW = 4, MANY = 64;
 
 int64_t clamp(int64_t value, int64_t least, int64_t most) {
   return value < least ? least : value > most ? most : value;
 }
 
-// `total` things of `bytes` work each: how many make a piece, for about four pieces a thread.
+// Bytes of a piece, of about so many a thread.
+int64_t piece_bytes(int64_t bytes, int64_t pieces) {
+  return clamp(bytes / (pieces * threads()), MIN_PIECE, MAX_PIECE);
+}
+
+// `total` things of `bytes` work each: how many make a piece.
 int64_t piece_size(int64_t total, int64_t bytes) {
   if (total * bytes < ALONE_BYTES || threads() == 1) return total;
-  const int64_t size = clamp(total * bytes / (4 * threads()), MIN_PIECE, MAX_PIECE);
-  return clamp(size / bytes, 1, total);
+  return clamp(piece_bytes(total * bytes, FEW) / bytes, 1, total);
 }
 
 int64_t pass_rows(int64_t stride, int64_t least) {
@@ -51,13 +57,20 @@ struct ProductJob {
   int64_t M;
 };
 
-void run_product(const void* data, int64_t piece) {
-  const auto& job = *static_cast<const ProductJob*>(data);
+void run_product(const ProductJob& job, int64_t piece) {
   const Product& p = job.product;
   const int64_t b0 = job.blocks.begin(piece), b1 = job.blocks.end(piece);
   const int64_t rows = pass_rows(p.stride, 16);
   for (int64_t m = 0; m < job.M; m += rows)
     job.kernels.product(p, b0, b1, m, m + rows < job.M ? m + rows : job.M);
+}
+
+// Pieces of one product after those of the other.
+void run_products(const void* data, int64_t piece) {
+  const auto& jobs = *static_cast<const std::vector<ProductJob>*>(data);
+  size_t i = 0;
+  for (; piece >= jobs[i].blocks.count(); i++) piece -= jobs[i].blocks.count();
+  run_product(jobs[i], piece);
 }
 
 // As long as its thread lives: to ask the system for it each time would cost more than to unpack.
@@ -320,40 +333,81 @@ void quantize_rows(const float* x, int64_t M, int64_t K, int8_t* x8, float* sx) 
   parallel(job.rows.count(), run_quantize, &job);
 }
 
-void matmul(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
-            int64_t group, int scale_bits, const int8_t* x8, const float* sx, int64_t M, float* y) {
-  if (M == 0) return;
-  const Kernels& k = kernels();
-  const bool many = k.gemm && M >= k.gemm->least;
-  const int64_t inputs = line_inputs(bits), count = ceil_div(K, inputs);
-  const int64_t groups = group ? K / group : 1, blocks = ceil_div(N, BLOCK);
-  const int64_t step = many ? k.gemm->bytes : 1;  // of x, that kernels read at once
-  const int64_t stride = ceil_div(count * inputs, step) * step;
+namespace {
 
-  std::unique_ptr<int32_t[]> sums;
-  std::unique_ptr<int8_t[]> x;  // x8 as kernels read it
-  if (many) {
-    const int64_t panels = ceil_div(M, k.gemm->rows), rows = panels * k.gemm->rows;
-    const int32_t factor = -(1 << (bits - 1));
-    sums.reset(new int32_t[static_cast<size_t>(rows * groups)]);
-    x.reset(new int8_t[static_cast<size_t>(rows * stride)]);
-    const ArrangeJob job{k,      x8,      M,          K, stride, groups, factor, x.get(), sums.get(),
-                         {panels, piece_size(panels, k.gemm->rows * stride)}};
-    parallel(job.panels.count(), run_arrange, &job);
-  } else {
-    FewRows few(k, x8, M, K, stride, groups, bits);
-    sums = std::move(few.sums);
-    x = std::move(few.padded);
-  }
-
-  const Product product{lines,  scales, N,          count,        group ? group / inputs : count,
-                        groups, bits,   scale_bits, x ? x.get() : x8, stride,
-                        sums.get(), sx, y};
+// Many rows: weights are unpacked, and activations arranged, for one product at a time.
+void multiply_many(const Kernels& k, const Factor& w, int64_t K, const int8_t* x8, const float* sx,
+                   int64_t M) {
+  const int64_t inputs = line_inputs(w.bits), count = ceil_div(K, inputs);
+  const int64_t groups = w.group ? K / w.group : 1, blocks = ceil_div(w.N, BLOCK);
+  const int64_t stride = ceil_div(count * inputs, k.gemm->bytes) * k.gemm->bytes;
+  const int64_t panels = ceil_div(M, k.gemm->rows), rows = panels * k.gemm->rows;
+  const std::unique_ptr<int32_t[]> sums(new int32_t[static_cast<size_t>(rows * groups)]);
+  const std::unique_ptr<int8_t[]> x(new int8_t[static_cast<size_t>(rows * stride)]);
+  const ArrangeJob arrange{k, x8, M, K, stride, groups, -(1 << (w.bits - 1)), x.get(), sums.get(),
+                           {panels, piece_size(panels, k.gemm->rows * stride)}};
+  parallel(arrange.panels.count(), run_arrange, &arrange);
+  const Product product{w.lines, w.scales, w.N, count, w.group ? w.group / inputs : count,
+                        groups, w.bits, w.scale_bits, x.get(), stride, sums.get(), sx, w.y};
   // Each further row is about as much work again as a 16th of the bytes.
   int64_t size = piece_size(blocks, count * LINE * (1 + M / 16));
-  if (many && size < blocks) size += size % 2;  // kernels take blocks by twos
+  if (size < blocks) size += size % 2;  // kernels take blocks by twos
   const ProductJob job{k, product, {blocks, size}, M};
-  parallel(job.blocks.count(), many ? run_gemm : run_product, &job);
+  parallel(job.blocks.count(), run_gemm, &job);
+}
+
+}  // namespace
+
+void matmul(const Factor* factors, int64_t count, int64_t K, const int8_t* x8, const float* sx,
+            int64_t M) {
+  if (M == 0) return;
+  const Kernels& k = kernels();
+  if (k.gemm && M >= k.gemm->least) {
+    for (int64_t i = 0; i < count; i++) multiply_many(k, factors[i], K, x8, sx, M);
+    return;
+  }
+  std::vector<FewRows> given;
+  given.reserve(static_cast<size_t>(count));
+  std::vector<Product> products;
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const Factor& w = factors[i];
+    const int64_t inputs = line_inputs(w.bits), line_count = ceil_div(K, inputs);
+    const int64_t groups = w.group ? K / w.group : 1, stride = line_count * inputs;
+    Product p{w.lines, w.scales, w.N, line_count, w.group ? w.group / inputs : line_count,
+              groups, w.bits, w.scale_bits, x8, stride, nullptr, sx, w.y};
+    if (i && w.bits == factors[i - 1].bits && w.group == factors[i - 1].group) {
+      p.x = products.back().x;
+      p.sums = products.back().sums;
+    } else {
+      const FewRows& own = given.emplace_back(k, x8, M, K, stride, groups, w.bits);
+      p.sums = own.sums.get();
+      if (own.padded) p.x = own.padded.get();
+    }
+    bytes += ceil_div(w.N, BLOCK) * line_count * LINE;
+    products.push_back(p);
+  }
+  // Each further row is about as much work again as a 16th of the bytes.
+  const int64_t work = 1 + M / 16;
+  const bool alone = bytes * work < ALONE_BYTES || threads() == 1;
+  std::vector<ProductJob> jobs;
+  int64_t pieces = 0;
+  for (const Product& p : products) {
+    const int64_t blocks = ceil_div(p.N, BLOCK);
+    const int64_t size = piece_bytes(bytes * work, MANY) / (p.line_count * LINE * work);
+    jobs.push_back({k, p, {blocks, alone ? blocks : clamp(size, 1, blocks)}, M});
+    pieces += jobs.back().blocks.count();
+  }
+  if (alone)
+    for (const ProductJob& job : jobs) run_product(job, 0);
+  else
+    parallel(pieces, run_products, &jobs);
+}
+
+void matmul(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
+            int64_t group, int scale_bits, const int8_t* x8, const float* sx, int64_t M, float* y) {
+  const Factor factor{lines, scales, N, bits, group, scale_bits, y};
+  matmul(&factor, 1, K, x8, sx, M);
 }
 
 void linear(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,

@@ -4,6 +4,10 @@
 // caller returns at the last. No thread ever waits for another to arrive, so a worker that lost its
 // core costs the pieces it owns and nothing more.
 //
+// Which piece it is: each thread has a range of its own, a part of memory that it streams from
+// beginning to end, and when that is done takes from the ends of others. Pieces may thus be small,
+// so that threads end together.
+//
 // Waiting spins for SPIN and then sleeps on a condition variable: spinning saves the wake-up within
 // a decoding step, where jobs follow each other closely; sleeping gives the core back to whoever
 // shares it, which may be the very thread that is waited for.
@@ -12,6 +16,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -59,8 +64,13 @@ struct Pool {
   // The job: written while `ticket` counts 0 pieces, read by owners of a piece.
   Piece piece = nullptr;
   const void* job = nullptr;
-  int64_t pieces = 0;
+  int64_t pieces = 0, parts = 0;
   std::atomic<int64_t> done{0};
+  // Pieces of each thread that nobody has: the first << 32 | one after the last.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> pieces{0};
+  };
+  Range ranges[MAX_WORKERS + 1];
 
   std::mutex mutex;
   std::condition_variable work, finished;
@@ -68,19 +78,36 @@ struct Pool {
   std::atomic<bool> caller_sleeps{false};
   int64_t workers = 0;  // started
 
-  bool take() {
+  // thread: the caller is 0.
+  bool take(int64_t thread) {
     uint64_t seen = ticket.load(std::memory_order_acquire);
     while (seen & 0xffffffffu)
       if (ticket.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) {
-        run(static_cast<int64_t>((seen & 0xffffffffu)) - 1);
+        run(find(thread));
         return true;
       }
     return false;
   }
 
-  void run(int64_t left) {
+  // There is one for each decrement of the ticket, and ranges only shrink: one look at each is enough.
+  int64_t find(int64_t thread) {
+    for (int64_t i = 0; i < parts; i++) {
+      std::atomic<uint64_t>& range = ranges[(thread + i) % parts].pieces;
+      uint64_t seen = range.load();
+      for (;;) {
+        const uint64_t first = seen >> 32, end = seen & 0xffffffffu;
+        if (first == end) break;
+        const bool own = i == 0;
+        if (range.compare_exchange_weak(seen, own ? seen + (uint64_t{1} << 32) : seen - 1))
+          return static_cast<int64_t>(own ? first : end - 1);
+      }
+    }
+    std::abort();
+  }
+
+  void run(int64_t which) {
     const int64_t total = pieces;  // after the last piece is counted the job may change
-    piece(job, total - 1 - left);
+    piece(job, which);
     if (done.fetch_add(1) + 1 == total && caller_sleeps.load()) {
       { std::lock_guard<std::mutex> lock(mutex); }
       finished.notify_one();
@@ -93,7 +120,7 @@ struct Pool {
     const auto ready = [&] { return !waiting() && index < limit.load(); };
     for (;;) {
       if (ready() || spin(ready)) {
-        take();
+        take(index + 1);
         continue;
       }
       std::unique_lock<std::mutex> lock(mutex);
@@ -117,6 +144,11 @@ struct Pool {
     piece = what;
     job = which;
     pieces = count;
+    parts = helpers + 1;
+    for (int64_t i = 0; i < parts; i++) {
+      const auto first = static_cast<uint64_t>(i * count / parts);
+      ranges[i].pieces.store(first << 32 | static_cast<uint64_t>((i + 1) * count / parts));
+    }
     done.store(0);
     limit.store(helpers);
     const uint64_t number = (ticket.load() >> 32) + 1;
@@ -125,7 +157,7 @@ struct Pool {
       { std::lock_guard<std::mutex> lock(mutex); }
       work.notify_all();
     }
-    while (take()) {
+    while (take(0)) {
     }
     const auto all = [&] { return done.load() == count; };
     if (spin(all)) return;
