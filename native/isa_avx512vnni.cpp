@@ -119,6 +119,8 @@ void tile(const Product& p, int64_t block, int64_t m0) {
       for (int u = 0; u < U; u++, w += LINE, x += 4 * F) sums.add(w, x, p.stride, u);
     for (; l < p.group_lines; l++, w += LINE, x += 4 * F) sums.add(w, x, p.stride, 0);
     const __m512 s = load_scales<S>(p.scales, scale);
+    // A second stream from memory: not read ahead, it costs a tenth of the speed.
+    if (S) _mm_prefetch(static_cast<const char*>(p.scales) + scale * (S / 8) + 1024, _MM_HINT_T0);
     UNROLL
     for (int m = 0; m < M; m++) {
       const __m512 sum = _mm512_cvtepi32_ps(sums.of_row(m));
