@@ -13,12 +13,13 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "gemsmith"
 
-BASE = {"errors", "config", "sizing"}
+BASE = {"errors", "config", "shapes", "sizing"}
 LOW = BASE | {"hardware", "ops"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
-    "sizing": {"errors", "config"},
+    "shapes": {"config"},
+    "sizing": {"errors", "config", "shapes"},
     "hardware": BASE,
     "_native": set(),  # the C++ extension
     "ops": BASE | {"hardware", "_native"},

@@ -1,26 +1,229 @@
-"""What a model costs: parameters, bytes of weights and K/V, operations. Standard library only.
+"""What a model costs: parameters, bytes of weights and K/V, workspace, operations.
 
-The engine allocates by these functions and `info` reports by them, so the two cannot disagree.
+The cache allocates by these functions, `load` refuses by them, and `info` and `fit` report by them,
+so that none can disagree. Standard library only; nothing is measured here but what is said to be.
 GiB is 2^30 bytes.
 
-Sources: exact shapes of the checkpoints (model/text.py for the decoder, transformers 5.23
-modeling_gemma4.py and modeling_gemma4_unified.py for the towers).
+Three places where a weight takes room, which differ by up to a fifth:
+  file    as `gemsmith quantize` and `save_model` write it
+  cpu     as the CPU's kernels read it: rows filled up to blocks of 16, what stays floats in float32
+  gpu     codes as in the file with float32 scales, what stays floats in bfloat16
+
+Formats are those of weights/recipe.py: float32 and bfloat16 as they are, int8, int4, int2 (groups
+of 32 at 4 and 2 bits), and Google's mobile mix.
+
+Sources: exact shapes of the checkpoints (shapes.py); weights/layouts.py and ops/cpu.py for bytes.
 """
 
-from gemsmith.config import (
-    AudioConfig,
-    Gemma4Config,
-    LayerPlan,
-    TextConfig,
-    UnifiedAudioConfig,
-    UnifiedVisionConfig,
-    VisionConfig,
-)
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
-SLAB_STEP = 256
-MEL_BINS = 128
+from gemsmith import shapes
+from gemsmith.config import Gemma4Config, LayerPlan, TextConfig, VisionConfig
+from gemsmith.errors import ConfigError
+from gemsmith.shapes import Tensor
+
+Place = Literal["file", "cpu", "gpu"]
+FLOATS = {"float32": 4, "bfloat16": 2}
+"""Bytes of a value."""
+LOW_BITS = {"int8": 8, "int4": 4, "int2": 2}
+FORMATS = (*FLOATS, *LOW_BITS, "mobile")
+GROUP = 32
+"""Weights to a scale at 4 and 2 bits."""
+WORD, BLOCK, LINE = 4, 16, 64
+"""Bytes a row of codes is filled up to in compressed-tensors' layout; rows of a block and bytes of
+a line in the order of the CPU's kernels."""
+KV_VALUES = {"float32": 4, "bfloat16": 2, "int8": 1}
+"""Bytes of a value, by how K/V are stored."""
 KV_SCALE_BYTES = 4
 """int8 K/V has a float32 scale a token and head, for keys and for values."""
+SLAB_STEP = 256
+CHUNK_TOKENS = 512
+"""Prompt tokens run in one pass, as in engine/context.py."""
+RUNTIME_BYTES: dict[str, int] = {"cpu": 275 << 20, "gpu": 600 << 20}
+"""What a process takes before any weight. cpu: resident memory of `gemsmith generate` on the
+built-in model without its weights (250 MiB: Linux, x86-64, torch 2.13 for CPUs), and 25 MiB of a
+compiled vocabulary of 262,144. gpu: a CUDA context with torch's kernels; an estimate, not measured
+by us."""
+
+# -- parameters -----------------------------------------------------------------------------------
+
+
+def parameters(config: Gemma4Config) -> dict[str, int]:
+    """Trainable weights by part of the model, see `shapes.Tensor.part`; their sum is its size."""
+    return _counted([*shapes.decoder(config.text_config), *shapes.towers(config)])
+
+
+def layer_parameters(config: TextConfig, plan: LayerPlan) -> dict[str, int]:
+    """Trainable weights of one layer by part."""
+    return _counted(shapes.layer(config, plan))
+
+
+def text_parameters(config: TextConfig) -> int:
+    """Trainable weights of the decoder alone."""
+    return sum(_counted(shapes.decoder(config)).values())
+
+
+def active_parameters(config: TextConfig) -> int:
+    """Weights that one token passes through, the embedding included."""
+    parts = _counted(shapes.decoder(config))
+    if config.enable_moe_block:
+        parts["experts"] = parts["experts"] * (config.top_k_experts or 0) // _experts(config)
+    return sum(parts.values())
+
+
+def shared_kv_leftovers(config: TextConfig) -> int:
+    """Values of the K/V projections that released files store for layers that never use them."""
+    return sum(_counted(shapes.shared_kv(config)).values())
+
+
+def stored_values(config: Gemma4Config) -> int:
+    """Values in a released checkpoint, clip scalars left out, as model pages count them."""
+    vision = config.vision_config
+    std_values = 0
+    if isinstance(vision, VisionConfig) and vision.standardize:
+        std_values = 2 * vision.hidden_size
+    return (
+        sum(parameters(config).values())
+        + shared_kv_leftovers(config.text_config)
+        + config.text_config.num_hidden_layers
+        + std_values
+    )
+
+
+def drafter_parameters(config: Gemma4Config) -> int:
+    """Trainable weights of the drafter that is published beside this size."""
+    return sum(math.prod(tensor.shape) for tensor in shapes.drafter(config.text_config))
+
+
+def _counted(tensors: Iterable[Tensor]) -> dict[str, int]:
+    parts: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.trained:
+            parts[tensor.part] = parts.get(tensor.part, 0) + math.prod(tensor.shape)
+    return parts
+
+
+def _experts(config: TextConfig) -> int:
+    return config.num_experts or 1
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+def low_bits(tensor: Tensor, config: TextConfig, format: str) -> tuple[int, int | None] | None:
+    """Bits and weights to a scale (None: a row) of a tensor in a format; None: floats.
+
+    The rule of `weights.recipe.Recipe`, which says why.
+    """
+    part = tensor.part
+    if format in FLOATS or not tensor.linear or part == "drafter":
+        return None
+    mobile = format == "mobile"
+    if part == "ple_table":
+        return (4, None) if mobile else (8, config.hidden_size_per_layer_input)
+    if part == "ple_projection" and mobile:
+        return None
+    if part in ("ple", "ple_projection") or part.startswith(("vision", "audio")):
+        return 8, None
+    if not mobile:
+        bits = LOW_BITS[format]
+        return bits, None if bits == 8 else GROUP
+    if part == "mlp":
+        return (4 if config.layers[_layer_of(tensor)].owns_kv else 2), None
+    return (2 if part in ("embedding", "head") else 4), None
+
+
+def weight_bytes(
+    config: Gemma4Config,
+    format: str,
+    place: Place = "file",
+    *,
+    towers: bool = True,
+    drafter: bool = False,
+    ple_in_memory: bool = False,
+    stored: str = "bfloat16",
+) -> dict[str, int]:
+    """Bytes of weights by part of the model.
+
+    file: all tensors of the checkpoint that gemsmith writes, its header left out (the K/V tensors
+    that no layer uses are not written). cpu, gpu: what is held in memory; the per-layer table is 0
+    unless `ple_in_memory`, its rows are read from the disk. stored: the floats of the file.
+
+    Raises:
+      ConfigError: no such format, or its layout has no place for this model's experts.
+    """
+    text = check_format(config, format)
+    tensors = [*shapes.decoder(text)]
+    if format == "mobile" and text.tie_word_embeddings:
+        # The mobile layout has the head apart from the embedding.
+        tensors.append(Tensor("lm_head.weight", tensors[0].shape, "head", linear=True))
+    tensors += shapes.towers(config) if towers else ()
+    tensors += shapes.drafter(text) if drafter else ()
+    width = FLOATS[stored if format not in FLOATS else format]
+    if place != "file" and format not in FLOATS:
+        width = 4 if place == "cpu" else 2
+    parts: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.part == "ple_table" and place != "file" and not ple_in_memory:
+            continue
+        bits = low_bits(tensor, text, format)
+        if bits is None:
+            nbytes = math.prod(tensor.shape) * (2 if tensor.part == "drafter" else width)
+        elif place == "file":
+            nbytes = _in_file(tensor, *bits, mobile=format == "mobile")
+        else:
+            nbytes = (_packed if place == "cpu" else _on_gpu)(tensor.shape, *bits)
+        parts[tensor.part] = parts.get(tensor.part, 0) + nbytes
+    return parts
+
+
+def check_format(config: Gemma4Config, format: str) -> TextConfig:
+    """The decoder's config, if the format is known and can hold it.
+
+    Raises:
+      ConfigError: it is not, or cannot.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r}: must be one of {', '.join(FORMATS)}")
+    if format == "mobile" and config.text_config.enable_moe_block:
+        raise ConfigError("format 'mobile': its layout has no place for experts; use int4")
+    return config.text_config
+
+
+def _in_file(tensor: Tensor, bits: int, group: int | None, *, mobile: bool) -> int:
+    """Codes, scales, and what the layout puts beside them."""
+    *rows, K = tensor.shape
+    row = K * bits // 8
+    scales = K // group if group else 1
+    if mobile:
+        # Scales of activations stand beside every matrix that is no table.
+        beside = 0 if tensor.part in ("embedding", "ple_table") else 8
+        return math.prod(rows) * (row + 4 * scales) + beside
+    row += -row % WORD
+    return math.prod(rows) * (row + (2 if group else 4) * scales) + 8 * len(tensor.shape)
+
+
+def _packed(shape: tuple[int, ...], bits: int, group: int | None) -> int:
+    """As ops/cpu.py lays codes and scales out."""
+    *stack, N, K = shape
+    blocks, lines, scales = -(-N // BLOCK), -(-K * bits // 32), K // group if group else 1
+    width = 2 if scales > 1 and blocks * scales % 2 == 0 else 4
+    return math.prod(stack) * blocks * (lines * LINE + scales * BLOCK * width)
+
+
+def _on_gpu(shape: tuple[int, ...], bits: int, group: int | None) -> int:
+    *rows, K = shape
+    return math.prod(rows) * (K * bits // 8 + 4 * (K // group if group else 1))
+
+
+def _layer_of(tensor: Tensor) -> int:
+    return int(tensor.name.split(".")[1])
+
+
+# -- keys and values ------------------------------------------------------------------------------
 
 
 def slab_tokens(tokens: int) -> int:
@@ -42,11 +245,45 @@ def kv_layer_bytes(plan: LayerPlan, tokens: int, bytes_per_value: int = 2) -> in
     it is read. A layer that reads another layer's K/V stores nothing. One byte a value is int8,
     which has scales beside it.
     """
-    if not plan.owns_kv:
-        return 0
-    held = slab_tokens(tokens)
-    if plan.window is not None:
-        held = min(held, plan.window)
+    return _kv(plan, slab_tokens(tokens), bytes_per_value) if plan.owns_kv else 0
+
+
+def kv_bytes(config: TextConfig, tokens: int, bytes_per_value: int = 2, sequences: int = 1) -> int:
+    """K/V bytes of so many sequences of `tokens` tokens each in all layers."""
+    return sequences * sum(kv_layer_bytes(p, tokens, bytes_per_value) for p in config.layers)
+
+
+def kv_twice_bytes(config: TextConfig, tokens: int, bytes_per_value: int = 2) -> int:
+    """What exactly `tokens` tokens take where K = V layers store both, as other engines do."""
+    return sum(
+        _kv(plan, tokens, bytes_per_value) * (2 if plan.k_eq_v else 1)
+        for plan in config.layers
+        if plan.owns_kv
+    )
+
+
+def kv_naive_bytes(config: TextConfig, tokens: int) -> int:
+    """What the usual formula says: every layer keeps every token, all heads alike, 16 bits."""
+    values = config.num_key_value_heads * config.head_dim
+    return config.num_hidden_layers * tokens * values * 2 * 2
+
+
+def largest_context(
+    config: TextConfig, memory: int, bytes_per_value: int = 2, sequences: int = 1
+) -> int:
+    """The most tokens a sequence may have so that all K/V fit `memory` bytes; 0: none does."""
+    low, high = 0, config.max_position_embeddings
+    while low < high:
+        middle = (low + high + 1) // 2
+        if kv_bytes(config, middle, bytes_per_value, sequences) <= memory:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _kv(plan: LayerPlan, held: int, bytes_per_value: int) -> int:
+    held = held if plan.window is None else min(held, plan.window)
     copies = 1 if plan.k_eq_v else 2
     return held * plan.num_key_value_heads * copies * _head_bytes(plan.head_dim, bytes_per_value)
 
@@ -56,105 +293,80 @@ def _head_bytes(head_dim: int, bytes_per_value: int) -> int:
     return head_dim * bytes_per_value + (KV_SCALE_BYTES if bytes_per_value == 1 else 0)
 
 
-def kv_bytes(config: TextConfig, tokens: int, bytes_per_value: int = 2) -> int:
-    """K/V bytes of one sequence of `tokens` tokens in all layers."""
-    return sum(kv_layer_bytes(plan, tokens, bytes_per_value) for plan in config.layers)
+# -- workspace ------------------------------------------------------------------------------------
 
 
-def attention_parameters(config: TextConfig, plan: LayerPlan) -> int:
-    """Weights of one layer's attention, its q and k norms included."""
-    q = config.num_attention_heads * plan.head_dim
-    kv = plan.num_key_value_heads * plan.head_dim
-    owned = (kv * (1 if plan.k_eq_v else 2)) * config.hidden_size + plan.head_dim
-    return 2 * q * config.hidden_size + plan.head_dim + (owned if plan.owns_kv else 0)
+def activation_bytes(
+    config: TextConfig, context: int, *, value_bytes: int = 4, chunk: int = CHUNK_TOKENS
+) -> int:
+    """The most that one pass of a prompt holds beside weights and K/V; value_bytes of a float.
 
-
-def layer_parameters(config: TextConfig, plan: LayerPlan) -> dict[str, int]:
-    """Trainable weights of one layer by part: attention, mlp, experts, ple, norms."""
-    d, p = config.hidden_size, config.hidden_size_per_layer_input
-    parts = {
-        "attention": attention_parameters(config, plan),
-        "mlp": 3 * d * plan.intermediate_size,
-        "norms": 4 * d,
-    }
-    if config.enable_moe_block:
-        experts, width = config.num_experts or 0, config.moe_intermediate_size or 0
-        parts["experts"] = experts * 3 * width * d
-        parts["router"] = experts * d + d + experts
-        parts["norms"] += 3 * d
-    if p:
-        parts["ple"] = 2 * p * d + d
-    return parts
-
-
-def parameters(config: Gemma4Config) -> dict[str, int]:
-    """Trainable weights by part of the model; their sum is the model's size.
-
-    Parts: embedding (tied to the head, or else head beside it), ple_table, ple_projection,
-    attention, mlp, norms, and where the size has them experts, router, ple, vision, audio with
-    their projections.
+    What stays through the pass (residual stream, per-layer inputs), and the largest of: the rows of
+    the per-layer table widened beside their projection, the MLP's three widths, keys rebuilt from
+    values with their float32 temporaries, and logits.
     """
-    text = config.text_config
-    d, p = text.hidden_size, text.hidden_size_per_layer_input
-    parts = {"embedding": text.vocab_size * d}
-    if not text.tie_word_embeddings:
-        parts["head"] = text.vocab_size * d
-    if p:
-        width = text.num_hidden_layers * p
-        parts["ple_table"] = text.vocab_size_per_layer_input * width
-        parts["ple_projection"] = width * d + p
-    for plan in text.layers:
-        for name, count in layer_parameters(text, plan).items():
-            parts[name] = parts.get(name, 0) + count
-    parts["norms"] += d
-    if config.vision_config is not None:
-        parts["vision"] = _vision(config.vision_config)
-        parts["vision_projection"] = _vision_width(config.vision_config) * d
-    if config.audio_config is not None:
-        audio = config.audio_config
-        unified = isinstance(audio, UnifiedAudioConfig)
-        parts["audio"] = 0 if unified else _audio(audio)
-        parts["audio_projection"] = d * (
-            audio.audio_embed_dim if unified else audio.output_proj_dims
-        )
-    return parts
-
-
-def text_parameters(config: TextConfig) -> int:
-    """Trainable weights of the decoder alone."""
-    return sum(parameters(Gemma4Config(text_config=config)).values())
-
-
-def active_parameters(config: TextConfig) -> int:
-    """Weights that one token passes through, the embedding included."""
-    parts = parameters(Gemma4Config(text_config=config))
+    T, d, p = min(chunk, max(1, context)), config.hidden_size, config.hidden_size_per_layer_input
+    owned = config.first_kv_shared_layer
+    per_layer = T * owned * p * value_bytes
+    table = T * config.num_hidden_layers * p * (value_bytes + 2) + 4 * per_layer
+    widest = max(plan.intermediate_size for plan in config.layers[:owned])
+    mlp = 3 * T * widest * value_bytes
     if config.enable_moe_block:
-        chosen, experts = config.top_k_experts or 0, config.num_experts or 1
-        parts["experts"] = parts["experts"] * chosen // experts
-    return sum(parts.values())
+        routed = T * (config.top_k_experts or 0)
+        mlp += 3 * routed * (config.moe_intermediate_size or 0) * value_bytes + routed * d * 4
+    rebuilt = 0
+    for plan in config.layers:
+        if plan.k_eq_v:
+            seen = slab_tokens(context) * plan.num_key_value_heads * plan.head_dim
+            rebuilt = max(rebuilt, seen * (2 * value_bytes + 4))
+    logits = 3 * config.vocab_size * 4
+    return 6 * T * d * value_bytes + per_layer + max(table, mlp, rebuilt, logits)
 
 
-def shared_kv_leftovers(config: TextConfig) -> int:
-    """Values of the K/V projections that released files store for layers that never use them."""
-    return sum(
-        2 * plan.num_key_value_heads * plan.head_dim * config.hidden_size + plan.head_dim
-        for plan in config.layers
-        if not plan.owns_kv
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Everything that has to be in memory at once, in bytes."""
+
+    weights: dict[str, int]
+    """By part of the model."""
+    kv: int
+    activations: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.weights.values()) + self.kv + self.activations + self.runtime
+
+
+def memory(
+    config: Gemma4Config,
+    format: str,
+    context: int,
+    *,
+    kv: str = "bfloat16",
+    sequences: int = 1,
+    place: Place = "cpu",
+    towers: bool = True,
+    drafter: bool = False,
+) -> Memory:
+    """What running a model takes: weights in `format`, `sequences` of `context` tokens each.
+
+    Raises:
+      ConfigError: as `weight_bytes`; an unknown way to store K/V.
+    """
+    if kv not in KV_VALUES:
+        raise ConfigError(f"kv {kv!r}: must be one of {', '.join(KV_VALUES)}")
+    wide = place == "cpu" and format != "bfloat16"
+    text = config.text_config
+    return Memory(
+        weights=weight_bytes(config, format, place, towers=towers, drafter=drafter),
+        kv=kv_bytes(text, context, KV_VALUES[kv], sequences),
+        activations=activation_bytes(text, context, value_bytes=4 if wide else 2),
+        runtime=RUNTIME_BYTES["cpu" if place == "cpu" else "gpu"],
     )
 
 
-def stored_values(config: Gemma4Config) -> int:
-    """Values in a released checkpoint, clip scalars left out, as model pages count them."""
-    vision = config.vision_config
-    std_values = 0
-    if isinstance(vision, VisionConfig) and vision.standardize:
-        std_values = 2 * vision.hidden_size
-    return (
-        sum(parameters(config).values())
-        + shared_kv_leftovers(config.text_config)
-        + config.text_config.num_hidden_layers
-        + std_values
-    )
+# -- work -----------------------------------------------------------------------------------------
 
 
 def prefill_flops(config: TextConfig, tokens: int, rows: int, *, skip: bool = True) -> int:
@@ -167,64 +379,76 @@ def prefill_flops(config: TextConfig, tokens: int, rows: int, *, skip: bool = Tr
     total = 2 * rows * config.vocab_size * d
     for plan in config.layers:
         n = rows if skip and not plan.owns_kv else tokens
-        parts = layer_parameters(config, plan)
-        weights = parts["attention"] + parts["mlp"] + parts.get("ple", 0)
-        if config.enable_moe_block:
-            chosen, experts = config.top_k_experts or 0, config.num_experts or 1
-            weights += parts["experts"] * chosen // experts + experts * d
-        weights += p * d
         seen = tokens if plan.window is None else min(tokens, plan.window)
         scores = 4 * config.num_attention_heads * plan.head_dim * seen
+        weights = _layer_weights(config, plan) + p * d
         total += n * (2 * weights + (scores if n == rows != tokens else scores // 2))
+    return total
+
+
+def decode_flops(config: TextConfig, context: int) -> int:
+    """Operations to generate one token at `context`."""
+    d, p = config.hidden_size, config.hidden_size_per_layer_input
+    total = 2 * config.vocab_size * d
+    for plan in config.layers:
+        seen = context if plan.window is None else min(context, plan.window)
+        scores = 4 * config.num_attention_heads * plan.head_dim * seen
+        total += 2 * (_layer_weights(config, plan) + p * d) + scores
     return total
 
 
 def decode_bytes(
     config: TextConfig, context: int, bytes_per_value: int = 2, kv_bytes_per_value: int = 2
 ) -> int:
-    """Bytes of weights and K/V read to generate one token at `context`, every value once."""
+    """Bytes of weights and K/V read to generate one token at `context`, every value once, where
+    all weights have `bytes_per_value`; see `decode_weight_bytes` for formats."""
     active = active_parameters(config)
     if config.hidden_size_per_layer_input:
         width = config.num_hidden_layers * config.hidden_size_per_layer_input
         active -= (config.vocab_size_per_layer_input - 1) * width
     if not config.tie_word_embeddings:
         active -= (config.vocab_size - 1) * config.hidden_size
+    return active * bytes_per_value + decode_kv_bytes(config, context, kv_bytes_per_value)
+
+
+def decode_weight_bytes(
+    config: Gemma4Config, format: str, place: Place = "cpu", sequences: int = 1
+) -> int:
+    """Bytes of weights that a step of `sequences` tokens, one of each sequence, reads.
+
+    Of experts those that so many tokens choose, were each choice independent; of the per-layer
+    table, and of an embedding that is not the head, rows alone, which are not counted.
+    """
+    text = config.text_config
+    parts = weight_bytes(config, format, place, towers=False)
+    parts.pop("ple_table", None)
+    if "head" in parts:
+        del parts["embedding"]
+    if text.enable_moe_block:
+        share = (text.top_k_experts or 0) / _experts(text)
+        parts["experts"] = round(parts["experts"] * (1 - (1 - share) ** sequences))
+    return sum(parts.values())
+
+
+def decode_kv_bytes(config: TextConfig, context: int, bytes_per_value: int = 2) -> int:
+    """Bytes of K/V that one token of one sequence at `context` reads; layers that share K/V read
+    theirs each for itself."""
     reads = 0
     for plan in config.layers:
         source = config.layers[plan.kv_source]
         seen = context if plan.window is None else min(context, plan.window)
         copies = 1 if source.k_eq_v else 2
-        head = _head_bytes(source.head_dim, kv_bytes_per_value)
+        head = _head_bytes(source.head_dim, bytes_per_value)
         reads += seen * source.num_key_value_heads * copies * head
-    return active * bytes_per_value + reads
+    return reads
 
 
-def _vision_width(config: VisionConfig | UnifiedVisionConfig) -> int:
-    return (
-        config.output_proj_dims if isinstance(config, UnifiedVisionConfig) else config.hidden_size
-    )
-
-
-def _vision(config: VisionConfig | UnifiedVisionConfig) -> int:
-    if isinstance(config, UnifiedVisionConfig):
-        d, patch = config.mm_embed_dim, config.patch_values
-        norms = 2 * patch + 2 * d + 2 * d
-        return norms + (patch + 1) * d + 2 * config.mm_posemb_size * d
-    d, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    attention = 2 * heads * d + 2 * kv * d + 2 * config.head_dim
-    layer = attention + 3 * d * config.intermediate_size + 4 * d
-    patch = 3 * config.patch_size**2 * d + 2 * config.position_embedding_size * d
-    return patch + config.num_hidden_layers * layer
-
-
-def _audio(config: AudioConfig) -> int:
-    d = config.hidden_size
-    first, second = config.subsampling_conv_channels
-    convolutions = 9 * first + first + 9 * first * second + second
-    subsample = convolutions + second * (MEL_BINS // 4) * d
-    feed_forward = 2 * (8 * d * d + 2 * d)
-    attention = 5 * d * d + d // config.num_attention_heads
-    light_conv = 3 * d * d + config.conv_kernel_size * d + 2 * d
-    layers = config.num_hidden_layers * (feed_forward + attention + light_conv + 3 * d)
-    return subsample + layers + (d + 1) * config.output_proj_dims
+def _layer_weights(config: TextConfig, plan: LayerPlan) -> int:
+    """Weights of a layer's matrices that one token is multiplied with."""
+    parts = layer_parameters(config, plan)
+    weights = parts["attention"] + parts["mlp"] + parts.get("ple", 0)
+    if config.enable_moe_block:
+        experts = _experts(config)
+        weights += parts["experts"] * (config.top_k_experts or 0) // experts
+        weights += experts * config.hidden_size
+    return weights

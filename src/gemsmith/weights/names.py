@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint is which weight of the model, and what each must look like.
 
-The decoder's names and shapes follow from the config alone: no module is built and no tensor is
-read here.
+The decoder's names and shapes follow from the config alone (shapes.py): no module is built and no
+tensor is read here.
 
 A decoder's tensors carry the names of `TextModel`'s state dict under one of five prefixes:
   model.language_model.    released files, files saved by transformers, and those written here
@@ -21,10 +21,11 @@ Source: tensor lists of transformers 5.23 `Gemma4ForConditionalGeneration`.
 import re
 from collections.abc import Iterable, Mapping
 
+from gemsmith import shapes
 from gemsmith.config import PRESETS, TextConfig
 from gemsmith.errors import WeightsError
+from gemsmith.shapes import Shape
 
-Shape = tuple[int, ...]
 WRITTEN_PREFIX = "model.language_model."
 PREFIXES = (WRITTEN_PREFIX, "language_model.model.", "language_model.", "model.", "")
 TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
@@ -53,56 +54,13 @@ def expected_shapes(config: TextConfig) -> dict[str, Shape]:
 
     The `layer_scalar`s are among them; a count of trainable weights leaves those out.
     """
-    d, p = config.hidden_size, config.hidden_size_per_layer_input
-    shapes: dict[str, Shape] = {EMBEDDING: (config.vocab_size, d)}
-    for plan in config.layers:
-        at = f"layers.{plan.index}."
-        q, f = config.num_attention_heads * plan.head_dim, plan.intermediate_size
-        shapes[at + "layer_scalar"] = (1,)
-        shapes[at + "self_attn.q_proj.weight"] = (q, d)
-        shapes[at + "self_attn.q_norm.weight"] = (plan.head_dim,)
-        if plan.owns_kv:
-            shapes |= _kv_shapes(config, plan.index)
-        shapes[at + "self_attn.o_proj.weight"] = (d, q)
-        shapes[at + "mlp.gate_proj.weight"] = shapes[at + "mlp.up_proj.weight"] = (f, d)
-        shapes[at + "mlp.down_proj.weight"] = (d, f)
-        norms = ["input", "post_attention", "pre_feedforward", "post_feedforward"]
-        if config.enable_moe_block:
-            e, w = config.num_experts or 0, config.moe_intermediate_size or 0
-            shapes[at + "router.proj.weight"] = (e, d)
-            shapes[at + "router.scale"] = (d,)
-            shapes[at + "router.per_expert_scale"] = (e,)
-            shapes[at + "experts.gate_up_proj"] = (e, 2 * w, d)
-            shapes[at + "experts.down_proj"] = (e, d, w)
-        shapes |= {f"{at}{norm}_layernorm.weight": (d,) for norm in norms}
-        if config.enable_moe_block:
-            for norm in ("post_feedforward", "pre_feedforward"):
-                shapes[f"{at}{norm}_layernorm_2.weight"] = (d,)
-            shapes[at + "post_feedforward_layernorm_1.weight"] = (d,)
-        if p:
-            shapes[at + "per_layer_input_gate.weight"] = (p, d)
-            shapes[at + "per_layer_projection.weight"] = (d, p)
-            shapes[at + "post_per_layer_input_norm.weight"] = (d,)
-    shapes[LAST_NORM] = (d,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, d)
-    if p:
-        width = config.num_hidden_layers * p
-        shapes[PLE_TABLE] = (config.vocab_size_per_layer_input, width)
-        shapes["per_layer_model_projection.weight"] = (width, d)
-        shapes["per_layer_projection_norm.weight"] = (p,)
-    return shapes
+    return {tensor.name: tensor.shape for tensor in shapes.decoder(config)}
 
 
 def unused_shapes(config: TextConfig) -> dict[str, Shape]:
     """Tensors a checkpoint may hold that the decoder never reads: shared layers' K/V, the head."""
-    shapes: dict[str, Shape] = {}
-    if config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, config.hidden_size)
-    for plan in config.layers:
-        if not plan.owns_kv:
-            shapes |= _kv_shapes(config, plan.index)
-    return shapes
+    head = {HEAD: (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
+    return head | {tensor.name: tensor.shape for tensor in shapes.shared_kv(config)}
 
 
 def match(
@@ -206,16 +164,6 @@ def match_towers(
     if parts:
         raise WeightsError(f"{source}: " + "\n".join(parts))
     return chosen
-
-
-def _kv_shapes(config: TextConfig, layer: int) -> dict[str, Shape]:
-    plan = config.layers[layer]
-    kv, at = plan.num_key_value_heads * plan.head_dim, f"layers.{layer}.self_attn."
-    shapes: dict[str, Shape] = {at + "k_proj.weight": (kv, config.hidden_size)}
-    shapes[at + "k_norm.weight"] = (plan.head_dim,)
-    if not plan.k_eq_v:
-        shapes[at + "v_proj.weight"] = (kv, config.hidden_size)
-    return shapes
 
 
 def _count(names: list[str]) -> str:
