@@ -13,13 +13,14 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "gemsmith"
 
-BASE = {"errors", "config", "shapes", "sizing"}
+BASE = {"errors", "config", "shapes", "sizing", "devices"}
 LOW = BASE | {"hardware", "ops"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "shapes": {"config"},
     "sizing": {"errors", "config", "shapes"},
+    "devices": {"errors"},
     "hardware": BASE,
     "_native": set(),  # the C++ extension
     "ops": BASE | {"hardware", "_native"},
