@@ -22,6 +22,8 @@ ROOMS: dict[str, set[str]] = {
     "sizing": {"errors", "config", "shapes"},
     "devices": {"errors"},
     "hardware": BASE,
+    "probe": {"hardware", "_native"},
+    "fit": BASE | {"hardware", "probe"},
     "_native": set(),  # the C++ extension
     "ops": BASE | {"hardware", "_native"},
     "text": BASE | {"hardware", "_native"},
@@ -36,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "server": LOW | {"text", "media", "model", "quant", "cache", "weights", "engine"},
     "evals": LOW | {"text", "media", "model", "quant", "cache", "weights", "engine"},
     # The command line may use everything; it is used by `python -m gemsmith` alone.
-    "cli": {*LOW, "text", "media", "model", "quant", "cache", "weights", "engine", "train"}
+    "cli": {*LOW, "fit", "text", "media", "model", "quant", "cache", "weights", "engine", "train"}
     | {"agent", "server", "evals", ""},
     "__main__": {"cli"},
     # `import gemsmith` gives its public names lazily, from wherever they live.

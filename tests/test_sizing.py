@@ -280,11 +280,22 @@ def test_a_token_costs_two_operations_a_weight_of_its_matrices(size):
 
 def test_experts_read_grow_with_sequences_up_to_all():
     config = PRESETS["26B-A4B"]
-    all_of_them = sizing.weight_bytes(config, "int4", "cpu")["experts"]
-    one, eight, many = (sizing.decode_weight_bytes(config, "int4", "cpu", n) for n in (1, 8, 500))
-    rest = one - round(all_of_them * 8 / 128)
-    assert eight - rest == pytest.approx(all_of_them * (1 - (120 / 128) ** 8), rel=1e-6)
-    assert many - rest == pytest.approx(all_of_them, rel=1e-6)
+    weights = sizing.weight_bytes(config, "int4", "cpu")
+    experts, towers = weights["experts"], weights["vision"] + weights["vision_projection"]
+    rest = sum(weights.values()) - experts - towers
+    one, eight, many = (
+        sizing.decode_weight_bytes(config.text_config, weights, n) for n in (1, 8, 500)
+    )
+    assert one == rest + experts * 8 // 128
+    assert eight == pytest.approx(rest + experts * (1 - (120 / 128) ** 8), rel=1e-6)
+    assert many == pytest.approx(rest + experts, rel=1e-6)
+
+
+def test_an_embedding_apart_from_the_head_is_not_read():
+    weights = sizing.weight_bytes(PRESETS["E2B"], "mobile", "cpu")
+    read = sizing.decode_weight_bytes(PRESETS["E2B"].text_config, weights)
+    body = ("attention", "mlp", "norms", "ple", "ple_projection", "head")
+    assert read == sum(weights[part] for part in body)
 
 
 def test_memory_is_the_sum_of_its_parts():

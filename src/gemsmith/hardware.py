@@ -8,6 +8,8 @@ Legend: bytes everywhere; GiB in text is 2^30. A cgroup is the kernel's limit on
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +111,23 @@ def gpus() -> list[Gpu]:
         name = torch.cuda.get_device_name(index)
         found.append(Gpu(name=name, memory_bytes=total, free_bytes=free))
     return found
+
+
+def nvidia_gpus() -> list[Gpu]:
+    """NVIDIA devices as the driver's own tool lists them, without torch; none where it is not."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        made = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        rows = [line.rsplit(",", 2) for line in made.stdout.splitlines() if line.strip()]
+        return [
+            Gpu(name=name.strip(), memory_bytes=int(total) << 20, free_bytes=int(free) << 20)
+            for name, total, free in rows
+        ]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []  # a driver that does not answer is no device
 
 
 def _fields(path: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ Sources: exact shapes of the checkpoints (shapes.py); weights/layouts.py and ops
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from gemsmith import shapes
@@ -155,6 +156,20 @@ def weight_bytes(
     Raises:
       ConfigError: no such format, or its layout has no place for this model's experts.
     """
+    options = (towers, drafter, ple_in_memory, stored)
+    return dict(_weight_bytes(config, format, place, *options))
+
+
+@lru_cache(maxsize=512)
+def _weight_bytes(
+    config: Gemma4Config,
+    format: str,
+    place: Place,
+    towers: bool,
+    drafter: bool,
+    ple_in_memory: bool,
+    stored: str,
+) -> tuple[tuple[str, int], ...]:
     text = check_format(config, format)
     tensors = [*shapes.decoder(text)]
     if format == "mobile" and text.tie_word_embeddings:
@@ -177,7 +192,7 @@ def weight_bytes(
         else:
             nbytes = (_packed if place == "cpu" else _on_gpu)(tensor.shape, *bits)
         parts[tensor.part] = parts.get(tensor.part, 0) + nbytes
-    return parts
+    return tuple(parts.items())
 
 
 def check_format(config: Gemma4Config, format: str) -> TextConfig:
@@ -269,13 +284,24 @@ def kv_naive_bytes(config: TextConfig, tokens: int) -> int:
 
 
 def largest_context(
-    config: TextConfig, memory: int, bytes_per_value: int = 2, sequences: int = 1
+    config: TextConfig,
+    memory: int,
+    bytes_per_value: int = 2,
+    sequences: int = 1,
+    *,
+    value_bytes: int | None = None,
 ) -> int:
-    """The most tokens a sequence may have so that all K/V fit `memory` bytes; 0: none does."""
+    """The most tokens a sequence may have so that all K/V fit `memory` bytes; 0: none does.
+
+    value_bytes: of a float in computing; with it the workspace has to fit beside K/V.
+    """
     low, high = 0, config.max_position_embeddings
     while low < high:
         middle = (low + high + 1) // 2
-        if kv_bytes(config, middle, bytes_per_value, sequences) <= memory:
+        need = kv_bytes(config, middle, bytes_per_value, sequences)
+        if value_bytes is not None:
+            need += activation_bytes(config, middle, value_bytes=value_bytes)
+        if need <= memory:
             low = middle
         else:
             high = middle - 1
@@ -323,6 +349,12 @@ def activation_bytes(
     return 6 * T * d * value_bytes + per_layer + max(table, mlp, rebuilt, logits)
 
 
+def compute_bytes(format: str, place: Place) -> int:
+    """Bytes of a float that a model of this format computes with: on a CPU float32, but for
+    bfloat16 weights."""
+    return 4 if format == "float32" or (place == "cpu" and format != "bfloat16") else 2
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Everything that has to be in memory at once, in bytes."""
@@ -348,20 +380,24 @@ def memory(
     place: Place = "cpu",
     towers: bool = True,
     drafter: bool = False,
+    weights: dict[str, int] | None = None,
 ) -> Memory:
     """What running a model takes: weights in `format`, `sequences` of `context` tokens each.
+
+    weights: bytes by part, where they are known better than from the format.
 
     Raises:
       ConfigError: as `weight_bytes`; an unknown way to store K/V.
     """
     if kv not in KV_VALUES:
         raise ConfigError(f"kv {kv!r}: must be one of {', '.join(KV_VALUES)}")
-    wide = place == "cpu" and format != "bfloat16"
     text = config.text_config
+    if weights is None:
+        weights = weight_bytes(config, format, place, towers=towers, drafter=drafter)
     return Memory(
-        weights=weight_bytes(config, format, place, towers=towers, drafter=drafter),
+        weights=weights,
         kv=kv_bytes(text, context, KV_VALUES[kv], sequences),
-        activations=activation_bytes(text, context, value_bytes=4 if wide else 2),
+        activations=activation_bytes(text, context, value_bytes=compute_bytes(format, place)),
         runtime=RUNTIME_BYTES["cpu" if place == "cpu" else "gpu"],
     )
 
@@ -401,7 +437,7 @@ def decode_bytes(
     config: TextConfig, context: int, bytes_per_value: int = 2, kv_bytes_per_value: int = 2
 ) -> int:
     """Bytes of weights and K/V read to generate one token at `context`, every value once, where
-    all weights have `bytes_per_value`; see `decode_weight_bytes` for formats."""
+    all weights have `bytes_per_value`; formats have `decode_weight_bytes`."""
     active = active_parameters(config)
     if config.hidden_size_per_layer_input:
         width = config.num_hidden_layers * config.hidden_size_per_layer_input
@@ -411,21 +447,19 @@ def decode_bytes(
     return active * bytes_per_value + decode_kv_bytes(config, context, kv_bytes_per_value)
 
 
-def decode_weight_bytes(
-    config: Gemma4Config, format: str, place: Place = "cpu", sequences: int = 1
-) -> int:
-    """Bytes of weights that a step of `sequences` tokens, one of each sequence, reads.
+def decode_weight_bytes(config: TextConfig, weights: dict[str, int], sequences: int = 1) -> int:
+    """Bytes of weights, given by part, that a step of `sequences` tokens reads, one of each.
 
     Of experts those that so many tokens choose, were each choice independent; of the per-layer
-    table, and of an embedding that is not the head, rows alone, which are not counted.
+    table, and of an embedding that is not the head, rows alone, which are not counted; of towers
+    and a drafter nothing.
     """
-    text = config.text_config
-    parts = weight_bytes(config, format, place, towers=False)
-    parts.pop("ple_table", None)
-    if "head" in parts:
-        del parts["embedding"]
-    if text.enable_moe_block:
-        share = (text.top_k_experts or 0) / _experts(text)
+    skipped = {"ple_table", "drafter", "vision", "vision_projection", "audio", "audio_projection"}
+    if "head" in weights:
+        skipped.add("embedding")
+    parts = {part: nbytes for part, nbytes in weights.items() if part not in skipped}
+    if config.enable_moe_block and "experts" in parts:
+        share = (config.top_k_experts or 0) / _experts(config)
         parts["experts"] = round(parts["experts"] * (1 - (1 - share) ** sequences))
     return sum(parts.values())
 

@@ -314,6 +314,55 @@ def info(
 
 
 @app.command()
+def fit(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="E2B ... 31B, a folder or a hub id; without: whatever fits."),
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            "--quant", "--bits", help="bfloat16, int8, int4, int2 or mobile; or 16, 8, 4, 2."
+        ),
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Tokens of each user, such as 8192 or 32K.")
+    ] = None,
+    users: Annotated[int, typer.Option(help="Conversations at once.")] = 1,
+    device: Annotated[
+        str, typer.Option(help="auto or cpu: this machine; or a name, such as rtx-4090.")
+    ] = "auto",
+    memory: Annotated[str | None, typer.Option(help="What there is of it, such as 12GB.")] = None,
+    kv: Annotated[str, typer.Option(help="float32, bfloat16, int8, or auto.")] = "auto",
+    prompt: Annotated[int, typer.Option(help="Tokens before the first reply token.")] = 512,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Leave image and sound input out.")
+    ] = False,
+    drafter: Annotated[
+        bool, typer.Option("--drafter", help="Count the published drafter.")
+    ] = False,
+    plot: Annotated[
+        str | None, typer.Option(help="Draw memory by context: .png, .svg or .pdf.")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Google's memory table beside ours.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Memory and speed of a model on a machine, before it is downloaded; or all that fits."""
+    from gemsmith.cli import fit as worker
+
+    if published:
+        rows = worker.published()
+        _report({"models": rows}, lambda _, console: worker.show_published(rows, console), json)
+        return
+    worker.run(
+        name, quant=quant, context=context, users=users, device=device, memory=memory, kv=kv,
+        prompt=prompt, media=not text_only, drafter=drafter, plot=plot, as_json=json,
+    )  # fmt: skip
+
+
+@app.command()
 def doctor(
     template: Annotated[
         str | None,
