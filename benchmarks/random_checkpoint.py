@@ -35,7 +35,7 @@ from gemsmith.quant.formats import Format, pack
 from gemsmith.testing import tiny_config, whole_groups
 from gemsmith.text.tokenizer import MARKERS
 from gemsmith.weights import layouts
-from gemsmith.weights.load import SINGLE
+from gemsmith.weights.files import SINGLE
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE, Shape, expected_shapes, written_key
 from gemsmith.weights.recipe import BITS, Recipe
 from gemsmith.weights.save import ALIGNMENT, new_file, to_json, write_tensors

@@ -31,11 +31,10 @@ from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.quantize import squares
 from gemsmith.weights import layouts
 from gemsmith.weights.calibrate import Calibration
+from gemsmith.weights.files import INDEX, SINGLE
 from gemsmith.weights.hub import FIDELITY
 from gemsmith.weights.load import (
     DTYPES,
-    INDEX,
-    SINGLE,
     Advance,
     StoredTensor,
     read_checkpoint,

@@ -26,7 +26,6 @@ private mapping.
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +45,8 @@ from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from gemsmith.quant.packed import Packed
 from gemsmith.quant.quantize import on_grid, quantize, spread
 from gemsmith.weights.cached import packed_weights
+from gemsmith.weights.files import joined, weight_files
+from gemsmith.weights.files import short as _short
 from gemsmith.weights.fuse import fuse
 from gemsmith.weights.layouts import LowBit, codes_of, fold, read_section
 from gemsmith.weights.names import (
@@ -63,11 +64,9 @@ from gemsmith.weights.names import (
 from gemsmith.weights.ple import PLEStore, QuantPLEStore, RoundingPLEStore
 from gemsmith.weights.recipe import recipe_on_load
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 TABLE_DTYPES = DTYPES | {"I32": torch.int32, "U8": torch.uint8, "I8": torch.int8}
 COMPUTE = (torch.bfloat16, torch.float32)
-MAX_INDEX_BYTES = 64 << 20
 REMAP_BYTES = 32 << 20
 PIECE_BYTES = 16 << 20
 HEAD_ROWS_COMPARED = 256
@@ -457,26 +456,8 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     Raises:
       WeightsError: no such files, a damaged one, an index that leads elsewhere, a tensor twice.
     """
-    stored: dict[str, StoredTensor] = {}
-    files, index = _files(folder)
-    for file in files:
-        for key, tensor in read_header(file).items():
-            if key in stored:
-                raise WeightsError(
-                    f"{folder}: {_short(key)} is in both {stored[key].file.name} and {file.name}; "
-                    "files of two exports were mixed, fetch the folder anew"
-                )
-            stored[key] = tensor
-    lies = [
-        key for key, name in index.items() if key not in stored or stored[key].file.name != name
-    ]
-    if lies:
-        more = f" and {len(lies) - 1} more" if len(lies) > 1 else ""
-        raise WeightsError(
-            f"{folder}: {INDEX} says that {index[lies[0]]} holds {_short(lies[0])}{more}, which it "
-            "does not; files of two exports were mixed, fetch the folder anew"
-        )
-    return stored
+    files, index = weight_files(folder)
+    return joined(((file.name, read_header(file)) for file in files), index, str(folder))
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -501,73 +482,6 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         )
         for key in keys
     }
-
-
-def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files of a folder, in order, and its index: {key: file name}, empty if single."""
-    single, index = folder / SINGLE, folder / INDEX
-    if single.is_file() and index.is_file():
-        raise WeightsError(
-            f"{folder} has both {SINGLE} and {INDEX}; one is left over from an earlier save, "
-            "remove it"
-        )
-    if single.is_file():
-        return [single], {}
-    if index.is_file():
-        return _indexed_files(folder, index)
-    if not folder.is_dir():
-        raise WeightsError(f"{folder} is not a folder; give the folder that holds {SINGLE}")
-    present = sorted(path.name for path in folder.iterdir() if path.is_file())
-    for name in present:
-        if re.search(r"\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?$", name):
-            raise WeightsError(
-                f"{folder}: {name} is a pickle file, and reading one runs the code in it; "
-                "gemsmith reads safetensors only. Ask for, or convert to, the safetensors files."
-            )
-        if name.endswith(".gguf"):
-            raise WeightsError(
-                f"{folder}: {name} is a GGUF file; this version reads safetensors folders"
-            )
-        if name.startswith("adapter_"):
-            raise WeightsError(
-                f"{folder}: {name} belongs to an adapter; merge it into its base model first"
-            )
-    others = [name for name in present if name.endswith(".safetensors")]
-    hint = f" There is {', '.join(others[:3])}; is its index missing?" if others else ""
-    raise WeightsError(f"{folder} has neither {SINGLE} nor {INDEX}.{hint}")
-
-
-def _indexed_files(folder: Path, index: Path) -> tuple[list[Path], dict[str, str]]:
-    """The shards an index names, each in the folder itself, and the index."""
-    try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise WeightsError(f"{index}: larger than {MAX_INDEX_BYTES >> 20} MiB; not an index")
-        data = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsError(f"{index}: not valid JSON ({error}); fetch it anew") from None
-    except OSError as error:
-        raise WeightsError(f"{index}: cannot be read ({error.strerror})") from None
-    mapping = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(mapping, dict) or not mapping:
-        raise WeightsError(f"{index}: no weight_map of tensor names to files; fetch it anew")
-    for name in mapping.values():
-        plain = isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)
-        if not plain:
-            raise WeightsError(
-                f"{index}: names the file {_short(name)!r}; only .safetensors files in the same "
-                "folder are read"
-            )
-    names = sorted(set(mapping.values()))
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        more = f", ... and {len(absent) - 8} more" if len(absent) > 8 else ""
-        raise WeightsError(
-            f"{folder}: {len(absent)} of {len(names)} files are missing: "
-            f"{', '.join(absent[:8])}{more}; the download is incomplete, run it again"
-        )
-    return [folder / name for name in names], mapping
 
 
 def _opened(file: Path) -> safe_open:
@@ -697,8 +611,3 @@ def _checked_device(device: torch.device | str) -> torch.device:
             "use device='cpu'"
         )
     return device
-
-
-def _short(text: object) -> str:
-    text = str(text)
-    return text if len(text) <= 200 else text[:197] + "..."

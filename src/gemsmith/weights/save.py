@@ -32,7 +32,8 @@ from gemsmith.config import Gemma4Config, text_only
 from gemsmith.errors import ConfigError, WeightsError
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
-from gemsmith.weights.load import COMPUTE, DTYPES, INDEX, SINGLE
+from gemsmith.weights.files import INDEX, SINGLE
+from gemsmith.weights.load import COMPUTE, DTYPES
 from gemsmith.weights.names import PLE_TABLE, expected_shapes, written_key
 from gemsmith.weights.ple import PLEStore
 
