@@ -11,12 +11,14 @@ are never fetched. With GEMSMITH_OFFLINE or HF_HUB_OFFLINE set nothing is asked 
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
 from gemsmith.config import PRESETS
-from gemsmith.errors import HubError
+from gemsmith.errors import GemsmithError, HubError
 
 POCKET = "pocket"
 FIDELITY = "fidelity.json"
@@ -52,6 +54,27 @@ def resolve(
       HubError: no such folder, repository or revision, with near matches; a repository that needs
         its terms accepted; no network; nothing gemsmith reads in it.
     """
+    found = place(name, revision=revision)
+    if isinstance(found, Path):
+        return found
+    offline = is_offline() if offline is None else offline
+    folder = _fetch(found, revision, offline, progress)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        held = sorted(path.name for path in folder.iterdir())
+        raise HubError(
+            f"{found} holds no config.json with safetensors weights "
+            f"({', '.join(held[:8]) or 'no file that gemsmith reads'}); pickle and GGUF files are "
+            "not fetched. Name a repository in safetensors format."
+        )
+    return folder
+
+
+def place(name: str | Path, *, revision: str | None = None) -> Path | str:
+    """The folder of a model that is here, or else the hub id that the name is.
+
+    Raises:
+      HubError: neither, with near matches; a revision of a folder.
+    """
     text = str(name)
     if text == POCKET:
         return _embedded()
@@ -66,35 +89,46 @@ def resolve(
         )
     if isinstance(name, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
         raise HubError(f"no folder {_shown(repr(text))}. {_near(text)}")
-    if offline is None:
-        offline = any(_on(os.environ.get(v)) for v in ("GEMSMITH_OFFLINE", "HF_HUB_OFFLINE"))
-    folder = _fetch(text, revision, offline, progress)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        held = sorted(path.name for path in folder.iterdir())
-        raise HubError(
-            f"{text} holds no config.json with safetensors weights "
-            f"({', '.join(held[:8]) or 'no file that gemsmith reads'}); pickle and GGUF files are "
-            "not fetched. Name a repository in safetensors format."
-        )
-    return folder
+    return text
+
+
+def is_offline() -> bool:
+    """Whether the environment says that nothing may be asked of the network."""
+    return any(_on(os.environ.get(v)) for v in ("GEMSMITH_OFFLINE", "HF_HUB_OFFLINE"))
 
 
 def _fetch(repo: str, revision: str | None, offline: bool, progress: bool) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors, utils
+    from huggingface_hub import utils
 
-    at = f"{repo} at revision {revision}" if revision else repo
     quiet = not progress and not utils.are_progress_bars_disabled()
     if quiet:
         utils.disable_progress_bars()
     try:
-        folder = huggingface_hub.snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=list(FETCHED),
-            local_files_only=offline,
-            library_name="gemsmith",
-        )
+        with explained(repo, revision, offline=offline):
+            folder = huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(FETCHED),
+                local_files_only=offline,
+                library_name="gemsmith",
+            )
+    finally:
+        if quiet:
+            utils.enable_progress_bars()
+    return Path(folder)
+
+
+@contextmanager
+def explained(repo: str, revision: str | None, *, offline: bool = False) -> Iterator[None]:
+    """What goes wrong between here and the hub, as one HubError; our own errors pass."""
+    from huggingface_hub import errors
+
+    at = f"{repo} at revision {revision}" if revision else repo
+    try:
+        yield
+    except GemsmithError:
+        raise
     # In this order: a gated repository is a kind of unknown one, and both are HTTP errors.
     except errors.GatedRepoError:
         raise HubError(
@@ -127,10 +161,6 @@ def _fetch(repo: str, revision: str | None, offline: bool, progress: bool) -> Pa
         raise HubError(
             f"fetching {at} failed: {_shown(error)}; run the command again to resume"
         ) from error
-    finally:
-        if quiet:
-            utils.enable_progress_bars()
-    return Path(folder)
 
 
 def _embedded() -> Path:
