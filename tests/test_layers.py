@@ -32,20 +32,21 @@ ROOMS: dict[str, set[str]] = {
     "quant": LOW,
     "cache": LOW,
     "weights": LOW | {"model", "quant", "cache"},
+    "headers": BASE | {"weights"},
     "engine": LOW | {"text", "media", "model", "quant", "cache", "weights"},
     "train": LOW | {"text", "media", "model", "quant", "cache", "weights"},
     "agent": {"errors", "config", "text"},
     "server": LOW | {"text", "media", "model", "quant", "cache", "weights", "engine"},
     "evals": LOW | {"text", "media", "model", "quant", "cache", "weights", "engine"},
     # The command line may use everything; it is used by `python -m gemsmith` alone.
-    "cli": {*LOW, "fit", "text", "media", "model", "quant", "cache", "weights", "engine", "train"}
-    | {"agent", "server", "evals", ""},
+    "cli": {*LOW, "text", "media", "model", "quant", "cache", "weights", "headers", "engine"}
+    | {"fit", "train", "agent", "server", "evals", ""},
     "__main__": {"cli"},
     # `import gemsmith` gives its public names lazily, from wherever they live.
     "": LOW | {"text", "model", "cache", "weights", "engine"},
     "testing": LOW | {"text", "model", "cache", "weights", "engine"},
 }
-NO_TORCH = {"text", "agent"}
+NO_TORCH = {"text", "headers", "agent"}
 STDLIB_ONLY = BASE
 
 

@@ -1,0 +1,355 @@
+"""What a checkpoint says of itself: its config and each tensor's type, shape and bytes.
+
+Of a folder, or of a hub repository over the network: a file of weights begins with a header, and
+only that is asked for (HTTP ranges), some hundred kilobytes of gigabytes. No weight is read and
+torch is not imported. What is in the local cache already is not looked for there unless offline.
+
+Whoever made the file wrote the header. It is read with bounded memory, and whatever in it is not
+as the format says, lies about sizes, overlaps or leaves holes is one WeightsError.
+
+What it is not: a check that the tensors are those of the config's model (weights/names.py does
+that), or a reader of GGUF.
+
+File: 8 bytes, the header's length n, little endian; n bytes of JSON, {name: {dtype, shape,
+data_offsets: [begin, end]}}, offsets from the end of the header; then the data, without gaps.
+Source: the safetensors format description.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemsmith.config import MAX_CONFIG_BYTES, Gemma4Config
+from gemsmith.errors import ConfigError, HubError, WeightsError
+from gemsmith.weights import hub
+from gemsmith.weights.files import INDEX, SINGLE, joined, read_index, short, weight_files
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64,
+}  # fmt: skip
+MAX_HEADER_BYTES = 8 << 20
+"""Of one file. Released files have 0.3 MiB; 26B-A4B with every expert's codes, scales and shape
+apart would have 5. As Python objects ten times as much."""
+MAX_ALL_BYTES = 32 << 20
+"""Of all files of a checkpoint together."""
+MAX_REMOTE_INDEX_BYTES, MAX_REMOTE_FILES = 8 << 20, 256
+MAX_DIMENSIONS, MAX_DIMENSION = 8, 1 << 40
+FIRST_BYTES = 512 << 10
+"""Asked for at once: in released files the length and the whole header."""
+TIMEOUT_S = 20.0
+PIECE = 64 << 10
+
+Read = Callable[[int, int], bytes]
+"""Bytes [start, stop) of a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """One tensor as the file describes it."""
+
+    dtype: str
+    """The format's name, such as BF16."""
+    shape: tuple[int, ...]
+    nbytes: int
+    """In the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """A checkpoint without its weights."""
+
+    config: Gemma4Config
+    tensors: dict[str, TensorHeader]
+    """By the names the files use."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: the files without their headers."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def read_headers(
+    source: str | Path, *, revision: str | None = None, offline: bool | None = None
+) -> Headers:
+    """Config and tensors of a folder, of "pocket", or of a hub repository at `revision`.
+
+    `offline` None asks the environment; offline, a repository is read from the local cache.
+
+    Raises:
+      HubError: no such folder or repository, or the hub cannot be reached.
+      ConfigError: config.json is missing or wrong.
+      WeightsError: no safetensors files, or a header that cannot be true, with its file.
+    """
+    place = hub.place(source, revision=revision)
+    if isinstance(place, str) and (hub.is_offline() if offline is None else offline):
+        place = hub.resolve(place, revision=revision, offline=True)
+    if isinstance(place, Path):
+        return _of_folder(place)
+    with hub.explained(place, revision):
+        return _of_repository(_Repository(place, revision))
+
+
+def _of_folder(folder: Path) -> Headers:
+    config = Gemma4Config.load(folder)
+    files, index = weight_files(folder)
+
+    def parts() -> Iterator[tuple[str, dict[str, TensorHeader]]]:
+        budget = MAX_ALL_BYTES
+        for path in files:
+            try:
+                with path.open("rb") as file:
+
+                    def read(start: int, stop: int, file: Any = file) -> bytes:
+                        file.seek(start)
+                        return file.read(stop - start)
+
+                    size = path.stat().st_size
+                    tensors, used = parse_file(read, size, str(path), budget)
+            except OSError as error:
+                raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
+            budget -= used
+            yield path.name, tensors
+
+    return Headers(config, joined(parts(), index, str(folder)))
+
+
+def parse_file(
+    read: Read, size: int, where: str, budget: int = MAX_ALL_BYTES
+) -> tuple[dict[str, TensorHeader], int]:
+    """The tensors of one safetensors file of `size` bytes, and how many of them the header has.
+
+    `budget`: what is left for headers, of all files. `where` names the file in errors.
+
+    Raises:
+      WeightsError: the header is too long, cut short, or not true.
+    """
+    first = read(0, min(size, 8))
+    if len(first) < 8:
+        raise WeightsError(f"{where}: {size} bytes are no safetensors file; fetch it anew")
+    length = int.from_bytes(first, "little")
+    most = min(MAX_HEADER_BYTES, budget)
+    if length > size - 8:
+        raise WeightsError(
+            f"{where}: says that its header has {length} bytes, but the file has {size}; it is cut "
+            "short or no safetensors file, fetch it anew"
+        )
+    if length > most:
+        raise WeightsError(
+            f"{where}: a header of {length} bytes; of one file at most {MAX_HEADER_BYTES >> 20} "
+            f"MiB are read, of all {MAX_ALL_BYTES >> 20}. No Gemma 4 checkpoint needs that"
+        )
+    text = read(8, 8 + length)
+    if len(text) < length:
+        raise WeightsError(f"{where}: ends within its header; fetch it anew")
+    return parse_header(text, size - 8 - length, where), length
+
+
+def parse_header(text: bytes, data_bytes: int, where: str) -> dict[str, TensorHeader]:
+    """The tensors that a header describes, in the order in which they lie.
+
+    data_bytes: what the file holds after the header; all of it must be described, none twice.
+
+    Raises:
+      WeightsError: not JSON, or not true; the tensor is named.
+    """
+    try:
+        data = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{where}: its header is not valid JSON ({short(error)}); fetch it anew"
+        ) from None
+    if not isinstance(data, dict):
+        raise WeightsError(f"{where}: its header is a {type(data).__name__}, not an object")
+    data.pop("__metadata__", None)
+    found = [(*_entry(value, f"{where}: {short(key)}"), key) for key, value in data.items()]
+    found.sort(key=lambda entry: entry[:2])
+    reached = 0
+    for begin, end, _, key in found:
+        if begin != reached:
+            what = "overlaps what" if begin < reached else "leaves a hole behind what"
+            raise WeightsError(
+                f"{where}: {short(key)} begins at byte {begin} and {what} ends at {reached}; fetch "
+                "the file anew"
+            )
+        reached = end
+    if reached != data_bytes:
+        raise WeightsError(
+            f"{where}: its header describes {reached} bytes of tensors, the file has {data_bytes}; "
+            "it is cut short or damaged, fetch it anew"
+        )
+    return {key: tensor for _, _, tensor, key in found}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name is there twice")
+    return made
+
+
+def _entry(value: Any, where: str) -> tuple[int, int, TensorHeader]:
+    """Where a tensor begins and ends, and what it is."""
+    if not isinstance(value, dict):
+        raise WeightsError(f"{where}: described by a {type(value).__name__}, not an object")
+    dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise WeightsError(f"{where}: dtype {short(dtype)!r} is none of {', '.join(BITS)}")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape)
+    ):
+        raise WeightsError(
+            f"{where}: shape {short(shape)} is not a list of at most {MAX_DIMENSIONS} sizes"
+        )
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(n) is int and n >= 0 for n in offsets)
+    ):
+        raise WeightsError(f"{where}: data_offsets {short(offsets)} are not [begin, end]")
+    begin, end = offsets
+    bits = math.prod(shape) * BITS[dtype]
+    if (end - begin) * 8 != bits:
+        raise WeightsError(
+            f"{where}: {dtype} {shape} has {short(bits // 8)} bytes, but its data_offsets "
+            f"{short(offsets)} hold {short(end - begin)}; fetch the file anew"
+        )
+    return begin, end, TensorHeader(dtype, tuple(shape), end - begin)
+
+
+# -- the hub ----------------------------------------------------------------------------------
+
+
+class _Repository:
+    """Files of a hub repository, by ranges."""
+
+    def __init__(self, repo: str, revision: str | None) -> None:
+        self.repo, self.revision = repo, revision
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None if the repository has no such file. Fixes the commit."""
+        from huggingface_hub import constants, errors, get_hf_file_metadata
+
+        try:
+            found = get_hf_file_metadata(self._url(name), timeout=TIMEOUT_S)
+        except errors.EntryNotFoundError:
+            return None
+        except errors.HfHubHTTPError:
+            raise
+        except Exception as error:  # whatever the HTTP library of the day raises
+            raise HubError(
+                f"the hub ({constants.ENDPOINT}) cannot be reached for the headers of {self.repo} "
+                f"({short(error) or type(error).__name__}); connect, or name a folder or a size "
+                "such as E2B"
+            ) from None
+        self.revision = found.commit_hash or self.revision
+        if found.size is None:
+            raise HubError(f"{self.repo}: the hub does not say how large {name} is; try again")
+        return found.size
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file, at most these, whatever the server sends."""
+        from huggingface_hub import utils
+
+        asked = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers = utils.build_hf_headers(library_name="gemsmith", headers=asked)
+        got = bytearray()
+        with _streamed(self._url(name), headers) as (status, pieces):
+            if status not in (200, 206):
+                raise HubError(f"the hub refused {self.repo}: {name}: status {status}; try again")
+            # A server that knows no ranges begins at the beginning.
+            skip = start if status == 200 else 0
+            for piece in pieces:
+                got += piece
+                if len(got) >= skip + stop - start:
+                    break
+        return bytes(got[skip : skip + stop - start])
+
+    def _url(self, name: str) -> str:
+        from huggingface_hub import constants, hf_hub_url
+
+        return hf_hub_url(
+            self.repo, name, revision=self.revision, endpoint=constants.ENDPOINT.rstrip("/")
+        )
+
+
+@contextmanager
+def _streamed(url: str, headers: Mapping[str, str]) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """Status and body, piece by piece, by huggingface_hub's own session: httpx, once requests."""
+    from huggingface_hub import utils
+
+    session: Any = utils.get_session()
+    if hasattr(session, "stream"):
+        with session.stream(
+            "GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True
+        ) as response:
+            yield response.status_code, response.iter_bytes(PIECE)
+    else:
+        with session.get(url, headers=headers, timeout=TIMEOUT_S, stream=True) as response:
+            yield response.status_code, response.iter_content(PIECE)
+
+
+def _of_repository(repository: _Repository) -> Headers:
+    config = _remote_config(repository)
+    where = repository.repo
+
+    def tensors(name: str, budget: int) -> tuple[dict[str, TensorHeader], int]:
+        size = repository.size(name)
+        if size is None:
+            raise WeightsError(f"{where}: {name} is missing, though {INDEX} names it")
+        start = repository.read(name, 0, min(size, FIRST_BYTES))
+
+        def read(begin: int, end: int) -> bytes:
+            if end <= len(start):
+                return start[begin:end]
+            return start[begin:] + repository.read(name, max(begin, len(start)), end)
+
+        return parse_file(read, size, f"{where}: {name}", budget)
+
+    if repository.size(SINGLE) is not None:
+        return Headers(config, tensors(SINGLE, MAX_ALL_BYTES)[0])
+    size = repository.size(INDEX)
+    if size is None:
+        raise WeightsError(
+            f"{where} has neither {SINGLE} nor {INDEX}; pickle and GGUF files are not read. Name a "
+            "repository in safetensors format"
+        )
+    if size > MAX_REMOTE_INDEX_BYTES:
+        most = MAX_REMOTE_INDEX_BYTES >> 20
+        raise WeightsError(f"{where}: {INDEX} is larger than {most} MiB; not an index")
+    index = read_index(repository.read(INDEX, 0, size), f"{where}: {INDEX}")
+    names = sorted(set(index.values()))
+    if len(names) > MAX_REMOTE_FILES:
+        raise WeightsError(
+            f"{where}: {INDEX} names {len(names)} files; at most {MAX_REMOTE_FILES} are asked for"
+        )
+
+    def parts() -> Iterator[tuple[str, dict[str, TensorHeader]]]:
+        budget = MAX_ALL_BYTES
+        for name in names:
+            found, used = tensors(name, budget)
+            budget -= used
+            yield name, found
+
+    return Headers(config, joined(parts(), index, where))
+
+
+def _remote_config(repository: _Repository) -> Gemma4Config:
+    where = f"{repository.repo}: config.json"
+    size = repository.size("config.json")
+    if size is None:
+        raise ConfigError(f"{where} does not exist; is it a model repository?")
+    if size > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{where}: larger than {MAX_CONFIG_BYTES >> 20} MiB; not a config")
+    try:
+        data = json.loads(repository.read("config.json", 0, size).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid JSON ({short(error)})") from None
+    return Gemma4Config.from_dict(data)
