@@ -71,6 +71,23 @@ def test_a_machine_without_these_files_is_described_all_the_same(
     assert machine.available_bytes is None
 
 
+def test_nvidia_devices_are_what_the_driver_s_tool_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert hardware.nvidia_gpus() == []
+    row = "NVIDIA Test, 9000, 24564, 24000"
+    tool.write_text(f"#!/bin/sh\necho '{row}'\n")
+    tool.chmod(0o755)
+    [found] = hardware.nvidia_gpus()
+    assert found.name == "NVIDIA Test, 9000"
+    assert (found.memory_bytes, found.free_bytes) == (24_564 << 20, 24_000 << 20)
+    for wrong in ("echo a, b, c", "exit 9", "echo 7"):
+        tool.write_text(f"#!/bin/sh\n{wrong}\n")
+        assert hardware.nvidia_gpus() == []
+
+
 def test_caches_go_where_the_environment_says_or_the_system_keeps_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

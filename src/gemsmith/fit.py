@@ -144,7 +144,8 @@ def this_machine(device: str = "auto") -> Target:
     memory = machine.available_bytes or machine.memory_bytes
     if memory is None:
         raise ConfigError("the memory of this machine cannot be read; say it with --memory 16GB")
-    about = f"memory available now; {measured.cores} cores, rates measured"
+    about = f"available now; {measured.cores} cores read {measured.bandwidth / 1e9:.1f} GB/s"
+    about += ", measured while other programs ran" if measured.busy else ", measured"
     rates = {"float": measured.float_rate, "low": measured.int_rate}
     return Target("this machine", "cpu", memory, measured.bandwidth, rates, about)
 

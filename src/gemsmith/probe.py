@@ -4,9 +4,9 @@ Bandwidth: all cores read a buffer that no cache holds. Rates: one product of fl
 one of rows with 4-bit weights by the C++ extension (operations a second, 2 a multiply-add). With
 the extension its plain reading; without it numpy's sum, and no rate of low-bit products.
 
-It takes less than half a second; the result lies in the user's cache folder and is measured anew on
-another processor or another number of cores. What it is not: a benchmark. A machine that is busy
-measures slow, which `GEMSMITH_CACHE/probe.json`, once deleted, forgets.
+It takes less than half a second; the result lies in the user's cache folder (`probe.json`) and is
+measured anew on another processor or another number of cores. What it is not: a benchmark. A
+machine that is busy measures slow: that result is used once and not kept.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,8 @@ class Rates:
     int_rate: float | None
     """Operations a second on weights of few bits; None without the extension."""
     cores: int
+    busy: bool = False
+    """Other programs were at work: the figures are too low."""
 
 
 def rates(*, fresh: bool = False) -> Rates:
@@ -54,8 +56,9 @@ def rates(*, fresh: bool = False) -> Rates:
         found = _read(path, key)
         if found:
             return found
-    found = measure(cores)
-    if path:
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > cores / 2
+    found = replace(measure(cores), busy=busy)
+    if path and not busy:
         # A cache: where there is no room for it, it is measured again.
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)

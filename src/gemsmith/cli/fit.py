@@ -150,6 +150,13 @@ def forward(
       ConfigError: as `fit.plan`.
     """
     options = {"context": context, "users": users, "kv": kv, "prompt": prompt}
+    own = model.stored is not None and model.format not in sizing.FLOATS
+    if formats is not None and own and formats != (model.format,):
+        has = model.format or "a format of its own"
+        raise ConfigError(
+            f"{model.name} is quantized already, in {has}; leave --quant out, or name the "
+            "checkpoint it was made from"
+        )
     if formats is None and model.stored is not None:
         if model.format:
             formats = (model.format,)
@@ -157,8 +164,7 @@ def forward(
             held = dict(model.stored) | ({"ple_table": 0} if "ple_table" in model.stored else {})
             if not media:
                 held = {p: n for p, n in held.items() if not p.startswith(("vision", "audio"))}
-            floats = "bfloat16"
-            return [fit.plan(model.name, model.config, floats, target, weights=held, **options)]
+            return [fit.plan(model.name, model.config, "int4", target, weights=held, **options)]
     if formats is None:
         formats = FORMATS
         if model.config.text_config.enable_moe_block:
@@ -210,9 +216,10 @@ def show(plans: list[Plan], model: Model, console: Console) -> None:
     table.add_row("all", *(gib(plan.memory.total) for plan in plans))
     table.add_row("fits", *(_fits(plan) for plan in plans))
     table.add_row("largest context", *(f"{p.largest_context:,}" for p in plans))
-    if not stored:
-        files = (sum(sizing.weight_bytes(model.config, p.format).values()) for p in plans)
-        table.add_row("files on disk", *(gib(n) for n in files))
+    files = [sum(sizing.weight_bytes(model.config, p.format).values()) for p in plans]
+    if model.stored is not None and model.format in (None, first.format):
+        files = [sum(model.stored.values())]
+    table.add_row("files on disk", *(gib(n) for n in files))
     table.add_section()
     each = ", each user" if users > 1 else ""
     table.add_row(f"tokens/s{each}, at most", *(_rate(p.speed.decode_bound) for p in plans))
@@ -335,13 +342,13 @@ def published() -> list[dict[str, Any]]:
 
 
 EXPLAINED = (
-    "Published: ai.google.dev/gemma/docs/core. BF16, SFP8 and Q4_0 are, but for rounding, all values "
-    "of the checkpoint x 16, 8 or 4 bits x 1.2, in units of 2^30 bytes. The page says that K/V is "
-    "not in them, and does not say what the fifth on top is. Towers are counted, and the whole "
-    "per-layer table (E2B, E4B), which gemsmith leaves on disk. 4 bits are counted as 4.0; our files "
-    "have a scale for every 32 weights, 4.5 bits, and int8 for towers and per-layer inputs; a scale "
-    "is float32 on a GPU. mobile is another mix there: towers of fewer bits than our int8. Ours has "
-    "no margin: K/V, workspace and runtime are counted by themselves in `gemsmith fit MODEL`."
+    "Published: ai.google.dev/gemma/docs/core. BF16, SFP8 and Q4_0 are, but for rounding, all "
+    "values of the checkpoint x 16, 8 or 4 bits x 1.2, in units of 2^30 bytes. The page says that "
+    "K/V is not in them, and does not say what the fifth on top is. Towers are counted, and the "
+    "whole per-layer table (E2B, E4B), which gemsmith leaves on disk. 4 bits are counted as 4.0; "
+    "our files have a scale for every 32 weights, 4.5 bits, and int8 for towers and per-layer "
+    "inputs; a scale is float32 on a GPU. mobile is another mix there. Ours has no margin: K/V, "
+    "workspace and runtime are counted by themselves in `gemsmith fit MODEL`."
 )
 
 
@@ -356,7 +363,8 @@ def show_published(rows: list[dict[str, Any]], console: Console) -> None:
                 continue
             rule = found["their_rule"]
             table.add_row(
-                row["model"], name, f"{found['published']:g}", "" if rule is None else f"{rule:.1f}",
+                row["model"], name, f"{found['published']:g}",
+                "" if rule is None else f"{rule:.1f}",
                 f"{found['files']:.2f}", f"{found['memory']:.2f}",
             )  # fmt: skip
     console.print(table)
