@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from gemsmith import hardware
 
@@ -69,6 +70,11 @@ def test_a_machine_without_these_files_is_described_all_the_same(
     assert machine.cores >= 1
     assert machine.memory_bytes is None
     assert machine.available_bytes is None
+
+
+def test_free_memory_of_a_cpu_is_what_is_available(kernel: Path):
+    assert hardware.free_bytes(torch.device("cpu")) == 4 * GIB
+    assert hardware.free_bytes(torch.device("meta")) is None
 
 
 def test_nvidia_devices_are_what_the_driver_s_tool_lists(

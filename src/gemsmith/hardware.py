@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -111,6 +112,19 @@ def gpus() -> list[Gpu]:
         name = torch.cuda.get_device_name(index)
         found.append(Gpu(name=name, memory_bytes=total, free_bytes=free))
     return found
+
+
+def free_bytes(device: Any) -> int | None:
+    """What can still be taken on a torch.device: of a CPU's memory without swapping, of a CUDA
+    device's with what torch itself keeps for reuse. None where it cannot be known."""
+    if device.type == "cpu":
+        return machine().available_bytes
+    if device.type != "cuda":
+        return None
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def nvidia_gpus() -> list[Gpu]:

@@ -190,7 +190,7 @@ def _weight_bytes(
         elif place == "file":
             nbytes = _in_file(tensor, *bits, mobile=format == "mobile")
         else:
-            nbytes = (_packed if place == "cpu" else _on_gpu)(tensor.shape, *bits)
+            nbytes = held_bytes(tensor.shape, *bits, place)
         parts[tensor.part] = parts.get(tensor.part, 0) + nbytes
     return tuple(parts.items())
 
@@ -221,17 +221,16 @@ def _in_file(tensor: Tensor, bits: int, group: int | None, *, mobile: bool) -> i
     return math.prod(rows) * (row + (2 if group else 4) * scales) + 8 * len(tensor.shape)
 
 
-def _packed(shape: tuple[int, ...], bits: int, group: int | None) -> int:
-    """As ops/cpu.py lays codes and scales out."""
+def held_bytes(shape: tuple[int, ...], bits: int, group: int | None, place: Place) -> int:
+    """Bytes in memory of a low-bit weight [..., N, K]: as ops/cpu.py lays codes and scales out, or
+    on a GPU as they are, scales in float32."""
     *stack, N, K = shape
-    blocks, lines, scales = -(-N // BLOCK), -(-K * bits // 32), K // group if group else 1
+    scales = K // group if group else 1
+    if place != "cpu":
+        return math.prod(stack) * N * (K * bits // 8 + 4 * scales)
+    blocks, lines = -(-N // BLOCK), -(-K * bits // 32)
     width = 2 if scales > 1 and blocks * scales % 2 == 0 else 4
     return math.prod(stack) * blocks * (lines * LINE + scales * BLOCK * width)
-
-
-def _on_gpu(shape: tuple[int, ...], bits: int, group: int | None) -> int:
-    *rows, K = shape
-    return math.prod(rows) * (K * bits // 8 + 4 * (K // group if group else 1))
 
 
 def _layer_of(tensor: Tensor) -> int:

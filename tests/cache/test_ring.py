@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemsmith import sizing
+from gemsmith import hardware, sizing
 from gemsmith.cache.none import NoCache
 from gemsmith.cache.ring import RingCache
 from gemsmith.config import PRESETS
@@ -339,6 +339,39 @@ def test_context_limit_is_refused_before_anything_is_computed():
     with pytest.raises(CapacityError, match=r"5000 tokens do not fit.*context of 4096.*shorten"):
         cache.reserve(5000)
     assert cache.nbytes == 0
+
+
+def test_a_context_that_the_memory_cannot_hold_is_refused_with_what_would_fit(monkeypatch):
+    config = PRESETS["31B"].text_config
+    gib = 1 << 30
+    cache = RingCache(config, dtype=torch.bfloat16, k_from_v=lambda *_: torch.empty(0))
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: 6 * gib)
+    most = sizing.largest_context(config, 6 * gib)
+    with pytest.raises(CapacityError) as caught:
+        cache.reserve(262_144)
+    assert str(caught.value) == (
+        "a context of 262144 tokens needs 10.78 GiB of bfloat16 K/V, and 6.00 GiB are free; the "
+        f"largest context that fits is {most} tokens; kv='int8' would need 5.44 GiB"
+    )
+    assert cache.nbytes == cache.reserved == 0
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: 4 * gib)
+    with pytest.raises(CapacityError, match=r"5\.44 GiB, which is not there either$"):
+        cache.reserve(262_144)
+    narrow = RingCache(config, dtype=torch.int8, k_from_v=lambda *_: torch.empty(0))
+    with pytest.raises(CapacityError, match=r"of int8 K/V.*fits is \d+ tokens$"):
+        narrow.reserve(262_144)
+
+
+def test_what_is_held_already_counts_as_room(monkeypatch):
+    cache = new_cache("E2B")
+    feed("E2B", cache, 3)
+    more = sizing.kv_bytes(cache.config, 1000, 4) - cache.nbytes
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: more)
+    cache.reserve(1000)
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: 0)
+    cache.reserve(1024)  # the same slab
+    with pytest.raises(CapacityError, match=r"0\.00 GiB are free; the largest"):
+        cache.reserve(1025)
 
 
 def test_packed_lengths_must_hold_tokens():

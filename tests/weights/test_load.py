@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemsmith import hardware, sizing
 from gemsmith.cache.none import NoCache
 from gemsmith.config import Gemma4Config
 from gemsmith.errors import CapacityError, ConfigError, GemsmithError, WeightsError
 from gemsmith.model.text import TextModel
-from gemsmith.testing import SIZES, random_model, tiny_config
+from gemsmith.testing import SIZES, random_model, tiny_config, whole_groups
 from gemsmith.weights.load import load_model, read_checkpoint
 from gemsmith.weights.names import PREFIXES, unused_shapes
 from gemsmith.weights.ple import PLEStore
@@ -206,6 +207,30 @@ def test_a_deleted_checkpoint_stays_readable_to_the_model(tmp_path):
 def test_a_device_that_is_not_there_is_refused(tmp_path, device, text):
     with pytest.raises(ConfigError, match=text):
         load_model(write(tmp_path, tensors()), device=device)
+
+
+def test_weights_that_the_memory_cannot_hold_are_refused_with_a_way(tmp_path, monkeypatch):
+    config = whole_groups(tiny_config("E2B"))
+    state = random_model(config, dtype=torch.bfloat16).state_dict()
+    state = {PREFIXES[0] + name: tensor for name, tensor in state.items()}
+    config.save(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    room = sum(sizing.weight_bytes(config, "int8", "cpu").values())
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: room)
+    with pytest.raises(CapacityError, match=r"for its weights.*free on cpu; quant='int8' needs"):
+        load_model(tmp_path, dtype=torch.float32)
+    load_model(tmp_path, quant="int8")
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: room - 1)
+    with pytest.raises(CapacityError, match=r"quant='int4' needs .* `gemsmith fit` lists what fi"):
+        load_model(tmp_path, quant="int8")
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: 1)
+    with pytest.raises(CapacityError, match=r"free on cpu; `gemsmith fit` lists what fits$"):
+        load_model(tmp_path, quant="int2")
+    # Mapped weights need no memory of their own; reading them again and again is slow.
+    with pytest.warns(RuntimeWarning, match="will be read from the disk again and again"):
+        load_model(tmp_path)
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: None)
+    load_model(tmp_path, dtype=torch.float32)
 
 
 def test_running_out_of_device_memory_says_how_far_it_came(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gemsmith import sizing
+from gemsmith import hardware, sizing
 from gemsmith.config import LayerPlan, TextConfig
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
 from gemsmith.ops import cpu
@@ -128,6 +128,8 @@ class RingCache:
             )
         if tokens <= self.reserved:
             return
+        if sizing.slab_tokens(tokens) > sizing.slab_tokens(self.reserved):
+            self._check_room(tokens)
         try:
             for layer in self._layers.values():
                 slots = sizing.slab_tokens(tokens)
@@ -142,6 +144,27 @@ class RingCache:
                 "use a shorter context or a narrower dtype"
             ) from error
         self.reserved = tokens
+
+    def _check_room(self, tokens: int) -> None:
+        """Refuse what the memory cannot hold, before a system that promises more than it has kills
+        the process for it."""
+        need = sizing.kv_bytes(self.config, tokens, self.dtype.itemsize)
+        more = need - self.nbytes
+        free = hardware.free_bytes(self.device) if more > 0 else None
+        if free is None or more <= free:
+            return
+        room = free + self.nbytes
+        most = sizing.largest_context(self.config, room, self.dtype.itemsize)
+        name = next(name for name, dtype in FORMATS.items() if dtype == self.dtype)
+        way = f"the largest context that fits is {most} tokens"
+        narrow = sizing.kv_bytes(self.config, tokens, 1)
+        if self.dtype.itemsize > 1:
+            fits = "" if narrow <= room else ", which is not there either"
+            way += f"; kv='int8' would need {narrow / 2**30:.2f} GiB{fits}"
+        raise CapacityError(
+            f"a context of {tokens} tokens needs {need / 2**30:.2f} GiB of {name} K/V, and "
+            f"{room / 2**30:.2f} GiB are free; {way}"
+        )
 
     def _grown(self, layer: _Layer, slots: int) -> Slots:
         # A ring only grows until it is as long as its window, so slot = position still holds.

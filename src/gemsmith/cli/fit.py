@@ -428,14 +428,13 @@ def draw(plans: list[Plan], model: Model, path: Path, *, media: bool, drafter: b
     axes.minorticks_off()
     axes.set(xlabel="tokens of context, each user", ylabel="GiB (2^30 bytes)", ylim=(0, None))
     axes.margins(x=0.02)
-    # Each line is named at its end; names that would lie on one another are moved apart.
+    # Each line is named beside its end; names that would lie on one another are moved apart.
     room, above = 0.045 * axes.get_ylim()[1], float("-inf")
     for total, plan, color in sorted(lines, key=lambda line: line[0]):
         above = max(total, above + room)
         axes.annotate(
             plan.format if model.stored is None or model.format else "as stored",
-            (contexts[-1], above), (6, 0), textcoords="offset points", color=color,
-            va="center", annotation_clip=False,
+            (1.01, above), xycoords=("axes fraction", "data"), color=color, va="center",
         )  # fmt: skip
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -476,9 +475,14 @@ def run(
     console = Console()
     if model is None:
         plans = fit.search(
-            target, context=tokens, users=users, kv=kv, prompt=prompt, media=media,
-            **({"formats": formats} if formats else {}),
-        )  # fmt: skip
+            target,
+            context=tokens,
+            users=users,
+            kv=kv,
+            formats=formats or fit.SEARCHED,
+            prompt=prompt,
+            media=media,
+        )
     else:
         if context is None:
             tokens = min(tokens, model.config.text_config.max_position_embeddings)

@@ -26,6 +26,7 @@ private mapping.
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from gemsmith import hardware, sizing
 from gemsmith.config import Gemma4Config
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
 from gemsmith.model.text import Experts, TextModel
@@ -62,7 +64,7 @@ from gemsmith.weights.names import (
     unused_shapes,
 )
 from gemsmith.weights.ple import PLEStore, QuantPLEStore, RoundingPLEStore
-from gemsmith.weights.recipe import recipe_on_load
+from gemsmith.weights.recipe import ON_LOAD, recipe_on_load
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 TABLE_DTYPES = DTYPES | {"I32": torch.int32, "U8": torch.uint8, "I8": torch.int8}
@@ -145,6 +147,7 @@ def load_model(
         dtype = torch.float32  # what the integer products give; few values are floats at all
     dtype = _compute_dtype(dtype, typical, folder)
 
+    _check_room(folder, config, stored, chosen, low, device, dtype, ple, quant)
     model = TextModel(text, device="meta", dtype=dtype)
     if PLE_TABLE in chosen and ple == "disk":
         key = chosen.pop(PLE_TABLE)
@@ -578,6 +581,60 @@ def _check_head(
                 f"{key} differs from {chosen[EMBEDDING]}; Gemma 4 ties the two. "
                 "The head was trained apart and cannot be kept; export with tied embeddings."
             )
+
+
+def _check_room(
+    folder: Path,
+    config: Gemma4Config,
+    stored: dict[str, StoredTensor],
+    chosen: dict[str, str],
+    low: dict[str, LowBit],
+    device: torch.device,
+    dtype: torch.dtype,
+    ple: str,
+    quant: str | None,
+) -> None:
+    """Refuse weights that the memory cannot hold, and say what it could.
+
+    Mapped files need no memory of their own: where they are more than there is, the system reads
+    them from the disk over and over, which is slow and no error.
+    """
+    place = "cpu" if device.type == "cpu" else "gpu"
+    if quant is not None:
+        parts = sizing.weight_bytes(
+            config, quant, place, towers=False, ple_in_memory=ple == "memory"
+        )
+        need, mapped = sum(parts.values()), False
+    else:
+        need, mapped = 0, device.type == "cpu"
+        for name, key in chosen.items():
+            if name == PLE_TABLE and ple == "disk":
+                continue
+            if key in low:
+                format = low[key].format
+                need += sizing.held_bytes(low[key].shape, format.bits, format.group, place)
+            else:
+                need += math.prod(stored[key].shape) * dtype.itemsize
+                mapped &= bool(low) or DTYPES[stored[key].dtype] == dtype
+    free = hardware.free_bytes(device)
+    if free is None or need <= free:
+        return
+    what = f"{folder.name} needs {need / 2**30:.2f} GiB for its weights"
+    have = f"{free / 2**30:.2f} GiB are free on {device}"
+    if mapped:
+        warnings.warn(
+            f"{what} and {have}: they will be read from the disk again and again, which is slow",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
+    way = "`gemsmith fit` lists what fits"
+    for format in ON_LOAD if not low else ():
+        smaller = sum(sizing.weight_bytes(config, format, place, towers=False).values())
+        if smaller <= min(free, need - 1):
+            way = f"quant={format!r} needs {smaller / 2**30:.2f} GiB, and {way}"
+            break
+    raise CapacityError(f"{what} and {have}; {way}")
 
 
 def _compute_dtype(asked: torch.dtype | None, embedding: StoredTensor, folder: Path) -> torch.dtype:
