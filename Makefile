@@ -55,6 +55,7 @@ bench: $(VENV)/.dev
 	@$(RUN)prefill --record $(NUMBERS)
 	@$(RUN)memory --record $(NUMBERS)
 	@$(RUN)media --record $(NUMBERS)
+	@$(RUN)fit --record $(NUMBERS)
 	@$(RUN)report $(NUMBERS)
 
 # 32 GB of disk more, and 16 GB of memory free.

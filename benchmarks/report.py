@@ -189,6 +189,29 @@ def media(record: Record) -> list[str]:
     return lines
 
 
+def fit(record: Record) -> list[str]:
+    how = "taken from these runs" if record["calibrated_here"] else "of earlier runs"
+    lines = [
+        f"## `gemsmith fit` beside what was measured, {record['model']}",
+        "",
+        f"Predicted over measured, less 1; speeds by shares of the bound {how}.",
+        "",
+        "| model | format | context | users | " + " | ".join(record["limits"]) + " |",
+        "|---|---|--:|--:|" + "--:|" * len(record["limits"]),
+    ]
+    for row in record["rows"]:
+        errors = (row["errors"][what] for what in record["limits"])
+        cells = " | ".join("-" if error is None else f"{error:+.1%}" for error in errors)
+        where = f"{row['model']} | {row['format']} | {row['context']} | {row['users']}"
+        lines.append(f"| {where} | {cells} |")
+    worst = (
+        f"{what} {record['worst'][what]:.1%} of {limit:.1%}"
+        for what, limit in record["limits"].items()
+        if what in record["worst"]
+    )
+    return [*lines, "", f"At most off, of what is allowed: {', '.join(worst)}."]
+
+
 def provenance(record: Record) -> str:
     about = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -201,6 +224,7 @@ def provenance(record: Record) -> str:
 
 SECTIONS = {
     "decode": decode,
+    "fit": fit,
     "kernels": kernels,
     "media": media,
     "memory": memory,

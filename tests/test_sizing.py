@@ -192,7 +192,7 @@ def held(config: Gemma4Config, folder: Path, quant: str | None) -> int:
     """Bytes of everything that the loaded model and its towers keep in memory."""
     read, model = load_model(folder, quant=quant)
     dtype: torch.dtype = model.embed_tokens.weight.dtype  # pyright: ignore
-    modules = [model]
+    modules: list[torch.nn.Module] = [model]
     if config.vision_config or config.audio_config:
         modules.append(load_towers(folder, read, device="cpu", dtype=dtype, quant=quant))
     return sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))

@@ -289,6 +289,7 @@ def _speed(
     text, kind = config.text_config, "float" if format in sizing.FLOATS else "low"
     rate, bandwidth = target.rates.get(kind), target.bandwidth
     step = prefill = None
+    passes = math.ceil(prompt / sizing.CHUNK_TOKENS)
     limit = "not known"
     if bandwidth:
         reads = sizing.decode_weight_bytes(text, weights, users)
@@ -298,47 +299,41 @@ def _speed(
         if computing > step:
             step, limit = computing, "computing"
         if rate:
-            passes = math.ceil(prompt / sizing.CHUNK_TOKENS)
             every = sizing.decode_weight_bytes(text, weights, min(prompt, sizing.CHUNK_TOKENS))
             work = sizing.prefill_flops(text, prompt, 1) / rate
             prefill = max(work, passes * every / bandwidth)
-    decode_share = _share(target.place, kind, "decode")
-    prefill_share = _share(target.place, kind, "prefill")
-    per_layer = _share(target.place, kind, "layer_seconds") or Range(0.0, 0.0, 0.0)
-    overhead = text.num_hidden_layers * per_layer.mid
+    layers = text.num_hidden_layers
     return Speed(
         decode_bound=1 / step if step else None,
-        decode=_expected(step, decode_share, overhead) if step and decode_share else None,
+        decode=_rates(_expected(step, target.place, kind, "decode", layers)),
         prefill_bound=prompt / prefill if prefill else None,
         ttft_bound=prefill,
-        ttft=_longer(prefill, prefill_share) if prefill and prefill_share else None,
+        ttft=_expected(prefill, target.place, kind, "prefill", passes * layers),
         limit=limit,
     )
 
 
-def _expected(step: float, share: Range, overhead: float) -> Range:
-    """Tokens a second of steps that take `overhead` seconds beside their reading or computing."""
-    low, mid, high = (1 / (step / s + overhead) for s in (share.low, share.mid, share.high))
-    return Range(low, mid, high)
+def _expected(bound: float | None, place: Place, kind: str, what: str, layers: int) -> Range | None:
+    """Seconds that are expected where `bound` are the least; None where nothing was measured.
 
-
-def _longer(bound: float, share: Range) -> Range:
-    return Range(bound / share.high, bound / share.mid, bound / share.low)
-
-
-def _share(place: Place, kind: str, what: str) -> Range | None:
-    """The part of its bound that gemsmith reached where it was measured; `layer_seconds` is what a
-    step takes for each layer beside."""
+    layers: how many are run, one after the other.
+    """
     for record in calibration():
-        if (record["place"], record["kind"], record["what"]) == (place, kind, what):
-            return Range(*record["share"])
+        if bound and (record["place"], record["kind"], record["what"]) == (place, kind, what):
+            fixed = layers * record["layer_seconds"]
+            least, usual, most = record["share"]
+            return Range(bound / most + fixed, bound / usual + fixed, bound / least + fixed)
     return None
+
+
+def _rates(seconds: Range | None) -> Range | None:
+    return seconds and Range(1 / seconds.high, 1 / seconds.mid, 1 / seconds.low)
 
 
 @cache
 def calibration() -> tuple[dict[str, Any], ...]:
-    """Records of `benchmarks.fit`: place, kind (float, low), what (decode, prefill, layer_seconds),
-    share of the bound (or seconds) as [least, median, most], source."""
+    """Records of `benchmarks.fit`: place, kind (float, low), what (decode, prefill), share of the
+    bound as [least, usual, most], layer_seconds that each layer takes besides, source."""
     path = resources.files("gemsmith") / "calibration.json"
     return tuple(json.loads(path.read_text(encoding="utf-8")))
 
@@ -357,7 +352,8 @@ def search(
     prompt: int = PROMPT,
     media: bool = True,
 ) -> list[Plan]:
-    """Every combination of model, format and way to store K/V that fits, the best first.
+    """Every combination of model, format and way to store K/V that fits, the best first. mobile is
+    tried for the sizes of which Google publishes it, those with per-layer inputs.
 
     Best: formats that any weights may be rounded to before those that need weights trained for
     them; the larger model; more bits; K/V as the model computes them before int8. What suits a task
@@ -380,7 +376,7 @@ def search(
         for format in formats
         for way in ways
         if context <= config.text_config.max_position_embeddings
-        and not (format == "mobile" and config.text_config.enable_moe_block)
+        and (format != "mobile" or config.text_config.hidden_size_per_layer_input)
     ]  # fmt: skip
     fitting = [found for found in plans if found.fits]
     if not fitting:

@@ -43,11 +43,12 @@ KV_SCALE_BYTES = 4
 SLAB_STEP = 256
 CHUNK_TOKENS = 512
 """Prompt tokens run in one pass, as in engine/context.py."""
-RUNTIME_BYTES: dict[str, int] = {"cpu": 275 << 20, "gpu": 600 << 20}
-"""What a process takes before any weight. cpu: resident memory of `gemsmith generate` on the
-built-in model without its weights (250 MiB: Linux, x86-64, torch 2.13 for CPUs), and 25 MiB of a
-compiled vocabulary of 262,144. gpu: a CUDA context with torch's kernels; an estimate, not measured
-by us."""
+RUNTIME_BYTES: dict[str, int] = {"cpu": 240 << 20, "gpu": 600 << 20}
+"""What a process takes before any weight. cpu: resident memory of a process that answered with the
+smallest models, their weights taken off (Linux, x86-64, torch 2.13 for CPUs). gpu: a CUDA context
+with torch's kernels; an estimate, not measured by us."""
+VOCABULARY_BYTES = 100
+"""Of each entry of a compiled vocabulary, mapped: 25 MiB of Gemma's."""
 
 # -- parameters -----------------------------------------------------------------------------------
 
@@ -354,6 +355,13 @@ def compute_bytes(format: str, place: Place) -> int:
     return 4 if format == "float32" or (place == "cpu" and format != "bfloat16") else 2
 
 
+def runtime_bytes(config: TextConfig, place: Place) -> int:
+    """The process without weights: of its machine, or on a GPU what the device holds."""
+    if place != "cpu":
+        return RUNTIME_BYTES["gpu"]
+    return RUNTIME_BYTES["cpu"] + VOCABULARY_BYTES * config.vocab_size
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Everything that has to be in memory at once, in bytes."""
@@ -397,7 +405,7 @@ def memory(
         weights=weights,
         kv=kv_bytes(text, context, KV_VALUES[kv], sequences),
         activations=activation_bytes(text, context, value_bytes=compute_bytes(format, place)),
-        runtime=RUNTIME_BYTES["cpu" if place == "cpu" else "gpu"],
+        runtime=runtime_bytes(text, place),
     )
 
 

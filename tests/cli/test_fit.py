@@ -75,8 +75,8 @@ def test_what_fits_is_ranked_and_says_what_limits_it():
     lines = [line.split() for line in text.splitlines()]
     rows = [line for line in lines if line and line[0] in PRESETS]
     assert rows[0][:3] == ["12B", "int4", "bfloat16"]
-    assert "bfloat16 K/V of 4 users" in text
-    assert "the model's own context" in text
+    limits = {row[-2] for row in rows}
+    assert limits == {"K/V", "model"}
     assert not any(row[0] == "31B" for row in rows)
 
 
@@ -106,6 +106,16 @@ def test_what_makes_no_sense_is_one_clear_error(arguments: list[str], message: s
     text = ask(*arguments, code=2)
     assert text.startswith("error: ")
     assert message in text
+
+
+def test_a_repository_that_cannot_be_asked_is_one_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("GEMSMITH_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    text = ask("someone/gemma-4-E2B-tuned", code=2)
+    assert text.startswith("error: someone/gemma-4-E2B-tuned is not in the local cache and offline")
+    assert json.loads(ask("google/gemma-4-E2B-it", "--json", "--device", "t4"))["plans"]
 
 
 CONFIG = whole_groups(tiny_media_config("E2B"))

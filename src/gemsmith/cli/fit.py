@@ -221,12 +221,12 @@ def show(plans: list[Plan], model: Model, console: Console) -> None:
         files = [sum(model.stored.values())]
     table.add_row("files on disk", *(gib(n) for n in files))
     table.add_section()
-    each = ", each user" if users > 1 else ""
-    table.add_row(f"tokens/s{each}, at most", *(_rate(p.speed.decode_bound) for p in plans))
+    each = " a user" if users > 1 else ""
+    table.add_row(f"tokens/s{each} <=", *(_rate(p.speed.decode_bound) for p in plans))
     if any(plan.speed.decode for plan in plans):
         table.add_row("  expected", *(_range(p.speed.decode) for p in plans))
     table.add_row("  waits for", *(plan.speed.limit for plan in plans))
-    table.add_row("first token, at least", *(_seconds(p.speed.ttft_bound) for p in plans))
+    table.add_row("first token >=", *(_seconds(p.speed.ttft_bound) for p in plans))
     if any(plan.speed.ttft for plan in plans):
         table.add_row("  expected", *(_seconds_range(p.speed.ttft) for p in plans))
     console.print(table)
@@ -267,13 +267,14 @@ def show_search(plans: list[Plan], console: Console) -> None:
         table.add_row(
             plan.model, plan.format, plan.kv, gib(plan.memory.total),
             gib(plan.target.memory - plan.memory.total), f"{plan.largest_context:,}",
-            plan.limit.removeprefix("memory for "), _rate(plan.speed.decode_bound),
+            "K/V" if plan.limit.startswith("memory") else "the model",
+            _rate(plan.speed.decode_bound),
             end_section=following is not None and _trained(following) != _trained(plan),
         )  # fmt: skip
     console.print(table)
     console.print(
-        "Best first: the larger model, then more bits. mobile and int2, below, are good only from "
-        "weights trained for them.",
+        "Best first: the larger model, then more bits. mobile and int2, at the end, are good only "
+        "from weights trained for them.",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
