@@ -220,6 +220,11 @@ def test_this_machine_is_its_gpu_where_it_has_one(monkeypatch: pytest.MonkeyPatc
     assert fit.this_machine().rates == {"float": 3e11, "low": 2e12}
     with pytest.raises(ConfigError, match="nvidia-smi finds none here"):
         fit.this_machine("gpu")
+    blind = replace(hardware.machine(), memory_bytes=None, available_bytes=None)
+    monkeypatch.setattr(hardware, "machine", lambda: blind)
+    with pytest.raises(ConfigError, match="cannot be read; say it with --memory 16GB"):
+        fit.this_machine()
+    assert fit.this_machine("cpu", 8 * GIB).memory == 8 * GIB
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from gemsmith.engine import context
 from gemsmith.errors import ConfigError
 from gemsmith.model.text import TextModel
 from gemsmith.ops import cpu
+from gemsmith.quant.formats import Format
+from gemsmith.quant.packed import Packed
+from gemsmith.quant.quantize import quantize
 from gemsmith.testing import (
     SIZES,
     random_model,
@@ -232,6 +235,17 @@ def test_weight_bytes_are_those_in_memory(name: str, tmp_path: Path):
         quantize_checkpoint(source, tmp_path / "mobile", Recipe("mobile"))
         said = sum(sizing.weight_bytes(config, "mobile", "cpu").values())
         assert held(config, tmp_path / "mobile", None) == said
+
+
+@pytest.mark.skipif(not cpu.available(), reason="sizes are of the extension's layout")
+@pytest.mark.parametrize("shape", [(16, 64), (101, 96), (1, 96), (112, 160), (3, 17, 32)])
+@pytest.mark.parametrize("format", [Format(8), Format(4, 32), Format(2, 32), Format(4)])
+def test_a_low_bit_weight_has_the_bytes_of_its_place(shape: tuple[int, ...], format: Format):
+    weight = quantize(torch.randn(shape), format)
+    weight = replace(weight, scales=weight.scales.bfloat16().float())  # as a file has them
+    assert sizing.held_bytes(shape, format.bits, format.group, "gpu") == weight.nbytes
+    packed = Packed.of(weight)
+    assert sizing.held_bytes(shape, format.bits, format.group, "cpu") == packed.nbytes
 
 
 @pytest.mark.parametrize("size", SIZES)

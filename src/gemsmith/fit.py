@@ -120,34 +120,37 @@ class Plan:
 # -- machines -------------------------------------------------------------------------------------
 
 
-def this_machine(device: str = "auto") -> Target:
+def this_machine(device: str = "auto", memory: int | None = None) -> Target:
     """The machine this runs on: its NVIDIA device where it has one and `device` is not "cpu".
 
+    memory: bytes that a program can have; None: what is free now.
+
     Raises:
-      ConfigError: "gpu" was asked for, and none is found.
+      ConfigError: "gpu" was asked for, and none is found; the memory is not known.
     """
-    found = hardware.nvidia_gpus() if device != "cpu" else []
-    if found:
-        gpu = found[0]
+    gpus = hardware.nvidia_gpus() if device != "cpu" else []
+    if gpus:
+        gpu = gpus[0]
         known = _known(gpu.name)
         return Target(
             f"{gpu.name}, here",
             "gpu",
-            gpu.free_bytes,
+            memory or gpu.free_bytes,
             known.bandwidth_gbs * 1e9 if known else None,
             _named_rates(known) if known else {},
-            f"free memory by nvidia-smi; rates: {known.source if known else 'not known'}",
+            f"{'as said' if memory else 'free now'}; rates: {known.source if known else 'unknown'}",
         )
     if device == "gpu":
         raise ConfigError("device 'gpu': nvidia-smi finds none here; use cpu, or a device by name")
     machine, measured = hardware.machine(), probe.rates()
-    memory = machine.available_bytes or machine.memory_bytes
-    if memory is None:
+    found = memory or machine.available_bytes or machine.memory_bytes
+    if found is None:
         raise ConfigError("the memory of this machine cannot be read; say it with --memory 16GB")
-    about = f"available now; {measured.cores} cores read {measured.bandwidth / 1e9:.1f} GB/s"
+    about = "as said" if memory else "available now"
+    about += f"; {measured.cores} cores read {measured.bandwidth / 1e9:.1f} GB/s"
     about += ", measured while other programs ran" if measured.busy else ", measured"
     rates = {"float": measured.float_rate, "low": measured.int_rate}
-    return Target("this machine", "cpu", memory, measured.bandwidth, rates, about)
+    return Target("this machine", "cpu", found, measured.bandwidth, rates, about)
 
 
 def named(name: str) -> Target:

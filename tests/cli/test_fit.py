@@ -80,6 +80,14 @@ def test_what_fits_is_ranked_and_says_what_limits_it():
     assert not any(row[0] == "31B" for row in rows)
 
 
+def test_memory_that_is_said_takes_the_place_of_the_machine_s():
+    for device in ("cpu", "rtx-4090"):
+        text = ask("--json", "E2B", "--device", device, "--memory", "7GB")
+        target = json.loads(text)["target"]
+        assert target["memory"] == 7 * GIB
+        assert target["bandwidth"] == (20e9 if device == "cpu" else 1008e9)
+
+
 def test_nothing_fits_is_one_error_with_the_closest():
     text = ask("--memory", "300MB", "--context", "128K", code=2)
     assert text.startswith("error: nothing fits 0.29 GiB")

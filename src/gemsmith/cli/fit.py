@@ -7,13 +7,14 @@ every combination that fits. The figures are fit.py's; here they are asked for a
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gemsmith import fit, shapes, sizing
@@ -121,15 +122,13 @@ def target_of(device: str, memory: str | None) -> Target:
     Raises:
       ConfigError: no such device, or no size.
     """
-    if memory and device == "auto":
-        size = fit.size_of(memory)
+    size = fit.size_of(memory) if memory else None
+    if size and device == "auto":
         return Target(f"{gib(size)} of memory", "gpu", size, about="a GPU of unknown speed")
-    known = "gpu" if device == "cuda" else device
-    target = fit.this_machine(known) if known in HERE else fit.named(device)
-    if memory:
-        fields = {name: getattr(target, name) for name in ("name", "place", "bandwidth", "rates")}
-        target = Target(memory=fit.size_of(memory), about=target.about, **fields)
-    return target
+    if device in (*HERE, "cuda"):
+        return fit.this_machine("gpu" if device == "cuda" else device, size)
+    target = fit.named(device)
+    return replace(target, memory=size) if size else target
 
 
 def forward(
@@ -196,7 +195,7 @@ def show(plans: list[Plan], model: Model, console: Console) -> None:
     whose = f"{users} users with {first.context:,} tokens each" if users > 1 else (
         f"one user with {first.context:,} tokens"
     )  # fmt: skip
-    console.print(f"[bold]{model.name}[/bold], {whose}, K/V in {first.kv}", highlight=False)
+    console.print(f"[bold]{escape(model.name)}[/bold], {whose}, K/V in {first.kv}", highlight=False)
     console.print(f"on {target.name}: {gib(target.memory)} ({target.about})", highlight=False,
                   soft_wrap=True, markup=False)  # fmt: skip
     stored = model.stored is not None and model.format is None
