@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "shapes": {"config"},
     "sizing": {"errors", "config", "shapes"},
     "devices": {"errors"},
+    "choose": BASE,
     "hardware": BASE,
     "probe": {"hardware", "_native"},
     "fit": BASE | {"hardware", "probe"},
@@ -40,14 +41,14 @@ ROOMS: dict[str, set[str]] = {
     "evals": LOW | {"text", "media", "model", "quant", "cache", "weights", "engine"},
     # The command line may use everything; it is used by `python -m gemsmith` alone.
     "cli": {*LOW, "text", "media", "model", "quant", "cache", "weights", "headers", "engine"}
-    | {"fit", "train", "agent", "server", "evals", ""},
+    | {"fit", "choose", "train", "agent", "server", "evals", ""},
     "__main__": {"cli"},
     # `import gemsmith` gives its public names lazily, from wherever they live.
     "": LOW | {"text", "model", "cache", "weights", "engine"},
     "testing": LOW | {"text", "model", "cache", "weights", "engine"},
 }
 NO_TORCH = {"text", "headers", "agent"}
-STDLIB_ONLY = BASE
+STDLIB_ONLY = BASE | {"choose"}
 
 
 def room(module: str) -> str:

@@ -1,0 +1,615 @@
+"""Which Gemma 4 for a job on a machine: rules, each with its reason, over facts with a source.
+
+    1. What the architecture must have: ears, and room for the context. A model without is out.
+    2. What the machine must hold: weights at some format, and K/V of all users at the context.
+    3. What the machine must do: tokens a second, time to the first, where its rates are known.
+    4. What the job needs: published scores of its kind of work, and floors under them.
+    5. Of those left the one with the best mean of these scores, in its most exact format.
+
+Formats go from exact to small, K/V likewise; a format is taken only where the one before it does
+not fit or is too slow. What no source gives is None, is said to be unknown, and never counts as
+met or as missed. Privacy is no rule: all of these run where their weights are, and send nothing.
+
+Not a measurement: published scores are of bfloat16 models with thinking on, on others' tasks.
+`gemsmith choose --measure` asks your own.
+
+Sources: Google's model cards for the scores (read in public copies of the tables), sizing.py for
+bytes and operations. ASSUMED names what is neither.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+from gemsmith import sizing
+from gemsmith.config import PRESETS, Gemma4Config, TextConfig
+from gemsmith.devices import Device
+from gemsmith.errors import ConfigError
+
+GIB = 1 << 30
+CARD = "Gemma 4 model card (ai.google.dev/gemma/docs/core/model_card_4)"
+CARD_12B = (
+    "Gemma 4 12B model card (huggingface.co/google/gemma-4-12B-it; its scores of sound are marked "
+    "with an asterisk, whose note was not at hand)"
+)
+
+
+# The same few configs are asked for again and again.
+_parameters = lru_cache(sizing.parameters)
+_kv_bytes = lru_cache(1024)(sizing.kv_bytes)
+_decode_bytes = lru_cache(1024)(sizing.decode_bytes)
+_prefill_flops = lru_cache(1024)(sizing.prefill_flops)
+
+
+# -- facts ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One published test. Scores by size; a size that is not there has no published score."""
+
+    title: str
+    of: str
+    """What it is a test of."""
+    scores: Mapping[str, float]
+    unit: str = "%"
+    lower_is_better: bool = False
+
+    def merit(self, size: str) -> float | None:
+        """0 to 100, more is better; None if there is no score."""
+        score = self.scores.get(size)
+        return score if score is None or not self.lower_is_better else 100 * (1 - score)
+
+    def source(self, size: str) -> str:
+        return CARD_12B if size == "12B" else CARD
+
+
+def _sizes(*scores: float) -> dict[str, float]:
+    return dict(zip(PRESETS, scores, strict=True))
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "mmlu-pro": Benchmark("MMLU Pro", "knowledge", _sizes(60.0, 69.4, 77.2, 82.6, 85.2)),
+    "gpqa": Benchmark("GPQA Diamond", "science", _sizes(43.4, 58.6, 78.8, 82.3, 84.3)),
+    "livecodebench": Benchmark("LiveCodeBench v6", "code", _sizes(44.0, 52.0, 72.0, 77.1, 80.0)),
+    "tau2": Benchmark("Tau2, mean of 3", "tool use", _sizes(24.5, 42.2, 69.0, 68.2, 76.9)),
+    "mmmlu": Benchmark("MMMLU", "languages", _sizes(67.4, 76.6, 83.4, 86.3, 88.4)),
+    "mmmu-pro": Benchmark("MMMU Pro", "pictures", _sizes(44.2, 52.6, 69.1, 73.8, 76.9)),
+    "omnidocbench": Benchmark(
+        "OmniDocBench 1.5", "documents", _sizes(0.290, 0.181, 0.164, 0.149, 0.131),
+        "edit distance", lower_is_better=True,
+    ),
+    "fleurs": Benchmark(
+        "FLEURS", "speech", {"E2B": 0.09, "E4B": 0.08, "12B": 0.069}, "error rate",
+        lower_is_better=True,
+    ),
+    "covost": Benchmark(
+        "CoVoST", "spoken translation", {"E2B": 33.47, "E4B": 35.54, "12B": 38.5}, "points"
+    ),
+    "mrcr": Benchmark(
+        "MRCR v2, 8 needles, 128K", "long context", _sizes(19.1, 25.4, 43.4, 44.1, 66.4)
+    ),
+}  # fmt: skip
+"""By the name a floor is given by."""
+
+TASKS = {
+    "general": "mmlu-pro",
+    "science": "gpqa",
+    "code": "livecodebench",
+    "agents": "tau2",
+    "languages": "mmmlu",
+}
+"""Kind of work -> the benchmark that stands for it."""
+LONG = 65_536
+"""Tokens of context from which a benchmark of long contexts counts too."""
+IMAGES = {"none": 0, "coarse": 140, "normal": 280, "fine": 1120}
+"""Detail of pictures -> soft tokens each may cost."""
+VIDEO_TOKENS = 32 * 70
+"""Of the shortest video one would show: 32 frames at 70 soft tokens."""
+AUDIO_TOKENS = 750
+"""Of 30 s of sound, 25 soft tokens a second."""
+
+BITS: dict[str, dict[str, float]] = {
+    "bfloat16": {"": 16},
+    "int8": {"": 8, "ple_table": 8.0625, "ple_projection": 8},
+    "int4": {"": 4.5, "ple": 8, "ple_table": 8.0625, "ple_projection": 8,
+             "vision": 8, "vision_projection": 8, "audio": 8, "audio_projection": 8},
+}  # fmt: skip
+"""Format -> bits of a weight by part ("" for the rest), scales of groups included: those of
+`gemsmith quantize --bits 8` and `4`."""
+FLOATS = ("norms", "router")
+"""Parts that stay in bfloat16 whatever the format."""
+KV_VALUES = {"bfloat16": 2, "int8": 1}
+"""Format of keys and values -> bytes a value."""
+ASSUMED = {
+    "system": {"cpu": 0.85, "gpu": 0.95, "phone": 0.5, "unified": 0.75},
+    "runtime_gib": 0.75,
+    "share_of_peak": 0.5,
+}
+"""Not from a source. What system and driver leave of a device's memory; what the runtime takes of
+it; and how much of a machine's peak rates a good engine reaches (reports for Gemma 4 range from a
+third, 26B-A4B on one card, to three quarters, dense models): a demand is held against this half."""
+
+
+# -- questions --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """A job. `ConfigError` where it cannot be meant."""
+
+    task: str = "general"
+    audio: bool = False
+    video: bool = False
+    images: str = "none"
+    """A key of IMAGES."""
+    context: int = 8192
+    """Tokens of one conversation, pictures and reply included."""
+    users: int = 1
+    """Conversations at once."""
+    speed: float | None = None
+    """Tokens a second for each user, at least."""
+    first: float | None = None
+    """Seconds to the first token of a reply to a full context, at most."""
+    floors: Mapping[str, float] | None = None
+    """Benchmark -> the worst score that will do."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("task", self.task, TASKS), ("images", self.images, IMAGES)):
+            if value not in known:
+                raise ConfigError(f"{name} {value!r}: choose {', '.join(known)}")
+        for name, value, most in (("context", self.context, 1 << 24), ("users", self.users, 1e6)):
+            if not 1 <= value <= most:
+                raise ConfigError(f"{name} {value}: must be from 1 to {int(most):,}")
+        for name, limit in (("speed", self.speed), ("first", self.first)):
+            if limit is not None and not 0 < limit < math.inf:
+                raise ConfigError(f"{name} {limit}: must be above 0")
+        for name, floor in (self.floors or {}).items():
+            if name not in BENCHMARKS:
+                raise ConfigError(
+                    f"quality {name!r}: no such score; known: {', '.join(BENCHMARKS)}"
+                )
+            highest = 1 if BENCHMARKS[name].lower_is_better else 100
+            if not 0 <= floor <= highest:
+                raise ConfigError(f"quality {name}={floor}: must be from 0 to {highest}")
+        if self.media_tokens >= self.context:
+            raise ConfigError(
+                f"context {self.context}: one picture, video and sound of this kind alone cost "
+                f"{self.media_tokens} tokens; ask for more"
+            )
+
+    @property
+    def media_tokens(self) -> int:
+        return IMAGES[self.images] + self.video * VIDEO_TOKENS + self.audio * AUDIO_TOKENS
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """Those whose scores matter for the job, the leading one first."""
+        names = [TASKS[self.task]]
+        if self.images == "fine":
+            names.append("omnidocbench")
+        elif self.images != "none" or self.video:
+            names.append("mmmu-pro")
+        if self.audio:
+            names.append("fleurs")
+        if self.context >= LONG:
+            names.append("mrcr")
+        return list(dict.fromkeys([*names, *(self.floors or {})]))
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the job runs on. Rates that are None are not known."""
+
+    name: str
+    memory_bytes: int
+    """For weights, K/V and the runtime."""
+    bandwidth: float | None = None
+    """Bytes a second."""
+    flops: float | None = None
+    """Operations a second in bfloat16."""
+
+    @classmethod
+    def of(cls, device: Device) -> "Machine":
+        left = device.memory_bytes * ASSUMED["system"][device.kind]
+        flops = device.bf16_tflops and device.bf16_tflops * 1e12
+        return cls(device.name, int(left), device.bandwidth_gbs * 1e9, flops)
+
+
+# -- what a combination costs -----------------------------------------------------------------
+
+
+def weight_bytes(config: Gemma4Config, format: str, *, towers: bool = True) -> int:
+    """Bytes of the weights in `format`, all of them: what the files have."""
+    bits, total = BITS[format], 0.0
+    for part, count in _parameters(config).items():
+        if towers or not part.startswith(("vision", "audio")):
+            total += count * (16 if part in FLOATS else bits.get(part, bits[""])) / 8
+    return int(total)
+
+
+def resident_bytes(config: Gemma4Config, format: str, *, towers: bool = True) -> int:
+    """Bytes of the weights in memory: the per-layer table (PLE) stays on disk."""
+    table = _parameters(config).get("ple_table", 0)
+    bits = BITS[format]
+    on_disk = int(table * bits.get("ple_table", bits[""]) / 8)
+    return weight_bytes(config, format, towers=towers) - on_disk
+
+
+def step_bytes(text: TextConfig, format: str, kv: str, context: int, users: int) -> float:
+    """Bytes read to give every user one token: weights once, each user's K/V.
+
+    With experts, those that at least one of the users' tokens is sent to, by chance.
+    """
+    active = _decode_bytes(text, 0, 1)
+    if text.enable_moe_block:
+        experts, chosen = text.num_experts or 1, text.top_k_experts or 0
+        share = chosen / experts
+        touched = 1 - (1 - share) ** users
+        all_experts = _parameters(Gemma4Config(text_config=text))["experts"]
+        active += int(all_experts * (touched - share))
+    one_user = _decode_bytes(text, context, 0, KV_VALUES[kv])
+    return active * BITS[format][""] / 8 + users * one_user
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A size in a format on the machine, for the job."""
+
+    size: str
+    format: str
+    kv: str
+    memory_bytes: int
+    """Weights in memory, K/V of all users, runtime."""
+    file_bytes: int
+    ceiling: float | None
+    """Tokens a second for each user if the memory gave its peak rate; None: not known."""
+    fastest_first: float | None
+    """Seconds to the first token if the units gave their peak rate; None: not known."""
+    missing: tuple[str, ...]
+    """What keeps it from being chosen."""
+    gap: tuple[int, float]
+    """How far it is from fitting: what no machine can give it (a score short of a floor 1, no ears
+    or too short a context 2), then how many times too little the rest is."""
+    merit: float | None
+    """Mean of the published scores that matter, 0 to 100."""
+    unknown: tuple[str, ...]
+    """What was asked and cannot be said."""
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.format}" + (", K/V in int8" if self.kv == "int8" else "")
+
+
+def examine(size: str, format: str, kv: str, needs: Needs, machine: Machine) -> Option:
+    """Hold one size in one format against the job and the machine."""
+    config = PRESETS[size]
+    text = config.text_config
+    context = min(needs.context, text.max_position_embeddings)
+    towers = needs.audio or needs.video or needs.images != "none"
+    weights = resident_bytes(config, format, towers=towers)
+    cache = needs.users * _kv_bytes(text, context, KV_VALUES[kv])
+    memory = weights + cache + int(ASSUMED["runtime_gib"] * GIB)
+    missing: list[str] = []
+    unknown: list[str] = []
+    never, ratio = 0, 1.0
+
+    if needs.audio and config.audio_config is None:
+        missing.append("it cannot hear: of the five, E2B, E4B and 12B can")
+        never += 2
+    if needs.context > text.max_position_embeddings:
+        missing.append(
+            f"its context ends at {text.max_position_embeddings:,} tokens, "
+            f"{needs.context:,} are asked"
+        )
+        never += 2
+    if memory > machine.memory_bytes:
+        lack = memory - machine.memory_bytes
+        missing.append(
+            f"{gib(memory)} are needed ({gib(weights)} weights, {gib(cache)} K/V), "
+            f"{gib(machine.memory_bytes)} are there: {gib(lack)} are missing"
+        )
+        ratio = max(ratio, memory / max(1, machine.memory_bytes))
+
+    ceiling = first = None
+    if machine.bandwidth is not None:
+        ceiling = machine.bandwidth / step_bytes(text, format, kv, needs.context, needs.users)
+    if machine.flops is not None:
+        first = _prefill_flops(text, context, 1) / machine.flops
+    share = ASSUMED["share_of_peak"]
+    if needs.speed is not None and ceiling is None:
+        unknown.append("its speed here: no bandwidth is known; name a --device")
+    elif needs.speed is not None and ceiling is not None and ceiling * share < needs.speed:
+        missing.append(
+            f"about {ceiling * share:.3g} tokens a second for each user "
+            f"(half of what the memory allows), {needs.speed:g} are asked"
+        )
+        ratio = max(ratio, needs.speed / (ceiling * share))
+    if needs.first is not None and first is None:
+        unknown.append("its time to the first token here: no rate of the units is known")
+    elif needs.first is not None and first is not None and first / share > needs.first:
+        missing.append(
+            f"about {first / share:.3g} s to the first token of a full context "
+            f"(at half the peak rate), {needs.first:g} are asked"
+        )
+        ratio = max(ratio, first / share / needs.first)
+
+    for name, floor in (needs.floors or {}).items():
+        benchmark = BENCHMARKS[name]
+        score = benchmark.scores.get(size)
+        if score is None:
+            unknown.append(f"its {benchmark.title}: no score is published")
+        elif (score > floor) if benchmark.lower_is_better else (score < floor):
+            worst = "at most" if benchmark.lower_is_better else "at least"
+            missing.append(f"{benchmark.title} {score:g}, {worst} {floor:g} is asked")
+            never += 1
+            high, low = max(score, floor), max(1e-9, min(score, floor))
+            ratio = max(ratio, high / low)
+    merits = [BENCHMARKS[name].merit(size) for name in needs.benchmarks]
+    known = [merit for merit in merits if merit is not None]
+    whole = len(known) == len(merits)
+    return Option(
+        size=size,
+        format=format,
+        kv=kv,
+        memory_bytes=memory,
+        file_bytes=weight_bytes(config, format),
+        ceiling=ceiling,
+        fastest_first=first,
+        missing=tuple(missing),
+        gap=(never, ratio),
+        merit=sum(known) / len(known) if known and whole else None,
+        unknown=tuple(unknown),
+    )
+
+
+# -- the decision -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing changed, and what would then be chosen."""
+
+    what: str
+    then: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to run, and why."""
+
+    needs: Needs
+    machine: Machine
+    options: list[Option]
+    """The best of each size, best first; those that are missing something last, closest first."""
+    changes: list[Change]
+
+    @property
+    def choice(self) -> Option | None:
+        return self.options[0] if not self.options[0].missing else None
+
+    @property
+    def runner_up(self) -> Option | None:
+        left = [option for option in self.options[1:] if not option.missing]
+        return left[0] if left else None
+
+    @property
+    def closest(self) -> list[Option]:
+        """Where nothing will do: the three that come closest."""
+        return [] if self.choice else self.options[:3]
+
+    def reasons(self) -> list[str]:
+        """Why the choice is the choice; empty where there is none."""
+        return list(_reasons(self)) if self.choice else []
+
+
+def decide(needs: Needs, machine: Machine) -> Decision:
+    """Choose for the job on the machine, and find what would change the answer."""
+    options = _ranked(needs, machine)
+    return Decision(needs, machine, options, list(_changes(needs, machine, options)))
+
+
+def _ranked(needs: Needs, machine: Machine) -> list[Option]:
+    best = [_best_of(size, needs, machine) for size in PRESETS]
+    return sorted(best, key=_rank)
+
+
+def _rank(option: Option) -> tuple[Any, ...]:
+    if option.missing:
+        return 1, option.gap, option.memory_bytes
+    unknown = option.merit is None
+    return 0, unknown, -(option.merit or 0), option.memory_bytes
+
+
+def _best_of(size: str, needs: Needs, machine: Machine) -> Option:
+    """Of one size the most exact that will do, else what comes closest."""
+    tried = [examine(size, format, kv, needs, machine) for format in BITS for kv in KV_VALUES]
+    fitting = [option for option in tried if not option.missing]
+    return fitting[0] if fitting else min(tried, key=lambda o: (len(o.missing), o.gap))
+
+
+def _changes(needs: Needs, machine: Machine, options: list[Option]) -> Iterator[Change]:
+    """Each need dropped or eased, and more memory: where another size would be chosen."""
+    now = options[0].size if not options[0].missing else None
+
+    def then(what: str, needs: Needs, machine: Machine = machine) -> Iterator[Change]:
+        first = _ranked(needs, machine)[0]
+        if not first.missing and first.size != now:
+            yield Change(what, str(first))
+
+    if needs.audio:
+        yield from then("without sound", replace(needs, audio=False))
+    else:
+        hearing = _fits_media(needs, audio=True)
+        if hearing is not None:
+            yield from then("if it must hear", hearing)
+    if needs.floors:
+        yield from then("without the quality floor", replace(needs, floors=None))
+    if needs.speed:
+        yield from then("without the demand on speed", replace(needs, speed=None))
+    if needs.first:
+        yield from then("without the demand on the first token", replace(needs, first=None))
+    if needs.users > 1:
+        yield from then("for one user", replace(needs, users=1))
+    for context in (needs.context // 2, needs.context // 4, 8192):
+        if needs.media_tokens < context < needs.context:
+            found = list(then(f"with a context of {context:,}", replace(needs, context=context)))
+            if found:
+                yield from found
+                break
+    longest = max(config.text_config.max_position_embeddings for config in PRESETS.values())
+    if needs.context < longest:
+        yield from then(f"with a context of {longest:,}", replace(needs, context=longest))
+    # More memory: the least with which a size that is better, or any where none will do, fits.
+    better: list[tuple[int, Option]] = []
+    endless = replace(machine, memory_bytes=1 << 62)
+    for size in PRESETS:
+        for format in BITS:
+            for kv in KV_VALUES:
+                option = examine(size, format, kv, needs, endless)
+                if option.missing or option.memory_bytes <= machine.memory_bytes:
+                    continue
+                if now is None or _rank(option)[:3] < _rank(options[0])[:3]:
+                    better.append((option.memory_bytes, option))
+    if better:
+        memory, option = min(better, key=lambda each: each[0])
+        yield Change(f"with {gib(memory)} of memory to use", str(option))
+
+
+def _fits_media(needs: Needs, *, audio: bool) -> Needs | None:
+    try:
+        return replace(needs, audio=audio)
+    except ConfigError:
+        return None
+
+
+def _reasons(decision: Decision) -> Iterator[str]:
+    needs, machine, chosen = decision.needs, decision.machine, decision.choice
+    assert chosen is not None, "asked only where there is a choice"
+    config = PRESETS[chosen.size]
+    text = config.text_config
+    names = ", ".join(BENCHMARKS[name].title for name in needs.benchmarks)
+    left = sum(not option.missing for option in decision.options)
+    if chosen.merit is None:
+        yield f"of {left} sizes that will do none has all of these scores published: {names}"
+    elif left > 1:
+        yield f"of {left} sizes that will do it has the best published scores: {names}"
+    else:
+        yield f"it is the only size that will do; its published scores: {names}"
+    yield (
+        f"{gib(chosen.memory_bytes)} of {gib(machine.memory_bytes)} with {needs.users} x "
+        f"{needs.context:,} tokens; {_format_reason(chosen)}"
+    )
+    if needs.audio:
+        kind = "a tower of its own" if text.hidden_size_per_layer_input else "no tower"
+        yield f"it hears, with {kind}; 26B-A4B and 31B do not"
+    if needs.images != "none" or needs.video:
+        yield _sight_reason(config)
+    yield _cache_reason(text, needs, chosen)
+    if text.enable_moe_block:
+        active, total = sizing.active_parameters(text), sizing.text_parameters(text)
+        yield (
+            f"a token passes {active / 1e9:.1f} of its {total / 1e9:.1f} billion weights: the "
+            "memory of a large model, nearly the speed of a small one"
+        )
+    if text.hidden_size_per_layer_input:
+        table = _parameters(config)["ple_table"]
+        yield f"{table / 1e9:.1f} billion of its weights are a table that stays on disk"
+    if chosen.ceiling is not None:
+        yield (
+            f"at most {chosen.ceiling:.3g} tokens a second for each user (what the memory's "
+            f"bandwidth allows); a good engine reaches about half"
+        )
+    else:
+        yield "how fast it will be is not known: no bandwidth was given"
+    yield from (f"not known: {what}" for what in chosen.unknown)
+    if chosen.format != "bfloat16":
+        yield (
+            f"the scores are of bfloat16; what {chosen.format} costs is not published: measure it "
+            "with `gemsmith eval fidelity`"
+        )
+
+
+def _format_reason(chosen: Option) -> str:
+    if chosen.format == "bfloat16":
+        return "no rounding is needed"
+    wider = list(BITS)[list(BITS).index(chosen.format) - 1]
+    return f"{wider} would not fit or be too slow"
+
+
+def _sight_reason(config: Gemma4Config) -> str:
+    parts = _parameters(config)
+    if config.model_type == "gemma4_unified":
+        return "it sees without a tower: patches go straight to the decoder"
+    return (
+        f"its eyes have {parts['vision'] / 1e6:.0f} million weights (E2B, E4B: 167; 26B, 31B: 570)"
+    )
+
+
+def _cache_reason(text: TextConfig, needs: Needs, chosen: Option) -> str:
+    growing = [plan for plan in text.layers if plan.owns_kv and plan.window is None]
+    cache = needs.users * _kv_bytes(text, needs.context, KV_VALUES[chosen.kv])
+    words = f"K/V take {gib(cache)}: {len(growing)} of {text.num_hidden_layers} layers grow"
+    return f"{words} with the context, the others hold {text.sliding_window:,} tokens or none"
+
+
+def gib(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / GIB:.2f} GiB" if count < 100 * GIB else f"{count / GIB:.0f} GiB"
+
+
+def to_dict(decision: Decision) -> dict[str, Any]:
+    """For programs."""
+
+    def option(one: Option | None) -> dict[str, Any] | None:
+        return one and {
+            "size": one.size,
+            "model": f"google/gemma-4-{one.size}-it",
+            "format": one.format,
+            "kv": one.kv,
+            "memory_bytes": one.memory_bytes,
+            "file_bytes": one.file_bytes,
+            "tokens_per_s_at_most": one.ceiling,
+            "first_token_s_at_least": one.fastest_first,
+            "merit": one.merit,
+            "missing": list(one.missing),
+            "unknown": list(one.unknown),
+            "scores": {
+                name: {"score": BENCHMARKS[name].scores.get(one.size),
+                       "source": BENCHMARKS[name].source(one.size)}
+                for name in decision.needs.benchmarks
+            },
+        }  # fmt: skip
+
+    needs, machine = decision.needs, decision.machine
+    return {
+        "needs": {
+            "task": needs.task, "audio": needs.audio, "video": needs.video,
+            "images": needs.images, "context": needs.context, "users": needs.users,
+            "speed": needs.speed, "first": needs.first, "quality": dict(needs.floors or {}),
+        },
+        "machine": {
+            "name": machine.name, "memory_bytes": machine.memory_bytes,
+            "bytes_per_s": machine.bandwidth, "flops": machine.flops,
+        },
+        "choice": option(decision.choice),
+        "reasons": decision.reasons(),
+        "runner_up": option(decision.runner_up),
+        "closest": [option(one) for one in decision.closest],
+        "changes": [{"what": change.what, "then": change.then} for change in decision.changes],
+        "options": [option(one) for one in decision.options],
+        "assumed": ASSUMED,
+    }  # fmt: skip
+
+
+Verdict = Literal["choice", "runner-up", "will do", "missing"]
+
+
+def verdict(decision: Decision, option: Option) -> Verdict:
+    """What became of an option."""
+    if option.missing:
+        return "missing"
+    if option is decision.choice:
+        return "choice"
+    return "runner-up" if option is decision.runner_up else "will do"
