@@ -12,7 +12,7 @@ from gemsmith.cli.main import app, evaluation
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = (
     "", "demo", "chat", "generate", "detect", "point", "transcribe",
-    "quantize", "info", "fit", "doctor", "eval pocket", "eval fidelity",
+    "quantize", "info", "fit", "choose", "doctor", "eval pocket", "eval fidelity",
 )  # fmt: skip
 
 

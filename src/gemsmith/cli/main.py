@@ -382,6 +382,68 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def choose(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="With --measure: pocket, folders; NAME:int4 rounds while loading."),
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="general, science, code, agents, or languages.")
+    ] = "general",
+    audio: Annotated[bool, typer.Option("--audio", help="It must hear.")] = False,
+    video: Annotated[bool, typer.Option("--video", help="It must watch videos.")] = False,
+    images: Annotated[
+        str, typer.Option(help="Detail of pictures: none, coarse, normal, or fine (documents).")
+    ] = "none",
+    context: Annotated[int, typer.Option(help="Tokens of one conversation.")] = 8192,
+    users: Annotated[int, typer.Option(help="Conversations at once.")] = 1,
+    speed: Annotated[
+        float | None, typer.Option(help="Tokens a second for each user, at least.")
+    ] = None,
+    first: Annotated[
+        float | None, typer.Option(help="Seconds to the first token of a full context, at most.")
+    ] = None,
+    quality: Annotated[
+        list[str] | None,
+        typer.Option(help="Worst score that will do: 70, or tau2=60; repeatable."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as rtx-4090 or raspberry-pi-5-8gb.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="GB to use, in place of a device.")] = None,
+    measure: Annotated[
+        str | None, typer.Option(help="Ask the models these tasks instead: a JSONL file.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="With --measure: most tokens of one reply.")
+    ] = 512,
+    json: Json = False,
+) -> None:
+    """Which Gemma 4 for a job on a machine, with reasons; or as your own tasks measure it.
+
+    Exit code 1 if none will do, or if a model could not be asked everything.
+    """
+    from gemsmith.errors import RequestError
+
+    if measure is not None:
+        from gemsmith.cli import measure as measurer
+
+        if not measurer.run(measure, models or [], max_tokens=max_tokens, as_json=json):
+            raise typer.Exit(1)
+        return
+    if models:
+        raise RequestError(f"{models[0]}: models are measured with --measure TASKS.jsonl")
+    from gemsmith.cli import choose as worker
+
+    asked = {
+        "task": task, "audio": audio, "video": video, "images": images, "context": context,
+        "users": users, "speed": speed, "first": first,
+    }  # fmt: skip
+    if not worker.run(asked, quality=quality or [], device=device, memory=memory, as_json=json):
+        raise typer.Exit(1)
+
+
 evaluation = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -1,0 +1,96 @@
+"""`gemsmith choose`: the decision for people and for programs; exit codes; errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from gemsmith import hardware
+from gemsmith.cli.main import app
+
+
+def run(*options: str) -> Result:
+    return CliRunner().invoke(app, ["choose", *options], env={"COLUMNS": "100"})
+
+
+def test_a_decision_is_explained() -> None:
+    result = run("--device", "RTX 4090")
+    assert result.exit_code == 0, result.output
+    first, second, *_ = result.output.splitlines()
+    assert first == "on GeForce RTX 4090: 22.80 GiB to use"
+    assert second == "31B int4  (google/gemma-4-31B-it)"
+    for words in (
+        "runner-up: 26B-A4B int4",
+        "  if it must hear: 12B int8",
+        "MMLU Pro",
+        "ai.google.dev/gemma/docs/core/model_card_4",
+        "what int4 costs is not published",
+    ):
+        assert words in result.output
+
+
+def test_json_says_the_same() -> None:
+    facts = json.loads(run("--device", "rtx-4090", "--json").output)
+    assert (facts["choice"]["size"], facts["choice"]["format"]) == ("31B", "int4")
+    assert facts["choice"]["scores"]["mmlu-pro"]["score"] == 85.2
+    assert facts["runner_up"]["model"] == "google/gemma-4-26B-A4B-it"
+    assert {"what": "if it must hear", "then": "12B int8"} in facts["changes"]
+
+
+def test_nothing_that_will_do_is_exit_code_1_with_the_closest_three() -> None:
+    result = run("--memory", "1.5", "--task", "code")
+    assert result.exit_code == 1
+    assert "no size of Gemma 4 will do. What comes closest:" in result.output
+    assert result.output.count(" are missing\n") == 3
+    facts = json.loads(run("--memory", "1.5", "--json").output)
+    assert facts["choice"] is None
+    assert len(facts["closest"]) == 3
+
+
+def test_floors_are_of_the_leading_score_or_by_name() -> None:
+    facts = json.loads(
+        run("--task", "agents", "--memory", "500", "--quality", "60", "--quality", "gpqa=80",
+            "--json").output
+    )  # fmt: skip
+    assert facts["needs"]["quality"] == {"tau2": 60.0, "gpqa": 80.0}
+
+
+def test_this_machine_is_what_is_free_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = hardware.machine()
+    monkeypatch.setattr(hardware, "machine", lambda: found)
+    facts = json.loads(run("--json").output)
+    assert facts["machine"]["memory_bytes"] == found.available_bytes
+    assert found.cpu in facts["machine"]["name"]
+
+
+def test_answers_in_half_a_second_without_torch() -> None:
+    code = (
+        "import sys, time; from gemsmith.cli.main import app\n"
+        "try: app(['choose', '--device', 't4', '--json'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert time.process_time() < 1.0, time.process_time()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "rtx-4080"], "no device 'rtx-4080'. Did you mean rtx-4090"),
+        (["--device", "t4", "--memory", "8"], "device 't4' and memory 8 GB: give one"),
+        (["--memory", "0"], "memory 0.0: must be above 0, in GB"),
+        (["--memory", "nan"], "memory nan: must be above 0"),
+        (["--quality", "good"], "quality 'good': give a score such as 70, or a name with it"),
+        (["--quality", "glue=7"], "quality 'glue': no such score; known: mmlu-pro"),
+        (["--users", "0"], "users 0: must be from 1"),
+        (["pocket"], "pocket: models are measured with --measure TASKS.jsonl"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(options: list[str], message: str) -> None:
+    result = run(*options)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {message}")
