@@ -26,7 +26,7 @@ def commands() -> list[str]:
 
 def test_the_examples_are_found():
     assert len(blocks("python")) == 1
-    assert len(commands()) == 6
+    assert len(commands()) == 7
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """`gemsmith choose`: the decision for people and for programs; exit codes; errors."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -94,3 +97,12 @@ def test_what_cannot_be_meant_is_one_line(options: list[str], message: str) -> N
     result = run(*options)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {message}")
+
+
+def test_the_example_of_the_readme_is_what_is_printed() -> None:
+    page = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    [example] = re.findall(r"^```\n\$ gemsmith (choose .*?)^```", page, re.M | re.S)
+    command, *lines = example.splitlines()
+    printed = CliRunner().invoke(app, shlex.split(command)).output.splitlines()
+    assert lines[-1].strip() == "..."
+    assert all(line in printed for line in lines[:-1])

@@ -45,7 +45,7 @@ def test_torch_is_not_imported_where_no_model_runs(arguments: list[str]):
 
 def test_help_names_every_command():
     text = CliRunner().invoke(app, ["--help"]).output
-    for command in ("demo", "chat", "generate", "info", "doctor", "eval"):
+    for command in ("demo", "chat", "generate", "info", "choose", "doctor", "eval"):
         assert f"\n  {command} " in text
 
 

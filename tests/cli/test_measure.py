@@ -52,7 +52,7 @@ def test_a_row_a_model_with_intervals(tasks: Path) -> None:
     assert result.exit_code == 0, result.output
     [row] = [line for line in result.output.splitlines() if line.strip().startswith("pocket")]
     assert row.split("  ")[1:2] == ["pocket *"]
-    for words in ("1 of 6", "3% - 56%", "2 - 2", "0.5", "300 MiB"):
+    for words in ("1 of 6", "3 - 56 %", "2 (2 - 2)", "0.5", "300 MiB"):
         assert words in row
     assert "tasks.measured.jsonl" in result.output.replace("\n", "")
     again = run(str(tasks), "pocket")

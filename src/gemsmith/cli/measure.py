@@ -70,9 +70,9 @@ def show(report: Report, console: Console) -> None:
     whole = "" if report.complete else ", PARTIAL"
     title = f"{report.tasks} tasks{whole}"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    for column in ("right", "95 %", "seconds", "95 %", "to first", "tok/s", "peak memory"):
-        table.add_column(column, justify="right")
+    table.add_column("", overflow="fold")
+    for column in ("right", "95 %", "seconds (95 %)", "first", "tok/s", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
     for facts in report.to_dict()["models"]:
         name = harmless(facts["model"]) + (" *" if facts["undominated"] else "")
         if not facts["asked"]:
@@ -84,17 +84,17 @@ def show(report: Report, console: Console) -> None:
         table.add_row(
             name,
             f"{facts['correct']} of {facts['asked']}",
-            f"{low:.0%} - {high:.0%}",
-            f"{facts['seconds']:.3g}",
-            "under 6 tasks" if span is None else f"{span[0]:.3g} - {span[1]:.3g}",
+            f"{100 * low:.0f} - {100 * high:.0f} %",
+            f"{facts['seconds']:.3g}" + (f" ({span[0]:.3g} - {span[1]:.3g})" if span else ""),
             f"{facts['first_token_s']:.3g}",
             f"{facts['tokens_per_s']:.3g}",
             "?" if peak is None else _size(peak),
         )
     console.print(table)
     console.print(
-        "right: Wilson's interval; seconds of a whole reply: the median; peak memory: of the "
-        "process, mapped files included; *: no other is as good in all three",
+        "right: Wilson's interval. seconds of a whole reply and to its first token: medians, with "
+        "an interval from 6 tasks on. memory: the process's peak, mapped files included. *: no "
+        "other is as good in score, seconds and memory",
         style="dim", highlight=False,
     )  # fmt: skip
     for one in report.measured:
