@@ -135,6 +135,7 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
         ({"a": entry(offsets=["0", "8"])}, "are not"),
         ({"a": entry(shape=[1 << 40] * 8)}, "has .* bytes, but its data_offsets .* hold 8"),
         ({"a": entry(offsets=[8, 0])}, "has 8 bytes, but its data_offsets .* hold -8"),
+        ({"a": entry(offsets=[0, 16])}, r"has 8 bytes, but its data_offsets \[0, 16\] hold 16"),
         ({"a": entry(), "b": entry()}, "b begins at byte 0 and overlaps what ends at 8"),
         ({"a": entry(), "b": entry(offsets=[4, 12])}, "b begins at byte 4 and overlaps"),
         ({"a": entry(offsets=[8, 16])}, "a begins at byte 8 and leaves a hole behind what ends at"),
