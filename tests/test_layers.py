@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "shapes": {"config"},
     "sizing": {"errors", "config", "shapes"},
     "devices": {"errors"},
-    "choose": BASE,
+    "choose": BASE | {"fit"},
     "hardware": BASE,
     "probe": {"hardware", "_native"},
     "fit": BASE | {"hardware", "probe"},

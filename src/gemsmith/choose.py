@@ -13,34 +13,26 @@ met or as missed. Privacy is no rule: all of these run where their weights are, 
 Not a measurement: published scores are of bfloat16 models with thinking on, on others' tasks.
 `gemsmith choose --measure` asks your own.
 
-Sources: Google's model cards for the scores (read in public copies of the tables), sizing.py for
-bytes and operations. ASSUMED names what is neither.
+Sources: Google's model cards for the scores (read in public copies of the tables); fit.py for
+memory and speed. ASSUMED_SHARE is neither.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Literal
 
-from gemsmith import sizing
+from gemsmith import fit, sizing
 from gemsmith.config import PRESETS, Gemma4Config, TextConfig
-from gemsmith.devices import Device
 from gemsmith.errors import ConfigError
+from gemsmith.fit import MOST_CONTEXT, MOST_USERS, Speed, Target, gib
+from gemsmith.sizing import Memory
 
-GIB = 1 << 30
 CARD = "Gemma 4 model card (ai.google.dev/gemma/docs/core/model_card_4)"
 CARD_12B = (
     "Gemma 4 12B model card (huggingface.co/google/gemma-4-12B-it; its scores of sound are marked "
     "with an asterisk, whose note was not at hand)"
 )
-
-
-# The same few configs are asked for again and again.
-_parameters = lru_cache(sizing.parameters)
-_kv_bytes = lru_cache(1024)(sizing.kv_bytes)
-_decode_bytes = lru_cache(1024)(sizing.decode_bytes)
-_prefill_flops = lru_cache(1024)(sizing.prefill_flops)
 
 
 # -- facts ------------------------------------------------------------------------------------
@@ -111,26 +103,12 @@ VIDEO_TOKENS = 32 * 70
 AUDIO_TOKENS = 750
 """Of 30 s of sound, 25 soft tokens a second."""
 
-BITS: dict[str, dict[str, float]] = {
-    "bfloat16": {"": 16},
-    "int8": {"": 8, "ple_table": 8.0625, "ple_projection": 8},
-    "int4": {"": 4.5, "ple": 8, "ple_table": 8.0625, "ple_projection": 8,
-             "vision": 8, "vision_projection": 8, "audio": 8, "audio_projection": 8},
-}  # fmt: skip
-"""Format -> bits of a weight by part ("" for the rest), scales of groups included: those of
-`gemsmith quantize --bits 8` and `4`."""
-FLOATS = ("norms", "router")
-"""Parts that stay in bfloat16 whatever the format."""
-KV_VALUES = {"bfloat16": 2, "int8": 1}
-"""Format of keys and values -> bytes a value."""
-ASSUMED = {
-    "system": {"cpu": 0.85, "gpu": 0.95, "phone": 0.5, "unified": 0.75},
-    "runtime_gib": 0.75,
-    "share_of_peak": 0.5,
-}
-"""Not from a source. What system and driver leave of a device's memory; what the runtime takes of
-it; and how much of a machine's peak rates a good engine reaches (reports for Gemma 4 range from a
-third, 26B-A4B on one card, to three quarters, dense models): a demand is held against this half."""
+FORMATS = ("bfloat16", "int8", "int4")
+"""From exact to small. Fewer bits are good only from weights trained for them."""
+KV = ("bfloat16", "int8")
+ASSUMED_SHARE = 0.5
+"""Of a machine's peak rates, what a good engine reaches where fit.py has no measurement: not from a
+source. Reports for Gemma 4 range from a third (26B-A4B on one card) to three quarters (dense)."""
 
 
 # -- questions --------------------------------------------------------------------------------
@@ -160,7 +138,10 @@ class Needs:
         for name, value, known in (("task", self.task, TASKS), ("images", self.images, IMAGES)):
             if value not in known:
                 raise ConfigError(f"{name} {value!r}: choose {', '.join(known)}")
-        for name, value, most in (("context", self.context, 1 << 24), ("users", self.users, 1e6)):
+        for name, value, most in (
+            ("context", self.context, MOST_CONTEXT),
+            ("users", self.users, MOST_USERS),
+        ):
             if not 1 <= value <= most:
                 raise ConfigError(f"{name} {value}: must be from 1 to {int(most):,}")
         for name, limit in (("speed", self.speed), ("first", self.first)):
@@ -199,59 +180,7 @@ class Needs:
         return list(dict.fromkeys([*names, *(self.floors or {})]))
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What the job runs on. Rates that are None are not known."""
-
-    name: str
-    memory_bytes: int
-    """For weights, K/V and the runtime."""
-    bandwidth: float | None = None
-    """Bytes a second."""
-    flops: float | None = None
-    """Operations a second in bfloat16."""
-
-    @classmethod
-    def of(cls, device: Device) -> "Machine":
-        left = device.memory_bytes * ASSUMED["system"][device.kind]
-        flops = device.bf16_tflops and device.bf16_tflops * 1e12
-        return cls(device.name, int(left), device.bandwidth_gbs * 1e9, flops)
-
-
 # -- what a combination costs -----------------------------------------------------------------
-
-
-def weight_bytes(config: Gemma4Config, format: str, *, towers: bool = True) -> int:
-    """Bytes of the weights in `format`, all of them: what the files have."""
-    bits, total = BITS[format], 0.0
-    for part, count in _parameters(config).items():
-        if towers or not part.startswith(("vision", "audio")):
-            total += count * (16 if part in FLOATS else bits.get(part, bits[""])) / 8
-    return int(total)
-
-
-def resident_bytes(config: Gemma4Config, format: str, *, towers: bool = True) -> int:
-    """Bytes of the weights in memory: the per-layer table (PLE) stays on disk."""
-    table = _parameters(config).get("ple_table", 0)
-    bits = BITS[format]
-    on_disk = int(table * bits.get("ple_table", bits[""]) / 8)
-    return weight_bytes(config, format, towers=towers) - on_disk
-
-
-def step_bytes(text: TextConfig, format: str, kv: str, context: int, users: int) -> float:
-    """Bytes read to give every user one token: weights once, each user's K/V.
-
-    With experts, those that at least one of the users' tokens is sent to, by chance.
-    """
-    active = _decode_bytes(text, 0, 1)
-    if text.enable_moe_block:
-        experts, chosen = text.num_experts or 1, text.top_k_experts or 0
-        share = chosen / experts
-        touched = 1 - (1 - share) ** users
-        all_experts = _parameters(Gemma4Config(text_config=text))["experts"]
-        active += int(all_experts * (touched - share))
-    one_user = _decode_bytes(text, context, 0, KV_VALUES[kv])
-    return active * BITS[format][""] / 8 + users * one_user
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,13 +190,9 @@ class Option:
     size: str
     format: str
     kv: str
-    memory_bytes: int
-    """Weights in memory, K/V of all users, runtime."""
-    file_bytes: int
-    ceiling: float | None
-    """Tokens a second for each user if the memory gave its peak rate; None: not known."""
-    fastest_first: float | None
-    """Seconds to the first token if the units gave their peak rate; None: not known."""
+    memory: Memory
+    """At the longest context that it has of the one asked."""
+    rates: Speed
     missing: tuple[str, ...]
     """What keeps it from being chosen."""
     gap: tuple[int, float]
@@ -278,19 +203,44 @@ class Option:
     unknown: tuple[str, ...]
     """What was asked and cannot be said."""
 
+    @property
+    def memory_bytes(self) -> int:
+        """Weights in memory, K/V of all users, workspace, runtime."""
+        return self.memory.total
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second for each user: measured shares of what the machine allows, or the assumed
+        one; None where nothing is known."""
+        found = self.rates
+        if found.decode is not None:
+            return found.decode.mid
+        return found.decode_bound and found.decode_bound * ASSUMED_SHARE
+
+    @property
+    def first(self) -> float | None:
+        """Seconds to the first token of a full context, likewise."""
+        found = self.rates
+        if found.ttft is not None:
+            return found.ttft.mid
+        return found.ttft_bound and found.ttft_bound / ASSUMED_SHARE
+
     def __str__(self) -> str:
         return f"{self.size} {self.format}" + (", K/V in int8" if self.kv == "int8" else "")
 
 
-def examine(size: str, format: str, kv: str, needs: Needs, machine: Machine) -> Option:
+def examine(size: str, format: str, kv: str, needs: Needs, machine: Target) -> Option:
     """Hold one size in one format against the job and the machine."""
     config = PRESETS[size]
     text = config.text_config
     context = min(needs.context, text.max_position_embeddings)
-    towers = needs.audio or needs.video or needs.images != "none"
-    weights = resident_bytes(config, format, towers=towers)
-    cache = needs.users * _kv_bytes(text, context, KV_VALUES[kv])
-    memory = weights + cache + int(ASSUMED["runtime_gib"] * GIB)
+    media = needs.audio or needs.video or needs.images != "none"
+    held = sizing.memory(
+        config, format, context,
+        kv=kv, sequences=needs.users, place=machine.place, towers=media,
+    )  # fmt: skip
+    rates = fit.speed_of(config, format, machine, context, needs.users, kv, context, held.weights)
+    weights, cache, memory = sum(held.weights.values()), held.kv, held.total
     missing: list[str] = []
     unknown: list[str] = []
     never, ratio = 0, 1.0
@@ -304,36 +254,30 @@ def examine(size: str, format: str, kv: str, needs: Needs, machine: Machine) -> 
             f"{needs.context:,} are asked"
         )
         never += 2
-    if memory > machine.memory_bytes:
-        lack = memory - machine.memory_bytes
+    if memory > machine.memory:
+        lack = memory - machine.memory
         missing.append(
             f"{gib(memory)} are needed ({gib(weights)} weights, {gib(cache)} K/V), "
-            f"{gib(machine.memory_bytes)} are there: {gib(lack)} are missing"
+            f"{gib(machine.memory)} are there: {gib(lack)} are missing"
         )
-        ratio = max(ratio, memory / max(1, machine.memory_bytes))
+        ratio = max(ratio, memory / max(1, machine.memory))
 
-    ceiling = first = None
-    if machine.bandwidth is not None:
-        ceiling = machine.bandwidth / step_bytes(text, format, kv, needs.context, needs.users)
-    if machine.flops is not None:
-        first = _prefill_flops(text, context, 1) / machine.flops
-    share = ASSUMED["share_of_peak"]
-    if needs.speed is not None and ceiling is None:
+    option = Option(size, format, kv, held, rates, (), (0, 1.0), None, ())
+    speed, first = option.speed, option.first
+    if needs.speed is not None and speed is None:
         unknown.append("its speed here: no bandwidth is known; name a --device")
-    elif needs.speed is not None and ceiling is not None and ceiling * share < needs.speed:
+    elif needs.speed is not None and speed is not None and speed < needs.speed:
         missing.append(
-            f"about {ceiling * share:.3g} tokens a second for each user "
-            f"(half of what the memory allows), {needs.speed:g} are asked"
+            f"about {speed:.3g} tokens a second for each user, {needs.speed:g} are asked"
         )
-        ratio = max(ratio, needs.speed / (ceiling * share))
+        ratio = max(ratio, needs.speed / speed)
     if needs.first is not None and first is None:
         unknown.append("its time to the first token here: no rate of the units is known")
-    elif needs.first is not None and first is not None and first / share > needs.first:
+    elif needs.first is not None and first is not None and first > needs.first:
         missing.append(
-            f"about {first / share:.3g} s to the first token of a full context "
-            f"(at half the peak rate), {needs.first:g} are asked"
+            f"about {first:.3g} s to the first token of a full context, {needs.first:g} are asked"
         )
-        ratio = max(ratio, first / share / needs.first)
+        ratio = max(ratio, first / needs.first)
 
     for name, floor in (needs.floors or {}).items():
         benchmark = BENCHMARKS[name]
@@ -349,14 +293,8 @@ def examine(size: str, format: str, kv: str, needs: Needs, machine: Machine) -> 
     merits = [BENCHMARKS[name].merit(size) for name in needs.benchmarks]
     known = [merit for merit in merits if merit is not None]
     whole = len(known) == len(merits)
-    return Option(
-        size=size,
-        format=format,
-        kv=kv,
-        memory_bytes=memory,
-        file_bytes=weight_bytes(config, format),
-        ceiling=ceiling,
-        fastest_first=first,
+    return replace(
+        option,
         missing=tuple(missing),
         gap=(never, ratio),
         merit=sum(known) / len(known) if known and whole else None,
@@ -380,7 +318,7 @@ class Decision:
     """What to run, and why."""
 
     needs: Needs
-    machine: Machine
+    machine: Target
     options: list[Option]
     """The best of each size, best first; those that are missing something last, closest first."""
     changes: list[Change]
@@ -404,13 +342,13 @@ class Decision:
         return list(_reasons(self)) if self.choice else []
 
 
-def decide(needs: Needs, machine: Machine) -> Decision:
+def decide(needs: Needs, machine: Target) -> Decision:
     """Choose for the job on the machine, and find what would change the answer."""
     options = _ranked(needs, machine)
     return Decision(needs, machine, options, list(_changes(needs, machine, options)))
 
 
-def _ranked(needs: Needs, machine: Machine) -> list[Option]:
+def _ranked(needs: Needs, machine: Target) -> list[Option]:
     best = [_best_of(size, needs, machine) for size in PRESETS]
     return sorted(best, key=_rank)
 
@@ -422,18 +360,22 @@ def _rank(option: Option) -> tuple[Any, ...]:
     return 0, unknown, -(option.merit or 0), option.memory_bytes
 
 
-def _best_of(size: str, needs: Needs, machine: Machine) -> Option:
+def _best_of(size: str, needs: Needs, machine: Target) -> Option:
     """Of one size the most exact that will do, else what comes closest."""
-    tried = [examine(size, format, kv, needs, machine) for format in BITS for kv in KV_VALUES]
-    fitting = [option for option in tried if not option.missing]
-    return fitting[0] if fitting else min(tried, key=lambda o: (len(o.missing), o.gap))
+    tried: list[Option] = []
+    for format in FORMATS:
+        for kv in KV:
+            tried.append(examine(size, format, kv, needs, machine))
+            if not tried[-1].missing:
+                return tried[-1]
+    return min(tried, key=lambda option: (len(option.missing), option.gap))
 
 
-def _changes(needs: Needs, machine: Machine, options: list[Option]) -> Iterator[Change]:
+def _changes(needs: Needs, machine: Target, options: list[Option]) -> Iterator[Change]:
     """Each need dropped or eased, and more memory: where another size would be chosen."""
     now = options[0].size if not options[0].missing else None
 
-    def then(what: str, needs: Needs, machine: Machine = machine) -> Iterator[Change]:
+    def then(what: str, needs: Needs, machine: Target = machine) -> Iterator[Change]:
         first = _ranked(needs, machine)[0]
         if not first.missing and first.size != now:
             yield Change(what, str(first))
@@ -463,12 +405,12 @@ def _changes(needs: Needs, machine: Machine, options: list[Option]) -> Iterator[
         yield from then(f"with a context of {longest:,}", replace(needs, context=longest))
     # More memory: the least with which a size that is better, or any where none will do, fits.
     better: list[tuple[int, Option]] = []
-    endless = replace(machine, memory_bytes=1 << 62)
+    endless = replace(machine, memory=1 << 62)
     for size in PRESETS:
-        for format in BITS:
-            for kv in KV_VALUES:
+        for format in FORMATS:
+            for kv in KV:
                 option = examine(size, format, kv, needs, endless)
-                if option.missing or option.memory_bytes <= machine.memory_bytes:
+                if option.missing or option.memory_bytes <= machine.memory:
                     continue
                 if now is None or _rank(option)[:3] < _rank(options[0])[:3]:
                     better.append((option.memory_bytes, option))
@@ -498,7 +440,7 @@ def _reasons(decision: Decision) -> Iterator[str]:
     else:
         yield f"it is the only size that will do; its published scores: {names}"
     yield (
-        f"{gib(chosen.memory_bytes)} of {gib(machine.memory_bytes)} with {needs.users} x "
+        f"{gib(chosen.memory_bytes)} of {gib(machine.memory)} with {needs.users} x "
         f"{needs.context:,} tokens; {_format_reason(chosen)}"
     )
     if needs.audio:
@@ -506,7 +448,7 @@ def _reasons(decision: Decision) -> Iterator[str]:
         yield f"it hears, with {kind}; 26B-A4B and 31B do not"
     if needs.images != "none" or needs.video:
         yield _sight_reason(config)
-    yield _cache_reason(text, needs, chosen)
+    yield _cache_reason(text, chosen)
     if text.enable_moe_block:
         active, total = sizing.active_parameters(text), sizing.text_parameters(text)
         yield (
@@ -514,15 +456,9 @@ def _reasons(decision: Decision) -> Iterator[str]:
             "memory of a large model, nearly the speed of a small one"
         )
     if text.hidden_size_per_layer_input:
-        table = _parameters(config)["ple_table"]
+        table = sizing.parameters(config)["ple_table"]
         yield f"{table / 1e9:.1f} billion of its weights are a table that stays on disk"
-    if chosen.ceiling is not None:
-        yield (
-            f"at most {chosen.ceiling:.3g} tokens a second for each user (what the memory's "
-            f"bandwidth allows); a good engine reaches about half"
-        )
-    else:
-        yield "how fast it will be is not known: no bandwidth was given"
+    yield _speed_reason(chosen)
     yield from (f"not known: {what}" for what in chosen.unknown)
     if chosen.format != "bfloat16":
         yield (
@@ -531,15 +467,25 @@ def _reasons(decision: Decision) -> Iterator[str]:
         )
 
 
+def _speed_reason(chosen: Option) -> str:
+    found = chosen.rates
+    if found.decode_bound is None:
+        return "how fast it will be is not known: no bandwidth is"
+    bound = f"{found.decode_bound:.3g} tokens a second for each user that {found.limit} allows"
+    if found.decode is not None:
+        return f"about {found.decode.mid:.3g} of the {bound}, by the share measured on such"
+    return f"at most the {bound}; a good engine reaches about half"
+
+
 def _format_reason(chosen: Option) -> str:
     if chosen.format == "bfloat16":
         return "no rounding is needed"
-    wider = list(BITS)[list(BITS).index(chosen.format) - 1]
+    wider = FORMATS[FORMATS.index(chosen.format) - 1]
     return f"{wider} would not fit or be too slow"
 
 
 def _sight_reason(config: Gemma4Config) -> str:
-    parts = _parameters(config)
+    parts = sizing.parameters(config)
     if config.model_type == "gemma4_unified":
         return "it sees without a tower: patches go straight to the decoder"
     return (
@@ -547,16 +493,11 @@ def _sight_reason(config: Gemma4Config) -> str:
     )
 
 
-def _cache_reason(text: TextConfig, needs: Needs, chosen: Option) -> str:
+def _cache_reason(text: TextConfig, chosen: Option) -> str:
     growing = [plan for plan in text.layers if plan.owns_kv and plan.window is None]
-    cache = needs.users * _kv_bytes(text, needs.context, KV_VALUES[chosen.kv])
-    words = f"K/V take {gib(cache)}: {len(growing)} of {text.num_hidden_layers} layers grow"
+    count = f"{len(growing)} of {text.num_hidden_layers}"
+    words = f"K/V take {gib(chosen.memory.kv)}: {count} layers grow"
     return f"{words} with the context, the others hold {text.sliding_window:,} tokens or none"
-
-
-def gib(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / GIB:.2f} GiB" if count < 100 * GIB else f"{count / GIB:.0f} GiB"
 
 
 def to_dict(decision: Decision) -> dict[str, Any]:
@@ -569,9 +510,11 @@ def to_dict(decision: Decision) -> dict[str, Any]:
             "format": one.format,
             "kv": one.kv,
             "memory_bytes": one.memory_bytes,
-            "file_bytes": one.file_bytes,
-            "tokens_per_s_at_most": one.ceiling,
-            "first_token_s_at_least": one.fastest_first,
+            "file_bytes": sum(sizing.weight_bytes(PRESETS[one.size], one.format).values()),
+            "tokens_per_s": one.speed,
+            "tokens_per_s_at_most": one.rates.decode_bound,
+            "first_token_s": one.first,
+            "first_token_s_at_least": one.rates.ttft_bound,
             "merit": one.merit,
             "missing": list(one.missing),
             "unknown": list(one.unknown),
@@ -590,8 +533,9 @@ def to_dict(decision: Decision) -> dict[str, Any]:
             "speed": needs.speed, "first": needs.first, "quality": dict(needs.floors or {}),
         },
         "machine": {
-            "name": machine.name, "memory_bytes": machine.memory_bytes,
-            "bytes_per_s": machine.bandwidth, "flops": machine.flops,
+            "name": machine.name, "memory_bytes": machine.memory, "place": machine.place,
+            "about": machine.about,
+            "bytes_per_s": machine.bandwidth, "rates": dict(machine.rates),
         },
         "choice": option(decision.choice),
         "reasons": decision.reasons(),
@@ -599,7 +543,7 @@ def to_dict(decision: Decision) -> dict[str, Any]:
         "closest": [option(one) for one in decision.closest],
         "changes": [{"what": change.what, "then": change.then} for change in decision.changes],
         "options": [option(one) for one in decision.options],
-        "assumed": ASSUMED,
+        "assumed_share": ASSUMED_SHARE,
     }  # fmt: skip
 
 

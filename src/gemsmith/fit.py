@@ -275,11 +275,13 @@ def plan(
         limit = f"memory for {kv} K/V" + (f" of {users} users" if users > 1 else "")
     else:
         limit = "memory for weights"
-    speed = _speed(config, format, target, context, users, kv, min(prompt, context), found.weights)
+    speed = speed_of(
+        config, format, target, context, users, kv, min(prompt, context), found.weights
+    )
     return Plan(name, format, kv, context, users, target, found, largest, limit, speed)
 
 
-def _speed(
+def speed_of(
     config: Gemma4Config,
     format: str,
     target: Target,
@@ -289,6 +291,10 @@ def _speed(
     prompt: int,
     weights: dict[str, int],
 ) -> Speed:
+    """How fast a combination is: bounds, and what is expected where it was measured on such.
+
+    prompt: tokens before the first reply token. weights: bytes by part, from `sizing.memory`.
+    """
     text, kind = config.text_config, "float" if format in sizing.FLOATS else "low"
     rate, bandwidth = target.rates.get(kind), target.bandwidth
     step = prefill = None

@@ -5,25 +5,25 @@ imported.
 """
 
 import json
-import math
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from gemsmith import hardware
-from gemsmith.choose import BENCHMARKS, Decision, Machine, Needs, decide, gib, to_dict, verdict
-from gemsmith.devices import device_of
+from gemsmith import fit
+from gemsmith.choose import BENCHMARKS, Decision, Needs, decide, to_dict, verdict
+from gemsmith.cli.fit import target_of
 from gemsmith.errors import ConfigError
+from gemsmith.fit import gib
 
 
 def run(
     asked: dict[str, Any],
     *,
     quality: list[str],
-    device: str | None,
-    memory: float | None,
+    device: str,
+    memory: str | None,
     as_json: bool,
 ) -> bool:
     """Decide and print; False if no size will do. asked: fields of `Needs`.
@@ -31,9 +31,10 @@ def run(
     Raises:
       ConfigError: a need or a machine that cannot be meant.
     """
+    asked = asked | {"context": fit.tokens_of(asked["context"])}
     needs = Needs(**asked)
     needs = Needs(**asked, floors=floors(quality, needs.benchmarks[0]))
-    decision = decide(needs, machine_of(device, memory))
+    decision = decide(needs, target_of(device, memory))
     if as_json:
         print(json.dumps(to_dict(decision), ensure_ascii=False))
     else:
@@ -56,25 +57,6 @@ def floors(quality: list[str], leading: str) -> dict[str, float] | None:
     return found or None
 
 
-def machine_of(device: str | None, memory: float | None) -> Machine:
-    """The named device, so many GB, or the processor and memory of this machine."""
-    if device is not None and memory is not None:
-        raise ConfigError(
-            f"device {device!r} and memory {memory:g} GB: give one; memory is for a machine that "
-            "has no name here"
-        )
-    if device is not None:
-        return Machine.of(device_of(device))
-    if memory is not None:
-        if not 0 < memory < math.inf:
-            raise ConfigError(f"memory {memory}: must be above 0, in GB")
-        return Machine(f"{memory:g} GB", int(memory * (1 << 30)))
-    found = hardware.machine()
-    if found.available_bytes is None:
-        raise ConfigError("this machine does not tell its memory; give --memory GB or --device")
-    return Machine(f"this machine ({found.cpu}), memory free now", found.available_bytes)
-
-
 def show(decision: Decision, console: Console) -> None:
     """Print the decision, its reasons, what would change it, and every size beside."""
 
@@ -82,7 +64,7 @@ def show(decision: Decision, console: Console) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     choice, runner_up = decision.choice, decision.runner_up
-    line(f"on {decision.machine.name}: {gib(decision.machine.memory_bytes)} to use")
+    line(f"on {decision.machine.name}: {gib(decision.machine.memory)} to use")
     if choice is None:
         line("no size of Gemma 4 will do. What comes closest:", "bold")
         for option in decision.closest:
@@ -112,7 +94,7 @@ def _table(decision: Decision) -> Table:
     table = Table(box=SIMPLE_HEAD)
     names = decision.needs.benchmarks
     table.add_column("")
-    for column in ("K/V", "memory", "tok/s at most", *(BENCHMARKS[name].title for name in names)):
+    for column in ("K/V", "memory", "tok/s", *(BENCHMARKS[name].title for name in names)):
         table.add_column(column, justify="right")
     table.add_column("verdict")
     for option in decision.options:
@@ -121,7 +103,7 @@ def _table(decision: Decision) -> Table:
             f"{option.size} {option.format}",
             option.kv,
             gib(option.memory_bytes),
-            "?" if option.ceiling is None else f"{option.ceiling:.3g}",
+            "?" if option.speed is None else f"{option.speed:.3g}",
             *("not known" if score is None else f"{score:g}" for score in scores),
             verdict(decision, option),
         )

@@ -396,7 +396,9 @@ def choose(
     images: Annotated[
         str, typer.Option(help="Detail of pictures: none, coarse, normal, or fine (documents).")
     ] = "none",
-    context: Annotated[int, typer.Option(help="Tokens of one conversation.")] = 8192,
+    context: Annotated[
+        str, typer.Option(help="Tokens of one conversation, such as 8192 or 32K.")
+    ] = "8192",
     users: Annotated[int, typer.Option(help="Conversations at once.")] = 1,
     speed: Annotated[
         float | None, typer.Option(help="Tokens a second for each user, at least.")
@@ -409,9 +411,9 @@ def choose(
         typer.Option(help="Worst score that will do: 70, or tau2=60; repeatable."),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Such as rtx-4090 or raspberry-pi-5-8gb.")
-    ] = None,
-    memory: Annotated[float | None, typer.Option(help="GB to use, in place of a device.")] = None,
+        str, typer.Option(help="auto or cpu: this machine; or a name, such as rtx-4090.")
+    ] = "auto",
+    memory: Annotated[str | None, typer.Option(help="What there is of it, such as 12GB.")] = None,
     measure: Annotated[
         str | None, typer.Option(help="Ask the models these tasks instead: a JSONL file.")
     ] = None,

@@ -10,10 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gemsmith import __version__
-from gemsmith.choose import gib
 from gemsmith.cli.console import harmless
 from gemsmith.errors import RequestError
 from gemsmith.evals.measure import Candidate, Kept, Report, candidate, measure, read_tasks
+from gemsmith.fit import gib
 
 MAX_TOKENS = 32_768
 MIB = 1 << 20
