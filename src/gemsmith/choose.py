@@ -10,7 +10,7 @@ Formats go from exact to small, K/V likewise; a format is taken only where the o
 not fit or is too slow. What no source gives is None, is said to be unknown, and never counts as
 met or as missed. Privacy is no rule: all of these run where their weights are, and send nothing.
 
-Not a measurement: published scores are of bfloat16 models with thinking on, on others' tasks.
+Not a measurement: published scores are of the released weights, on others' tasks.
 `gemsmith choose --measure` asks your own.
 
 Sources: Google's model cards for the scores (read in public copies of the tables); fit.py for
