@@ -63,7 +63,7 @@ def test_floors_are_of_the_leading_score_or_by_name() -> None:
 
 def test_this_machine_is_what_fit_finds_here(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Target("this machine", "cpu", 7 << 30, 20e9, {"float": 1e11, "low": 2e11}, "measured")
-    monkeypatch.setattr(fit, "this_machine", lambda _: here)
+    monkeypatch.setattr(fit, "this_machine", lambda *_, **__: here)
     facts = json.loads(run("--json").output)
     assert facts["machine"]["name"] == "this machine"
     assert facts["machine"]["memory_bytes"] == 7 << 30
