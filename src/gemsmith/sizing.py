@@ -23,7 +23,7 @@ from typing import Literal
 
 from gemsmith import shapes
 from gemsmith.config import Gemma4Config, LayerPlan, TextConfig, VisionConfig
-from gemsmith.errors import ConfigError
+from gemsmith.errors import CapacityError, ConfigError
 from gemsmith.shapes import Tensor
 
 Place = Literal["file", "cpu", "gpu"]
@@ -41,6 +41,8 @@ KV_VALUES = {"float32": 4, "bfloat16": 2, "int8": 1}
 KV_SCALE_BYTES = 4
 """int8 K/V has a float32 scale a token and head, for keys and for values."""
 SLAB_STEP = 256
+BLOCK_TOKENS = 64
+"""Tokens of a block of paged K/V: half a block is unused in a sequence, on average."""
 CHUNK_TOKENS = 512
 """Prompt tokens run in one pass, as in engine/context.py."""
 RUNTIME_BYTES: dict[str, int] = {"cpu": 247 << 20, "gpu": 600 << 20}
@@ -317,6 +319,111 @@ def _kv(plan: LayerPlan, held: int, bytes_per_value: int) -> int:
 def _head_bytes(head_dim: int, bytes_per_value: int) -> int:
     """One token's keys or values in one head."""
     return head_dim * bytes_per_value + (KV_SCALE_BYTES if bytes_per_value == 1 else 0)
+
+
+# -- keys and values of many sequences ------------------------------------------------------------
+
+
+def blocks_spanned(tokens: int, block_tokens: int = BLOCK_TOKENS) -> int:
+    """Most blocks that `tokens` consecutive tokens lie in, wherever the first of them is."""
+    return -(-(tokens - 1) // block_tokens) + 1 if tokens > 0 else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVPlan:
+    """How much K/V there is for many sequences: blocks of full layers, and of sliding ones."""
+
+    full_blocks: int
+    sliding_blocks: int
+    window: int | None
+    """Tokens that sliding layers see; None where there are none of them."""
+    block_tokens: int
+    max_model_len: int
+    """Tokens of the longest sequence that surely fits, alone."""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    nbytes: int
+
+    @property
+    def full_tokens(self) -> int:
+        """Tokens of all sequences that full layers can hold at a time."""
+        return self.full_blocks * self.block_tokens
+
+
+def kv_block_bytes(
+    config: TextConfig,
+    *,
+    sliding: bool,
+    bytes_per_value: int = 2,
+    block_tokens: int = BLOCK_TOKENS,
+) -> int:
+    """Bytes of a block in all layers of a kind, sliding or full, that own K/V."""
+    return sum(
+        block_tokens
+        * plan.num_key_value_heads
+        * (1 if plan.k_eq_v else 2)
+        * _head_bytes(plan.head_dim, bytes_per_value)
+        for plan in config.layers
+        if plan.owns_kv and (plan.window is not None) == sliding
+    )
+
+
+def kv_plan(
+    config: TextConfig,
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    budget_bytes: int | None = None,
+    bytes_per_value: int = 2,
+    block_tokens: int = BLOCK_TOKENS,
+) -> KVPlan:
+    """Divide a budget of K/V bytes between sliding and full layers.
+
+    Sliding layers get what `max_num_seqs` sequences can need of them: a window each, and a step's
+    tokens. Full layers get the rest, at most as much as that many sequences of `max_model_len`
+    tokens fill. Without a budget both get all that they can use.
+
+    Raises:
+      CapacityError: not even one sequence of max_model_len tokens fits.
+    """
+    sizes = {
+        sliding: kv_block_bytes(
+            config, sliding=sliding, bytes_per_value=bytes_per_value, block_tokens=block_tokens
+        )
+        for sliding in (False, True)
+    }
+    window = config.sliding_window if sizes[True] else None
+    most_full = -(-max_model_len // block_tokens)
+    sliding = 0
+    if window is not None:
+        # A step's tokens begin inside a block of each sequence, which its past has counted.
+        past = blocks_spanned(min(window - 1, max_model_len), block_tokens)
+        step = -(-max_num_batched_tokens // block_tokens) + max_num_seqs
+        sliding = max_num_seqs * min(past, most_full) + step
+    full = most_full * max_num_seqs if sizes[False] else 0
+    if budget_bytes is not None and sizes[False]:
+        full = min(full, (budget_bytes - sliding * sizes[True]) // sizes[False])
+    needed = most_full if sizes[False] else 0
+    nbytes = full * sizes[False] + sliding * sizes[True]
+    if full < needed or (budget_bytes is not None and nbytes > budget_bytes):
+        least = needed * sizes[False] + sliding * sizes[True]
+        fits = max(0, full) * block_tokens if sizes[False] else 0
+        raise CapacityError(
+            f"K/V of {budget_bytes} bytes cannot hold one sequence of {max_model_len} tokens "
+            f"beside the windows of {max_num_seqs}: {least} bytes are needed. Give more, or a "
+            f"max_model_len of at most {fits}, or fewer sequences at a time"
+        )
+    return KVPlan(
+        full_blocks=full,
+        sliding_blocks=sliding,
+        window=window,
+        block_tokens=block_tokens,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        nbytes=nbytes,
+    )
 
 
 # -- workspace ------------------------------------------------------------------------------------

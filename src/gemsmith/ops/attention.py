@@ -192,6 +192,16 @@ class Slots:
             else:
                 values[first:stop], scale[first:stop] = quantize_heads(x)
 
+    def scatter(self, at_T: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
+        """Store T tokens, each in the slot of its own that int64 at_T names; else as `write`."""
+        for values, scale, x in ((self.v, self.v_scale, v_TKH), (self.k, self.k_scale, k_TKH)):
+            if values is None:
+                continue
+            if scale is None:
+                values[at_T] = x.to(values.dtype)
+            else:
+                values[at_T], scale[at_T] = quantize_heads(x)
+
     def widened(self, first: int, stop: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
         """Keys (None where values alone are stored) and values of some slots: float ones as they
         are, int8 as `dtype`."""

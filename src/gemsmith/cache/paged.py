@@ -1,0 +1,268 @@
+"""Key/value cache of many sequences: blocks of a fixed number of tokens, allocated once by plan.
+
+Full and sliding layers alike keep tokens in blocks (see `block_pool`); a block of a sliding layer
+goes back to its pool once it has left the window. So nothing is overwritten while it may be
+needed: a pass that fails leaves no trace but unused slots, tokens that are not committed never
+were, and blocks can be held by several sequences and by a prefix cache without a copy. A ring in
+place of the sliding blocks would save at most one block a sequence and lose all that.
+
+Layers that read another layer's K/V hold nothing; K = V layers hold V alone. Values are stored as
+in `ring.RingCache` and read by the same kernels.
+
+Shapes: T tokens of the step, of all sequences, one sequence after the other; R rows asked for;
+        S keys of a sequence; N query heads, K key/value heads, H head_dim.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gemsmith.cache.block_pool import Blocks, Pages, Table
+from gemsmith.cache.ring import FORMATS
+from gemsmith.config import TextConfig
+from gemsmith.errors import CapacityError, ConfigError
+from gemsmith.ops.attention import Queries, Slots, Span, stored_attention
+from gemsmith.sizing import KVPlan
+
+KFromV = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The tokens that one sequence has in a step; their blocks are taken already."""
+
+    pages: Pages
+    tokens: int
+    blocks_T: Tensor | None = None
+    """Tokens that see each other whole, see `ops.attention.causal_attention`."""
+
+
+class PagedCache:
+    """K/V of all sequences. `blocks` says who holds what; `step` is the store of one pass."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        plan: KVPlan,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        k_from_v: KFromV | None = None,
+    ) -> None:
+        """dtype: see `ring.FORMATS`. k_from_v: `TextModel.k_from_v`, for K = V layers.
+
+        Raises:
+          ConfigError: another dtype.
+          CapacityError: no memory for the plan.
+        """
+        if dtype not in FORMATS.values():
+            raise ConfigError(f"K/V cannot be stored as {dtype}; {', '.join(FORMATS)} can be")
+        self.config, self.plan = config, plan
+        self.dtype, self.device = dtype, torch.device(device)
+        self.k_from_v = k_from_v
+        self.blocks = Blocks(plan)
+        self.slots: dict[int, Slots] = {}
+        """By layer, of those that own K/V: block b is slots b * block_tokens and on."""
+        try:
+            for layer in config.layers:
+                if layer.owns_kv:
+                    sliding = layer.window is not None
+                    blocks = plan.sliding_blocks if sliding else plan.full_blocks
+                    self.slots[layer.index] = Slots.empty(
+                        blocks * plan.block_tokens,
+                        layer.num_key_value_heads,
+                        layer.head_dim,
+                        dtype=dtype,
+                        device=self.device,
+                        keys=not layer.k_eq_v,
+                    )
+        except (RuntimeError, MemoryError) as error:
+            raise CapacityError(
+                f"no memory for {plan.nbytes / 2**30:.2f} GiB of K/V; plan fewer sequences at a "
+                "time, shorter ones, or a narrower dtype"
+            ) from error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K/V storage, equal to the plan's. Memory is touched as blocks are used."""
+        return sum(t.nbytes for slots in self.slots.values() for t in slots.tensors.values())
+
+    def step(self, chunks: Sequence[Chunk]) -> "PagedStep":
+        """The store of one pass over the chunks' tokens. Commit them when it has succeeded."""
+        return PagedStep(self, chunks)
+
+    def branch(self, pages: Pages, length: int) -> Pages:
+        """A second sequence with the same first `length` tokens.
+
+        Whole blocks are shared; the last one, if it is not full, is copied.
+
+        Raises:
+          CapacityError: no block is free for the copy.
+        """
+        size = self.plan.block_tokens
+        used = length % size
+        pools = [p for p in (self.blocks.full, self.blocks.sliding) if p.blocks]
+        if used and not all(pool.free for pool in pools):
+            raise CapacityError("no block of K/V is free to branch a sequence")
+        branch = self.blocks.share(pages, length)
+        if not used:
+            return branch
+        for sliding, pool, table in (
+            (False, self.blocks.full, branch.full),
+            (True, self.blocks.sliding, branch.sliding),
+        ):
+            if not pool.blocks:
+                continue
+            old, [new] = table.blocks[-1], pool.take(1)
+            for index, slots in self.slots.items():
+                if (self.config.layers[index].window is not None) == sliding:
+                    for tensor in slots.tensors.values():
+                        tensor[new * size :][:used] = tensor[old * size :][:used]
+            pool.release([old])
+            table.blocks[-1] = new
+        return branch
+
+
+@dataclass(slots=True)
+class _Part:
+    """What one sequence's queries see in layers of a kind: runs of slots, from a first token on."""
+
+    runs: list[tuple[int, int]]
+    """(first slot, count), one after the other."""
+    keys: int
+    start: int
+    """Which token of the sequence the first key is."""
+
+
+class PagedStep:
+    """`model.text.KVStore` of one forward pass over packed chunks of several sequences."""
+
+    def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]) -> None:
+        self.cache, self.chunks = cache, chunks
+        self._queries: dict[tuple[bool, bool], list[Queries | None]] = {}
+        self._rows: list[Tensor] | None = None
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        ranges = [
+            torch.arange(chunk.pages.length, chunk.pages.length + chunk.tokens)
+            for chunk in self.chunks
+        ]
+        return torch.cat(ranges).to(self.cache.device)
+
+    @cached_property
+    def _targets(self) -> dict[bool, Tensor]:
+        """Where the tokens of the step go, [T] slots, in full (False) and sliding layers."""
+        return {sliding: self._target(sliding) for sliding in (False, True)}
+
+    def _target(self, sliding: bool) -> Tensor:
+        size, parts = self.cache.plan.block_tokens, []
+        for chunk in self.chunks:
+            table = _table(chunk.pages, sliding)
+            if not table.blocks:
+                return torch.empty(0, dtype=torch.long)
+            at = torch.arange(chunk.pages.length, chunk.pages.length + chunk.tokens)
+            blocks = torch.tensor(table.blocks)
+            parts.append(blocks[at // size - table.first] * size + at % size)
+        return torch.cat(parts).to(self.cache.device)
+
+    @cached_property
+    def _parts(self) -> dict[bool, list[_Part]]:
+        return {s: [self._part(chunk, s) for chunk in self.chunks] for s in (False, True)}
+
+    def _part(self, chunk: Chunk, sliding: bool) -> _Part:
+        pages, size, window = chunk.pages, self.cache.plan.block_tokens, self.cache.plan.window
+        start = max(0, pages.length - window + 1) if sliding and window is not None else 0
+        stop = pages.length + chunk.tokens
+        table, runs = _table(pages, sliding), []
+        at = start
+        while table.blocks and at < stop:
+            slot = table.blocks[at // size - table.first] * size + at % size
+            count = min(size - at % size, stop - at)
+            if runs and sum(runs[-1]) == slot:
+                runs[-1] = (runs[-1][0], runs[-1][1] + count)
+            else:
+                runs.append((slot, count))
+            at += count
+        return _Part(runs, stop - start, start)
+
+    def _rows_of(self, rows_R: Tensor) -> list[Tensor]:
+        """Of each chunk the tokens that ask, counted from its first."""
+        if self._rows is None:
+            rows = rows_R.tolist()
+            assert rows == sorted(rows), "rows are asked for in order"
+            split, first = [], 0
+            for chunk in self.chunks:
+                stop = first + chunk.tokens
+                split.append(torch.tensor([r - first for r in rows if first <= r < stop]))
+                first = stop
+            self._rows = split
+        return self._rows
+
+    def _asking(self, sliding: bool, rows_R: Tensor | None) -> list[Queries | None]:
+        """The same for all layers of a kind; None for a chunk of which nothing is asked."""
+        kind = (sliding, rows_R is None)
+        if kind not in self._queries:
+            asking: list[Queries | None] = []
+            for i, (chunk, part) in enumerate(zip(self.chunks, self._parts[sliding], strict=True)):
+                rows = None if rows_R is None else self._rows_of(rows_R)[i]
+                window = self.cache.plan.window if sliding else None
+                blocks_T = chunk.blocks_T if sliding else None
+                if rows is not None and not len(rows):
+                    asking.append(None)
+                elif rows is not None and len(rows) == chunk.tokens:
+                    asking.append(Queries(chunk.tokens, part.keys, window, blocks_T))
+                else:
+                    at = None if rows is None else rows.to(self.cache.device)
+                    asking.append(Queries(chunk.tokens, part.keys, window, blocks_T, at))
+            self._queries[kind] = asking
+        return self._queries[kind]
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k_TKH: Tensor | None,
+        v_TKH: Tensor | None,
+        rows_R: Tensor | None,
+    ) -> Tensor:
+        """See `model.text.KVStore`; rows_R ascend."""
+        plan = self.cache.config.layers[layer]
+        sliding = plan.window is not None
+        slots = self.cache.slots[plan.kv_source]
+        if k_TKH is not None and v_TKH is not None:
+            slots.scatter(self._targets[sliding], k_TKH, v_TKH)
+        outs, first = [], 0
+        asking = self._asking(sliding, rows_R)
+        for part, queries in zip(self._parts[sliding], asking, strict=True):
+            if queries is None:
+                continue
+            count = queries.tokens if queries.rows_R is None else len(queries.rows_R)
+            spans: list[Span] = [(slots, slot, n) for slot, n in part.runs]
+            if slots.k is None:
+                spans = self._with_keys(plan.kv_source, slots, part, q.dtype)
+            outs.append(stored_attention(q[first : first + count], spans, queries))
+            first += count
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _with_keys(self, layer: int, slots: Slots, part: _Part, dtype: torch.dtype) -> list[Span]:
+        """A sequence's values of a K = V layer, side by side, with the keys that belong to them."""
+        if self.cache.k_from_v is None:
+            raise ValueError(f"layer {layer} is K = V: PagedCache needs k_from_v")
+        pieces = [slice(slot, slot + count) for slot, count in part.runs]
+        v = torch.cat([slots.v[piece] for piece in pieces])
+        scale = slots.v_scale
+        if scale is not None:
+            scale = torch.cat([scale[piece] for piece in pieces])
+        gathered = Slots(v, None, scale)
+        _, v_SKH = gathered.widened(0, part.keys, dtype)
+        positions_S = torch.arange(part.start, part.start + part.keys, device=v.device)
+        k_SKH = self.cache.k_from_v(layer, v_SKH, positions_S)
+        return [(Slots(v, k_SKH.contiguous(), scale), 0, part.keys)]
+
+
+def _table(pages: Pages, sliding: bool) -> Table:
+    return pages.sliding if sliding else pages.full
