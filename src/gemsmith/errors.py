@@ -5,6 +5,7 @@
     ├── WeightsError    a checkpoint file that is damaged, incomplete or belongs elsewhere
     ├── HubError        a checkpoint that cannot be found or fetched
     ├── CapacityError   more memory or context than there is
+    │   └── QueueFullError  more requests wait than may; the same request can be served later
     ├── TokenizerError  a vocabulary file that cannot be read
     ├── RequestError    messages, sampling parameters or prompts that cannot be served
     │   ├── MediaError     an image, sound or video that cannot be read or that the model lacks
@@ -35,6 +36,10 @@ class HubError(GemsmithError, OSError):
 
 class CapacityError(GemsmithError, MemoryError):
     """The request needs more memory or context than there is."""
+
+
+class QueueFullError(CapacityError):
+    """As many requests as may wait are waiting already."""
 
 
 class TokenizerError(GemsmithError, ValueError):

@@ -1,4 +1,4 @@
-"""Many sequences in blocks against each alone without a cache; blocks conserved whatever happens."""
+"""Many sequences in blocks against each alone without a cache; blocks conserved always."""
 
 from dataclasses import replace
 
@@ -203,7 +203,7 @@ def test_a_pool_gives_no_block_that_it_has_not():
 
 
 def test_other_formats_are_refused():
-    with pytest.raises(ConfigError, match="K/V cannot be stored as torch.float64"):
+    with pytest.raises(ConfigError, match=r"K/V cannot be stored as torch\.float64"):
         PagedCache(MODELS["E2B"].config, plan_of("E2B"), dtype=torch.float64)
 
 

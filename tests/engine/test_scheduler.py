@@ -1,0 +1,216 @@
+"""The scheduler through thousands of random arrivals: what must hold after every step."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemsmith import sizing
+from gemsmith.cache.block_pool import Blocks
+from gemsmith.engine.scheduler import Scheduler, Sequence
+from gemsmith.errors import ConfigError, QueueFullError, RequestError
+from gemsmith.testing import tiny_config
+
+CONFIG = tiny_config("E2B").text_config
+
+
+def plan_of(*, full_blocks=30, seqs=4, budget=24, length=64):
+    plan = sizing.kv_plan(
+        CONFIG,
+        max_model_len=length,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        block_tokens=4,
+    )
+    return replace(plan, full_blocks=full_blocks)
+
+
+def new_scheduler(queue_limit=1000, **options) -> Scheduler:
+    return Scheduler(Blocks(plan_of(**options)), queue_limit=queue_limit)
+
+
+class Run:
+    """Drives a scheduler as the engine does, and checks each step."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler, self.alive, self.steps = scheduler, [], 0
+        self.first_token: dict[Sequence, int] = {}
+
+    def add(self, tokens: int, limit: int, **options) -> Sequence:
+        sequence = Sequence(tokens, limit, **options)
+        self.scheduler.add(sequence)
+        self.alive.append(sequence)
+        return sequence
+
+    def abort(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        self.alive.remove(sequence)
+
+    def step(self) -> None:
+        scheduler, plan = self.scheduler, self.scheduler.plan
+        oldest = min((s.admitted for s in scheduler.running), default=None)
+        slices = scheduler.schedule()
+        self.steps += 1
+        assert sum(stop - start for _, start, stop in slices) <= plan.max_num_batched_tokens
+        assert len(scheduler.running) <= plan.max_num_seqs
+        assert len({id(s) for s, _, _ in slices}) == len(slices)
+        # Whoever is the oldest gets on.
+        if oldest is not None:
+            assert slices[0].sequence.admitted == oldest
+        for sequence, start, stop in slices:
+            assert sequence in scheduler.running
+            assert start == sequence.pages.length < stop <= sequence.tokens
+            for first, last in sequence.wholes:
+                assert not (start < first < stop < last or first < start < last)
+        scheduler.blocks.check(s.pages for s in self.alive)
+        scheduler.commit(slices)
+        for slice in slices:
+            sequence = slice.sequence
+            if not slice.asks:
+                continue
+            self.first_token.setdefault(sequence, self.steps)
+            sequence.tokens += 1
+            if sequence.tokens == sequence.limit:
+                self.abort(sequence)
+        scheduler.blocks.check(s.pages for s in self.alive)
+
+    def until_idle(self, most: int) -> None:
+        while self.alive:
+            self.step()
+            assert self.steps < most, "somebody starves"
+        blocks = self.scheduler.blocks
+        assert (blocks.full.held, blocks.sliding.held) == (0, 0)
+        assert blocks.full.free == blocks.plan.full_blocks
+        assert not (self.scheduler.running or self.scheduler.waiting)
+        assert self.scheduler.schedule() == []
+
+
+@st.composite
+def arrivals(draw):
+    """(step, prompt, reply, tenant, whole, aborted after so many steps)"""
+    found = []
+    for _ in range(draw(st.integers(1, 40))):
+        prompt = draw(st.integers(1, 60))
+        whole = None
+        if draw(st.booleans()) and prompt > 3:
+            start = draw(st.integers(0, prompt - 2))
+            whole = (start, min(prompt, start + draw(st.integers(2, 18))))
+        found.append(
+            (
+                draw(st.integers(0, 60)),
+                prompt,
+                draw(st.integers(1, 64 - prompt)),
+                draw(st.sampled_from("abc")),
+                whole,
+                draw(st.none() | st.integers(0, 30)),
+            )
+        )
+    return sorted(found, key=lambda arrival: arrival[0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(arrivals(), st.sampled_from([16, 17, 24, 48]), st.sampled_from([24, 33]))
+def test_budget_blocks_and_everyones_end_hold_for_any_arrivals(wanted, full_blocks, budget):
+    run = Run(new_scheduler(full_blocks=full_blocks, budget=budget))
+    aborts: list[tuple[int, Sequence]] = []
+    wanted = list(wanted)
+    while wanted or run.alive:
+        while wanted and wanted[0][0] <= run.steps:
+            _, prompt, reply, tenant, whole, abort = wanted.pop(0)
+            wholes = (whole,) if whole else ()
+            sequence = run.add(prompt, prompt + reply, tenant=tenant, wholes=wholes)
+            if abort is not None:
+                aborts.append((run.steps + abort, sequence))
+        for when, sequence in aborts:
+            if when <= run.steps and sequence in run.alive:
+                run.abort(sequence)
+        run.step()
+        assert run.steps < 8000, "somebody starves"
+    run.until_idle(8001)
+
+
+def test_too_few_blocks_for_all_preempt_the_youngest_and_everyone_ends():
+    run = Run(new_scheduler(full_blocks=16, budget=24))
+    first = run.add(4, 64)
+    others = [run.add(4, 60) for _ in range(3)]
+    run.until_idle(400)
+    assert run.scheduler.preemptions > 0
+    assert first.preemptions == 0
+    assert sum(s.preemptions for s in others) == run.scheduler.preemptions
+
+
+def test_a_short_prompt_waits_for_no_long_one():
+    run = Run(new_scheduler(budget=24, full_blocks=64))
+    long, short = run.add(60, 62), run.add(8, 10)
+    run.until_idle(100)
+    assert run.first_token[short] == 1
+    # Half of each step is the long one's whatever comes.
+    assert run.first_token[long] <= 5
+
+
+def test_a_stream_of_short_prompts_does_not_starve_a_long_one():
+    run = Run(new_scheduler(budget=24, full_blocks=64))
+    run.add(1, 2)
+    long = run.add(60, 61)
+    for _ in range(8):
+        for _ in range(4):
+            run.add(12, 13)
+        run.step()
+    assert run.first_token[long] <= 8
+
+
+def test_tenants_take_turns():
+    run = Run(new_scheduler(seqs=2, budget=24))
+    crowd = [run.add(4, 12, tenant="crowd") for _ in range(20)]
+    guest = run.add(4, 12, tenant="guest")
+    run.until_idle(1000)
+    assert sum(run.first_token[s] < run.first_token[guest] for s in crowd) <= 2
+
+
+def test_the_queue_has_a_limit_and_has_room_again_once_requests_run():
+    run = Run(new_scheduler(queue_limit=3, seqs=2))
+    for _ in range(3):
+        run.add(4, 8)
+    with pytest.raises(QueueFullError, match="3 requests are waiting, which is the limit"):
+        run.add(4, 8)
+    run.step()
+    run.add(4, 8)
+    run.until_idle(100)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "message"),
+    [
+        (Sequence(60, 65), "65 tokens of prompt and reply, but .* at most 64"),
+        (Sequence(40, 50, wholes=((5, 26),)), "an image of 21 tokens does not fit in a step of 24"),
+    ],
+)
+def test_what_can_never_run_is_refused(sequence, message):
+    with pytest.raises(RequestError, match=message):
+        new_scheduler().add(sequence)
+
+
+def test_a_step_smaller_than_its_seats_is_refused():
+    with pytest.raises(ConfigError, match="max_num_batched_tokens 4: a step needs more tokens"):
+        new_scheduler(budget=4)
+
+
+def test_cached_blocks_are_given_back_before_anybody_is_preempted():
+    blocks = Blocks(plan_of(full_blocks=16))
+    cached = blocks.full.take(10)
+
+    def evict() -> bool:
+        if cached:
+            blocks.full.release([cached.pop()])
+            return True
+        return False
+
+    scheduler = Scheduler(blocks, evict=evict)
+    scheduler.add(Sequence(4, 40))
+    for _ in range(30):
+        slices = scheduler.schedule()
+        scheduler.commit(slices)
+        slices[0].sequence.tokens += 1
+    assert scheduler.preemptions == 0
+    assert len(cached) == 7
