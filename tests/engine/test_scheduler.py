@@ -62,7 +62,7 @@ class Run:
             assert sequence in scheduler.running
             assert start == sequence.pages.length < stop <= sequence.tokens
             for first, last in sequence.wholes:
-                assert not (start < first < stop < last or first < start < last)
+                assert stop <= first or last <= start or start <= first < last <= stop
         scheduler.blocks.check(s.pages for s in self.alive)
         scheduler.commit(slices)
         for slice in slices:
@@ -82,7 +82,7 @@ class Run:
         blocks = self.scheduler.blocks
         assert (blocks.full.held, blocks.sliding.held) == (0, 0)
         assert blocks.full.free == blocks.plan.full_blocks
-        assert not (self.scheduler.running or self.scheduler.waiting)
+        assert (self.scheduler.running, self.scheduler.waiting) == ([], 0)
         assert self.scheduler.schedule() == []
 
 

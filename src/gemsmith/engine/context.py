@@ -41,9 +41,10 @@ class Next:
     A whole row of logits is a megabyte that several passes go over; most samplers need few of them.
     """
 
-    def __init__(self, model: TextModel, hidden_1D: Tensor) -> None:
+    def __init__(self, model: TextModel, hidden_1D: Tensor, logits_V: Tensor | None = None) -> None:
+        """logits_V: where they are known already, as those of a batch are."""
         self._model, self._hidden_1D = model, hidden_1D
-        self._logits_V: Tensor | None = None
+        self._logits_V = logits_V
 
     @property
     @torch.inference_mode()
@@ -55,7 +56,9 @@ class Next:
 
     @torch.inference_mode()
     def likeliest(self, count: int, skipped: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The greatest `count` logits and their ids, or None; see `TextModel.likeliest`."""
+        """The greatest `count` logits and their ids, or None: see `TextModel.likeliest`."""
+        if self._logits_V is not None:
+            return None
         found = self._model.likeliest(self._hidden_1D, count, skipped)
         return None if found is None else (found[0][0], found[1][0])
 
@@ -150,7 +153,7 @@ class Context:
                 ids[start:stop],
                 (keys or ids)[start:stop],
                 rows_R,
-                _between(soft, start, stop),
+                between(soft, start, stop),
                 None if blocks_T is None else blocks_T[start:stop],
             )
         return Next(self.model, hidden_1D)
@@ -174,7 +177,7 @@ class Context:
                 ids[start:stop],
                 (keys or ids)[start:stop],
                 None,
-                _between(soft, start, stop),
+                between(soft, start, stop),
                 None if blocks_T is None else blocks_T[start:stop],
             )
             for hidden_RD in hidden_TD.split(block):
@@ -209,7 +212,7 @@ def _chunks(tokens: int, blocks_T: Tensor | None) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _between(soft: Soft | None, start: int, stop: int) -> Soft | None:
+def between(soft: Soft | None, start: int, stop: int) -> Soft | None:
     """The soft tokens among start..stop-1, counted from start."""
     if soft is None:
         return None

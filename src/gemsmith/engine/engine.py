@@ -5,14 +5,14 @@ streaming cannot differ. What this is not: no batching, no server, no tool is ru
 
 Life of a request: messages -> token ids (`text.chat`, or the checkpoint's own template) -> prefill
 in chunks (`context`) -> one token at a time (`sampler`) -> text -> thinking, content, tool calls
-(`text.stream`) -> stop strings (`stop`) -> events.
+(`text.stream`) -> stop strings (`stop`) -> events. From the sampler on it is one object, `reply`.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -21,38 +21,19 @@ from gemsmith.config import Gemma4Config
 from gemsmith.engine.context import Context, Soft, kv_format
 from gemsmith.engine.media import Prompt, expand
 from gemsmith.engine.media import collect as collect_media
-from gemsmith.engine.request import (
-    MIN_TEMPERATURE,
-    Finished,
-    FinishReason,
-    Generation,
-    SamplingParams,
-    TokenLogprob,
-    Usage,
-)
-from gemsmith.engine.sampler import Sampler, token_logprob
-from gemsmith.engine.stop import StopStrings
-from gemsmith.engine.thinking import Thought
+from gemsmith.engine.reply import Event, Reply
+from gemsmith.engine.request import MIN_TEMPERATURE, Finished, Generation, SamplingParams
+from gemsmith.engine.sampler import Sampler
 from gemsmith.errors import ConfigError, MediaError, RequestError, TokenizerError
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.text import chat
-from gemsmith.text.stream import (
-    Content,
-    Splitter,
-    Thinking,
-    ToolCallEvent,
-    ToolProblem,
-)
-from gemsmith.text.stream import Event as SplitEvent
+from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
 from gemsmith.text.template import ChatTemplate
-from gemsmith.text.tokenizer import Detokenizer, Tokenizer
+from gemsmith.text.tokenizer import Tokenizer
 from gemsmith.weights.generation import load_generation_config
 from gemsmith.weights.hub import resolve
 from gemsmith.weights.load import Advance, load_model, load_towers, quantized_values, silent
-
-Event: TypeAlias = SplitEvent | Finished
-"""What a stream is made of: `Thinking`, `Content`, `ToolCallEvent`, `ToolProblem`, `Finished`."""
 
 RESERVED_TOKENS = 1024
 """K/V space set aside for a reply of no given length; it grows beyond that."""
@@ -376,8 +357,8 @@ class LM:
                     following = context.step(
                         prompt.ids[cached:],
                         keys=prompt.keys()[cached:],
-                        soft=self._soft(prompt, cached),
-                        blocks_T=self._blocks(prompt, cached),
+                        soft=self.soft(prompt, cached),
+                        blocks_T=self.blocks(prompt, cached),
                     )
                 if read < at:
                     following = context.step(replies[0][read:at])
@@ -405,8 +386,8 @@ class LM:
             prompt.ids,
             block=block,
             keys=prompt.keys(),
-            soft=self._soft(prompt, 0),
-            blocks_T=self._blocks(prompt, 0),
+            soft=self.soft(prompt, 0),
+            blocks_T=self.blocks(prompt, 0),
         )
 
     def memory(self) -> dict[str, int]:
@@ -461,97 +442,75 @@ class LM:
     # -- the reply ----------------------------------------------------------------------------
 
     def _start(self, prompt: Prompt, params: SamplingParams, *, chat: bool) -> Iterator[Event]:
-        ids = prompt.ids
-        limit = self.config.text_config.max_position_embeddings
-        if len(ids) >= limit:
-            soft = f", {sum(s.run.tokens for s in prompt.spans)} of them for media" * bool(
-                prompt.spans
-            )
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens{soft}, but the model's context holds {limit} "
-                "and the reply needs room in it; shorten the prompt or drop old messages"
-            )
-        self._check_ids(ids)
-        return self._events(prompt, params, chat)
+        return self._events(self.reply(prompt, params, chat=chat))
 
-    def _events(self, prompt: Prompt, params: SamplingParams, chat: bool) -> Iterator[Event]:
+    def _events(self, reply: Reply) -> Iterator[Event]:
         """Prefill, then a token at a time. Nothing is left behind if it is abandoned."""
-        started = time.perf_counter()
+        reply.started = time.perf_counter()
         context, self._kept = self._kept or Context(self.model, self.kv), None
         try:
-            yield from self._reply(context, prompt, params, chat, started)
+            yield from self._run(context, reply)
         finally:
             if context.whole:
                 self._kept = context
 
-    def _reply(
-        self,
-        context: Context,
-        prompt: Prompt,
-        params: SamplingParams,
-        chat: bool,
-        started: float,
-    ) -> Iterator[Event]:
-        ids, keys = prompt.ids, prompt.keys()
-        room = self.config.text_config.max_position_embeddings - len(ids)
-        max_tokens = min(params.max_tokens or room, room)
+    def _run(self, context: Context, reply: Reply) -> Iterator[Event]:
+        prompt, params = reply.prompt, reply.params
+        keys = prompt.keys()
         cached = context.rewind_for(keys)
-        context.reserve(len(ids) + min(max_tokens, params.max_tokens or RESERVED_TOKENS))
-        sampler = Sampler(
-            params,
-            vocab_size=self.config.text_config.vocab_size,
-            prompt_ids=ids,
-            suppressed=self._suppressed,
-            device=context.device,
-        )
-        thought = Thought(self.tokenizer, ids, params.thinking_budget)
-        output = _Output(self.tokenizer, params, chat=chat, in_thought=thought.inside)
-        reply: list[int] = []
-        logprobs: list[TokenLogprob] = []
-        first_token_s = 0.0
-
+        new = min(reply.max_tokens, params.max_tokens or RESERVED_TOKENS)
+        context.reserve(len(prompt.ids) + new)
         following = context.step(
-            ids[cached:],
+            prompt.ids[cached:],
             keys=keys[cached:],
-            soft=self._soft(prompt, cached),
-            blocks_T=self._blocks(prompt, cached),
+            soft=self.soft(prompt, cached),
+            blocks_T=self.blocks(prompt, cached),
         )
         while True:
-            forced = thought.forced()
-            token = sampler.choose_next(following) if forced is None else forced
-            first_token_s = first_token_s or time.perf_counter() - started
-            reply.append(token)
-            if params.logprobs is not None:
-                logprobs.append(token_logprob(following.logits_V, token, params.logprobs))
-            sampler.observe(token)
-            thought.observe(token)
-            if token not in self.end_ids:
-                yield from output.add(token)
-            ended = output.ended or (token in self.end_ids and not params.ignore_eos)
-            if ended or len(reply) == max_tokens:
+            yield from reply.take(following)
+            if reply.ended:
                 break
-            following = context.step([token])
-        yield from output.finish()
-        reason = FinishReason.STOP if ended or output.cut else FinishReason.LENGTH
-        if ended and output.num_calls:
-            reason = FinishReason.TOOL_CALLS
-        usage = Usage(
-            prompt_tokens=len(ids),
-            cached_tokens=cached,
-            completion_tokens=len(reply),
-            thinking_tokens=thought.tokens,
-            image_tokens=prompt.soft_tokens("image"),
-            audio_tokens=prompt.soft_tokens("audio"),
-            video_tokens=prompt.soft_tokens("video"),
-            time_to_first_token_s=first_token_s,
-            total_s=time.perf_counter() - started,
-        )
-        yield Finished(
-            finish_reason=reason,
-            usage=usage,
-            token_ids=tuple(reply),
-            logprobs=None if params.logprobs is None else tuple(logprobs),
-            notes=prompt.notes(),
+            following = context.step(reply.token_ids[-1:])
+        yield from reply.finish(cached)
+
+    def reply(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        chat: bool = True,
+        max_model_len: int | None = None,
+    ) -> Reply:
+        """The beginning of an answer to a prompt, to be fed with logits.
+
+        max_model_len: most tokens of prompt and reply, where that is less than the model's context.
+
+        Raises:
+          RequestError: no prompt, one that leaves no room for a reply, or ids outside the
+            vocabulary.
+        """
+        ids, limit = prompt.ids, self.config.text_config.max_position_embeddings
+        limit = min(limit, max_model_len or limit)
+        if len(ids) >= limit:
+            whose = "a sequence here" if limit == max_model_len else "the model's context"
+            soft = f", {sum(s.run.tokens for s in prompt.spans)} of them for media" * bool(
+                prompt.spans
+            )
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens{soft}, but {whose} holds {limit} and "
+                "the reply needs room in it; shorten the prompt or drop old messages"
+            )
+        self._check_ids(ids)
+        return Reply(
+            prompt,
+            params,
+            self.tokenizer,
+            vocab_size=self.config.text_config.vocab_size,
+            max_tokens=min(params.max_tokens or limit, limit - len(ids)),
+            end_ids=self.end_ids,
+            suppressed=self._suppressed,
+            device=self.device,
+            chat=chat,
         )
 
     # -- soft tokens --------------------------------------------------------------------------
@@ -565,7 +524,7 @@ class LM:
         return self._towers
 
     @torch.inference_mode()
-    def _soft(self, prompt: Prompt, cached: int) -> Soft | None:
+    def soft(self, prompt: Prompt, cached: int) -> Soft | None:
         """Indices and rows of the soft tokens beyond the first `cached`; a run at a time."""
         at, rows = [], []
         for span in prompt.spans:
@@ -584,7 +543,7 @@ class LM:
             rows.append(rows_SD[first:])
         return (torch.tensor(at, device=self.device), torch.cat(rows)) if rows else None
 
-    def _blocks(self, prompt: Prompt, cached: int) -> Tensor | None:
+    def blocks(self, prompt: Prompt, cached: int) -> Tensor | None:
         if self.config.text_config.use_bidirectional_attention != "vision" or not prompt.spans:
             return None
         return torch.tensor(prompt.blocks()[cached:], device=self.device)
@@ -598,56 +557,6 @@ def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     if name not in known:
         raise ConfigError(f"dtype {name!r}: must be one of {', '.join(known)}")
     return known[name]
-
-
-class _Output:
-    """Tokens of one reply to events: decoded, split (in a chat), cut at stop strings."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, *, chat: bool, in_thought: bool
-    ) -> None:
-        self._text = Detokenizer(tokenizer)
-        self._splitter = Splitter(started_in_thinking=in_thought) if chat else None
-        self._stops = StopStrings(params.stop)
-        self.num_calls = 0
-
-    @property
-    def cut(self) -> bool:
-        """A stop string is complete."""
-        return self._stops.stopped
-
-    @property
-    def ended(self) -> bool:
-        """Nothing more can come: cut, or an end marker came spelled out as ordinary text."""
-        return self.cut or (self._splitter is not None and self._splitter.ended)
-
-    def add(self, token: int) -> Iterator[SplitEvent]:
-        text = self._text.add(token)
-        return self._passed(self._splitter.feed(text) if self._splitter else [Content(text)])
-
-    def finish(self) -> Iterator[SplitEvent]:
-        text = self._text.flush()
-        if self._splitter is None:
-            yield from self._passed([Content(text)])
-        else:
-            yield from self._passed(self._splitter.feed(text) + self._splitter.finish())
-        yield from self._content(self._stops.flush())
-
-    def _passed(self, events: Iterable[SplitEvent]) -> Iterator[SplitEvent]:
-        for event in events:
-            if self.cut:
-                return
-            if isinstance(event, Content):
-                yield from self._content(self._stops.add(event.text))
-            else:
-                # A stop string does not reach over a thought or a call.
-                yield from self._content(self._stops.flush())
-                self.num_calls += isinstance(event, ToolCallEvent)
-                yield event
-
-    def _content(self, text: str) -> Iterator[SplitEvent]:
-        if text:
-            yield Content(text)
 
 
 def _told(progress: Callable[[int, int], None] | None, folder: Path, quant: str | None) -> Advance:

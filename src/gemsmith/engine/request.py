@@ -1,7 +1,7 @@
 """What is asked of a generation and what comes back. Plain data, no tensors.
 
-What these are not: they hold no prompt (see `engine.LM.generate`) and no defaults of a checkpoint
-(see `LM.sampling`). `SamplingParams()` is the model's own distribution, untouched.
+What these are not: they hold no defaults of a checkpoint (see `LM.sampling`). `SamplingParams()` is
+the model's own distribution, untouched.
 """
 
 import math
@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, Self
 
+from gemsmith.engine.media import Prompt
 from gemsmith.errors import RequestError
 from gemsmith.text.calls import Problem, ToolCall
 
@@ -111,6 +112,19 @@ class SamplingParams:
                 )
         values: dict[str, Any] = {**asdict(self), **options}
         return type(self)(**values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Request:
+    """One generation asked of an engine that runs many."""
+
+    prompt: Prompt
+    """What the model reads, as `LM.encode` makes it."""
+    params: SamplingParams = field(default_factory=SamplingParams)
+    chat: bool = True
+    """Whether thoughts and tool calls are split off; False shows all as text."""
+    tenant: str = ""
+    """Whose it is: tenants take turns, and share nothing that is cached."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,364 @@
+"""Many requests at a time on one model: continuous batching, a step at a time. One thread calls it.
+
+    engine = BatchEngine(lm)
+    id = engine.add(Request(prompt=lm.encode(messages), params=lm.sampling))
+    while engine.busy:
+        for id, outcome in engine.step(): ...       # events, the last `Finished`; or an error
+
+A request joins a running batch at any step, leaves it when it is done, and can be aborted between
+any two. One that fails takes no other with it: a pass that raises is run again, each sequence
+alone, and nothing was written that matters (see `cache.paged`).
+
+Where kernels give a row the same bits whatever rows stand beside it (low-bit weights and int8 K/V
+on the CPU), so does the batch; elsewhere floats may differ in the last bits.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+
+from gemsmith import hardware, sizing
+from gemsmith.cache.paged import PagedCache
+from gemsmith.engine.context import Next, Soft, between
+from gemsmith.engine.engine import LM
+from gemsmith.engine.reply import Event, Reply
+from gemsmith.engine.request import Request
+from gemsmith.engine.runner import Runner, Work
+from gemsmith.engine.scheduler import Scheduler, Sequence, Slice
+from gemsmith.errors import CapacityError, ConfigError, GemsmithError
+
+LONGEST_BY_DEFAULT = 32768
+"""Tokens of a sequence that a plan makes room for where nobody says; fewer if memory is short."""
+SHARE_OF_MEMORY = 0.5
+"""Of the memory that is free once the model is loaded, what K/V may take where nobody says."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How much is done at a time, and how much memory that may take."""
+
+    max_num_seqs: int = 16
+    """Sequences decoded together; others wait."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of a step. None: 512, or what the largest image asks for where it must be whole."""
+    max_model_len: int | None = None
+    """Longest prompt and reply. None: the model's context or 32768, or what fits."""
+    kv_bytes: int | None = None
+    """Memory for K/V. None: what max_num_seqs sequences can use, at most half of what is free."""
+    queue_limit: int = 256
+    """Requests that may wait; one more is refused."""
+    block_tokens: int = sizing.BLOCK_TOKENS
+    """Tokens of a block of K/V."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_bytes",
+                     "queue_limit", "block_tokens"):  # fmt: skip
+            value = getattr(self, name)
+            optional = value is None and name in ("max_num_batched_tokens", "max_model_len",
+                                                  "kv_bytes")  # fmt: skip
+            if not optional and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise ConfigError(f"{name} {value!r}: must be a whole number of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stats:
+    """The engine at a moment, and what it has done since it was made."""
+
+    running: int
+    waiting: int
+    kv_used_bytes: int
+    """Of blocks that sequences hold."""
+    kv_bytes: int
+    """Of all blocks."""
+    steps: int
+    prompt_tokens: int
+    """Computed ones, those computed again after a preemption included."""
+    generated_tokens: int
+    preemptions: int
+    finished: int
+    aborted: int
+    failed: int
+    busy_s: float
+    """Time spent in steps."""
+
+    @property
+    def kv_usage(self) -> float:
+        return self.kv_used_bytes / self.kv_bytes if self.kv_bytes else 0.0
+
+    @property
+    def generated_tokens_per_s(self) -> float:
+        """Over the time in which there was something to do."""
+        return self.generated_tokens / self.busy_s if self.busy_s else 0.0
+
+
+Outcome = list[Event] | GemsmithError
+"""What a step did for a request: events, or why there will be no more."""
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A request and where it stands."""
+
+    id: int
+    reply: Reply
+    sequence: Sequence
+    blocks: list[int] | None
+    """`Prompt.blocks` where tokens of an image see each other."""
+    ids: list[int]
+    """Of the prompt and the reply so far."""
+    cached: int | None = None
+    """Tokens of the prompt that had not to be computed; None before admission."""
+    soft: Soft | None = None
+    """Rows of the soft tokens, while some of them are still to be computed."""
+    soft_from: int = field(default=-1)
+    """Rows are there of soft tokens from this one on; -1: of none yet."""
+
+
+class BatchEngine:
+    """Runs requests together. `add`, `abort` and `step` are for one thread at a time."""
+
+    def __init__(self, lm: LM, config: EngineConfig | None = None) -> None:
+        """lm: not used by anybody else meanwhile.
+
+        Raises:
+          ConfigError: settings that contradict each other.
+          CapacityError: K/V of one sequence of max_model_len tokens do not fit.
+        """
+        self.lm, self.config = lm, config or EngineConfig()
+        self.plan = kv_plan(lm, self.config)
+        text = lm.config.text_config
+        self.cache = PagedCache(
+            text, self.plan, dtype=lm.kv, device=lm.device, k_from_v=lm.model.k_from_v
+        )
+        self.scheduler = Scheduler(
+            self.cache.blocks, queue_limit=self.config.queue_limit, begin=self._begin
+        )
+        self._runner = Runner(lm.model, self.cache)
+        self._jobs: dict[int, _Job] = {}
+        self._by_sequence: dict[Sequence, _Job] = {}
+        self._ids = count(1)
+        self._block_bytes = tuple(
+            sizing.kv_block_bytes(
+                text,
+                sliding=sliding,
+                bytes_per_value=lm.kv.itemsize,
+                block_tokens=self.plan.block_tokens,
+            )
+            for sliding in (False, True)
+        )
+        self._steps = self._prompt_tokens = self._generated = 0
+        self._finished = self._aborted = self._failed = 0
+        self._busy_s = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a request that is not done."""
+        return bool(self._jobs)
+
+    def add(self, request: Request) -> int:
+        """Queue a request; its id.
+
+        Raises:
+          QueueFullError: too many wait.
+          RequestError: it can never be served.
+        """
+        lm, prompt = self.lm, request.prompt
+        reply = lm.reply(
+            prompt, request.params, chat=request.chat, max_model_len=self.plan.max_model_len
+        )
+        together = lm.blocks(prompt, 0) is not None
+        wholes = tuple((span.start, span.stop) for span in prompt.spans if span.run.kind != "audio")
+        sequence = Sequence(
+            len(prompt.ids),
+            len(prompt.ids) + reply.max_tokens,
+            tenant=request.tenant,
+            wholes=wholes if together else (),
+        )
+        self.scheduler.add(sequence)
+        blocks = prompt.blocks() if together else None
+        job = _Job(next(self._ids), reply, sequence, blocks, list(prompt.ids))
+        self._jobs[job.id] = self._by_sequence[sequence] = job
+        return job.id
+
+    def abort(self, id: int) -> bool:
+        """Drop a request wherever it stands, and free what it holds; False if there is none."""
+        if id not in self._jobs:
+            return False
+        self._forget(self._jobs[id])
+        self._aborted += 1
+        return True
+
+    def step(self) -> list[tuple[int, Outcome]]:
+        """Compute the next step; for each request that got on, its events, if any."""
+        started = time.perf_counter()
+        slices = self.scheduler.schedule()
+        outcomes: list[tuple[int, Outcome]] = []
+        done: list[tuple[Slice, Next | None]] = []
+        for slice, result in zip(slices, self._compute(slices), strict=True):
+            if isinstance(result, GemsmithError):
+                outcomes.append((self._by_sequence[slice.sequence].id, self._fail(slice, result)))
+            else:
+                done.append((slice, result))
+        self.scheduler.commit([slice for slice, _ in done])
+        for slice, following in done:
+            job = self._by_sequence[slice.sequence]
+            self._prompt_tokens += max(0, min(slice.stop, len(job.reply.prompt.ids)) - slice.start)
+            if following is None:
+                continue
+            try:
+                outcomes.append((job.id, self._take(job, following)))
+            except GemsmithError as error:
+                outcomes.append((job.id, self._fail(slice, error)))
+        self._steps += bool(slices)
+        self._busy_s += time.perf_counter() - started
+        return outcomes
+
+    def stats(self) -> Stats:
+        blocks = self.cache.blocks
+        used = [pool.blocks - pool.free for pool in (blocks.full, blocks.sliding)]
+        return Stats(
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.waiting,
+            kv_used_bytes=sum(n * size for n, size in zip(used, self._block_bytes, strict=True)),
+            kv_bytes=self.plan.nbytes,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated,
+            preemptions=self.scheduler.preemptions,
+            finished=self._finished,
+            aborted=self._aborted,
+            failed=self._failed,
+            busy_s=self._busy_s,
+        )
+
+    def check(self) -> None:
+        """Assert that every block is free or held by a request that is here."""
+        self.cache.blocks.check(job.sequence.pages for job in self._jobs.values())
+
+    # -- parts of a step ----------------------------------------------------------------------
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Here a prefix cache would give the sequence pages of tokens that are computed already."""
+        job = self._by_sequence[sequence]
+        if job.cached is None:
+            job.cached = sequence.pages.length
+
+    def _compute(self, slices: list[Slice]) -> list[Next | GemsmithError | None]:
+        """Logits of those that ask. If the pass fails each runs alone, and its error is its own."""
+        if not slices:
+            return []
+        try:
+            return [*self._runner.run([self._work(slice) for slice in slices])]
+        except Exception as error:
+            if len(slices) > 1:
+                return [result for slice in slices for result in self._compute([slice])]
+            if isinstance(error, GemsmithError):
+                return [error]
+            wrapped = GemsmithError(f"the model failed on this request: {error!r}")
+            wrapped.__cause__ = error
+            return [wrapped]
+
+    def _work(self, slice: Slice) -> Work:
+        job = self._by_sequence[slice.sequence]
+        start, stop = slice.start, slice.stop
+        blocks_T = None
+        if job.blocks is not None and start < len(job.blocks):
+            blocks = job.blocks[start:stop]
+            blocks += [-1] * (stop - start - len(blocks))
+            blocks_T = torch.tensor(blocks, device=self.lm.device)
+        return Work(slice.sequence.pages, job.ids[start:stop], slice.asks,
+                    self._soft(job, start, stop), blocks_T)  # fmt: skip
+
+    def _soft(self, job: _Job, start: int, stop: int) -> Soft | None:
+        """Rows of the soft tokens among start..stop-1; the towers run once a prompt, unless the
+        sequence is preempted in the middle of it."""
+        spans = job.reply.prompt.spans
+        if not any(span.start < stop and start < span.stop for span in spans):
+            return None
+        if not 0 <= job.soft_from <= start:
+            soft = self.lm.soft(job.reply.prompt, start)
+            assert soft is not None, "there are soft tokens here"
+            job.soft, job.soft_from = (soft[0] + start, soft[1]), start
+        found = between(job.soft, start, stop)
+        if stop >= spans[-1].stop:
+            job.soft, job.soft_from = None, -1
+        return found
+
+    def _take(self, job: _Job, following: Next) -> list[Event]:
+        events = job.reply.take(following)
+        self._generated += 1
+        if job.reply.ended:
+            events += job.reply.finish(job.cached or 0)
+            self._finished += 1
+            self._forget(job)
+        else:
+            job.ids.append(job.reply.token_ids[-1])
+            job.sequence.tokens += 1
+        return events
+
+    def _fail(self, slice: Slice, error: GemsmithError) -> GemsmithError:
+        self._failed += 1
+        self._forget(self._by_sequence[slice.sequence])
+        return error
+
+    def _forget(self, job: _Job) -> None:
+        self.scheduler.remove(job.sequence)
+        del self._jobs[job.id], self._by_sequence[job.sequence]
+
+
+def kv_plan(lm: LM, config: EngineConfig) -> sizing.KVPlan:
+    """The K/V that an engine of these settings allocates.
+
+    Raises:
+      ConfigError: max_model_len beyond the model's context.
+      CapacityError: one sequence of max_model_len tokens does not fit.
+    """
+    text, seqs = lm.config.text_config, config.max_num_seqs
+    context = text.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > context:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len}: the model's context holds {context} tokens"
+        )
+    step = config.max_num_batched_tokens
+    if step is None:
+        whole = text.use_bidirectional_attention == "vision"
+        step = max(512, 2 * seqs, (1120 + seqs) * whole)
+    longest = config.max_model_len or min(context, LONGEST_BY_DEFAULT)
+    budget = config.kv_bytes
+    if budget is None:
+        free = hardware.machine().available_bytes if lm.device.type == "cpu" else None
+        budget = None if free is None else int(free * SHARE_OF_MEMORY)
+    while True:
+        try:
+            return sizing.kv_plan(
+                text,
+                max_model_len=longest,
+                max_num_seqs=seqs,
+                max_num_batched_tokens=step,
+                budget_bytes=budget,
+                bytes_per_value=lm.kv.itemsize,
+                block_tokens=config.block_tokens,
+            )
+        except CapacityError:
+            if config.max_model_len is not None or longest <= config.block_tokens:
+                raise
+            longest //= 2
+
+
+def run_all(engine: BatchEngine, requests: Iterable[Request]) -> list[list[Event] | GemsmithError]:
+    """All requests to their end, in the order given: offline batches, tests."""
+    ids = [engine.add(request) for request in requests]
+    events: dict[int, list[Event]] = {id: [] for id in ids}
+    failed: dict[int, GemsmithError] = {}
+    while engine.busy:
+        for id, outcome in engine.step():
+            if isinstance(outcome, GemsmithError):
+                failed[id] = outcome
+            else:
+                events[id] += outcome
+    return [failed.get(id, events[id]) for id in ids]
