@@ -158,21 +158,17 @@ void attend(const AttentionTile& t, const KeyBlock& b, const KeyBlock* turned) {
 }
 
 // See AttentionKernels.
-void combine(const float* acc, const float* most, const float* sum, int64_t splits, int64_t step,
-             int64_t acc_step, int64_t H, float* y) {
-  float top = MINUS_INFINITY, total = 0.0f;
-  for (int64_t i = 0; i < splits; i++) top = most[i * step] > top ? most[i * step] : top;
-  for (int64_t d = 0; d < H; d++) y[d] = 0.0f;
-  for (int64_t i = 0; i < splits; i++) {
-    const float part = exp_of(most[i * step] - top);
-    const float* row = acc + i * acc_step;
-    for (int64_t d = 0; d < H; d++) y[d] += row[d] * part;
-    total += sum[i * step] * part;
-  }
-  for (int64_t d = 0; d < H; d++) y[d] /= total;
+void fold(const float* acc, float most, float sum, int64_t H, float* y, float* y_most,
+          float* y_sum) {
+  if (sum == 0.0f) return;  // it saw none of these keys
+  const float top = most > *y_most ? most : *y_most;
+  const float before = exp_of(*y_most - top), now = exp_of(most - top);
+  for (int64_t d = 0; d < H; d++) y[d] = y[d] * before + acc[d] * now;
+  *y_sum = *y_sum * before + sum * now;
+  *y_most = top;
 }
 
-const AttentionKernels ATTENTION = {quantize16, attend, turn, combine};
+const AttentionKernels ATTENTION = {quantize16, attend, turn, fold};
 
 }  // namespace
 }  // namespace gemsmith

@@ -1,9 +1,12 @@
 // What surrounds the attention kernels of an instruction set: which keys a block holds, and the
 // sharing of the work among threads.
 //
-// A piece of work is one key/value head, up to ROWS of its query rows, and a split of the keys
-// ("flash decoding"). How many splits there are follows from the sizes alone, so that the result
-// does not depend on threads. In a piece each block of keys serves all its rows before the next.
+// Blocks of KEYS keys and splits of SPLIT keys begin at multiples of these, counted from the
+// sequence's first token. A row sums each split by itself and then adds the splits in their order;
+// so its bits depend on the keys it sees alone: not on the rows beside it, on how much of the
+// sequence was computed before, or on threads. A piece of work is one key/value head and up to ROWS
+// of its query rows, with all splits, or one where there are few rows ("flash decoding"). In a
+// piece each block of keys serves all its rows before the next.
 #include <cstring>
 #include <memory>
 
@@ -15,7 +18,9 @@ namespace {
 
 // Query rows of a piece: their sums stay in a core's L2 cache.
 constexpr int64_t ROWS = 64;
-// Pieces there should be, if there are keys enough; each is at least a block.
+// Keys that a row sums before it adds them to the rest.
+constexpr int64_t SPLIT = 2 * KEYS;
+// From so many pieces on each has all splits.
 constexpr int64_t PIECES = 32;
 // Fewer multiplications than this are done by the caller before a worker could have woken.
 constexpr int64_t ALONE = 256 * 1024;
@@ -29,15 +34,16 @@ struct Job {
   int64_t group;    // N / K
   int64_t rows;     // R * group: query rows of a key/value head
   int64_t chunks;   // of ROWS of them
-  int64_t low;      // the first key that any row sees
-  int64_t blocks;   // from there
-  int64_t splits;
+  int64_t low;      // where the first block begins; below 0 where its first keys are not given
+  int64_t splits;   // from the one that the first block lies in
+  bool apart;       // whether each piece has one split
   int64_t stride;   // of q16
   const int16_t* q16;
   const float* q_scale;  // [R][N]
   int64_t turning_width;
   const float* turning;  // [R][N][turning_width]: q of the dimensions that turn, or null
-  // [K][splits][rows][H], [K][splits][rows] twice; acc is y where there is one split.
+  // most and sum of each row [K][rows]; apart, for each split [K][splits][rows] and with
+  // acc [K][splits][rows][H].
   float *acc, *most, *sum;
 
   // Query row i of a key/value head: a token, and one of the heads that share this one.
@@ -45,18 +51,21 @@ struct Job {
   int64_t query(int64_t head, int64_t i) const {
     return token(i) * a.N + head * group + i % group;
   }
-  float* acc_of(int64_t head, int64_t split, int64_t i) const {
-    return splits == 1 ? a.y + query(head, i) * a.H
-                       : acc + ((head * splits + split) * rows + i) * a.H;
+  float* output(int64_t head, int64_t i) const { return a.y + query(head, i) * a.H; }
+  // Keys of a split, from `low`'s block on.
+  int64_t begin(int64_t split) const {
+    const int64_t origin = a.origin + low;
+    return more(low, (origin / SPLIT + split) * SPLIT - a.origin);
   }
 };
 
 int64_t value_bytes(int format) { return format == INT8 ? 1 : format == BFLOAT16 ? 2 : 4; }
 
-// Keys first .. first + count of a head.
+// Keys first .. first + count of a head; those below 0 nobody sees.
 void find(const Attention& a, int64_t head, int64_t first, int64_t count, KeyBlock& block) {
   const int64_t k_row = a.H * value_bytes(a.k_format), v_row = a.H * value_bytes(a.v_format);
-  int64_t found = 0, before = 0;
+  const int64_t absent = more(0, -first);
+  int64_t found = absent, before = 0;
   for (int64_t n = 0; n < a.span_count && found < count; n++) {
     const KeySpan& span = a.spans[n];
     for (; found < count && first + found < before + span.count; found++) {
@@ -69,6 +78,11 @@ void find(const Attention& a, int64_t head, int64_t first, int64_t count, KeyBlo
     before += span.count;
   }
   block.count = count;
+  for (int64_t i = 0; i < absent; i++) {
+    block.k[i] = block.k[absent];
+    block.v[i] = block.v[absent];
+    block.k_scale[i] = block.v_scale[i] = 0.0f;
+  }
   for (int64_t i = count; i < KEYS; i++) {
     block.k[i] = block.k[count - 1];
     block.v[i] = block.v[count - 1];
@@ -76,9 +90,15 @@ void find(const Attention& a, int64_t head, int64_t first, int64_t count, KeyBlo
   }
 }
 
-// The tile of rows i0.. of a head at one block; false where none of them sees any of it.
-bool look(const Job& job, int64_t head, int64_t split, int64_t i0, int64_t i1, int64_t first,
-          int64_t count, AttentionTile& tile) {
+// Sums of the rows of a piece over some keys: acc [rows][H], and most and sum of each.
+struct Sums {
+  float *acc, *most, *sum;
+};
+
+// The tile of rows i0.. of a head at one block; false where none of them sees any of it. sums are
+// those of row `base` and on.
+bool look(const Job& job, int64_t head, int64_t base, const Sums& sums, int64_t i0, int64_t i1,
+          int64_t first, int64_t count, AttentionTile& tile) {
   const Attention& a = job.a;
   tile.rows = i1 - i0;
   tile.H = a.H;
@@ -96,35 +116,25 @@ bool look(const Job& job, int64_t head, int64_t split, int64_t i0, int64_t i1, i
     tile.turning[row] = job.turning + query * job.turning_width;
     tile.q16[row] = job.q16 + query * job.stride;
     tile.q_scale[row] = job.q_scale[query];
-    tile.acc[row] = job.acc_of(head, split, i);
+    tile.acc[row] = sums.acc + (i - base) * a.H;
   }
-  const int64_t state = (head * job.splits + split) * job.rows + i0;
-  tile.most = job.most + state;
-  tile.sum = job.sum + state;
+  tile.most = sums.most + i0 - base;
+  tile.sum = sums.sum + i0 - base;
   return any;
 }
 
-void run_piece(const void* data, int64_t piece) {
-  const auto& job = *static_cast<const Job*>(data);
+// Rows i0..i1 of a head over one split; b0 and b1 bound the keys that any of them sees.
+void run_split(const Job& job, int64_t head, int64_t split, int64_t i0, int64_t i1, int64_t b0,
+               int64_t b1, const Sums& sums) {
   const Attention& a = job.a;
-  const int64_t split = piece % job.splits, rest = piece / job.splits;
-  const int64_t head = rest % a.K, chunk = rest / a.K;
-  const int64_t i0 = chunk * ROWS, i1 = less(i0 + ROWS, job.rows);
-  const int64_t state = (head * job.splits + split) * job.rows;
-  for (int64_t i = i0; i < i1; i++) {
-    job.most[state + i] = -__builtin_inff();
-    job.sum[state + i] = 0.0f;
-    std::memset(job.acc_of(head, split, i), 0, static_cast<size_t>(a.H) * sizeof(float));
+  for (int64_t i = 0; i < i1 - i0; i++) {
+    sums.most[i] = -__builtin_inff();
+    sums.sum[i] = 0.0f;
   }
-  // Blocks that some row of this chunk sees.
-  int64_t low = a.ranges[2 * job.token(i0)], high = 0;
-  for (int64_t token = job.token(i0); token <= job.token(i1 - 1); token++) {
-    low = less(low, a.ranges[2 * token]);
-    high = more(high, a.ranges[2 * token + 1]);
-  }
-  const int64_t b0 = more(split * job.blocks / job.splits, (low - job.low) / KEYS);
-  const int64_t b1 = less((split + 1) * job.blocks / job.splits,
-                          ceil_div(more(high - job.low, 0), KEYS));
+  std::memset(sums.acc, 0, static_cast<size_t>((i1 - i0) * a.H) * sizeof(float));
+  // Where the block lies that the first of these keys is in.
+  const int64_t from = more(job.begin(split), b0), skipped = (from - job.low) / KEYS * KEYS;
+  const int64_t stop = less(job.begin(split + 1), b1);
   KeyBlock block, turned;
   AttentionTile tile;
   std::unique_ptr<float[]> keys;
@@ -132,37 +142,75 @@ void run_piece(const void* data, int64_t piece) {
     keys.reset(new float[static_cast<size_t>(KEYS * job.turning_width)]());
     for (int64_t s = 0; s < KEYS; s++) turned.k[s] = turned.v[s] = &keys[s * job.turning_width];
   }
-  for (int64_t b = b0; b < b1; b++) {
-    const int64_t first = job.low + b * KEYS, count = less(KEYS, high - first);
+  for (int64_t first = job.low + skipped; first < stop; first += KEYS) {
+    const int64_t count = less(KEYS, stop - first);
     find(a, head, first, count, block);
     if (a.rule) {
       turned.count = count;
-      job.kernels.attention.turn(*a.rule, block, a.v_format, a.H, first, job.turning_width,
-                                 keys.get());
+      job.kernels.attention.turn(*a.rule, block, a.v_format, a.H, a.origin + first,
+                                 job.turning_width, keys.get());
     }
     tile.ahead = true;
     for (int64_t i = i0; i < i1; i += TILE_ROWS)
-      if (look(job, head, split, i, less(i + TILE_ROWS, i1), first, count, tile)) {
+      if (look(job, head, i0, sums, i, less(i + TILE_ROWS, i1), first, count, tile)) {
         job.kernels.attention.attend(tile, block, a.rule ? &turned : nullptr);
         tile.ahead = false;
       }
   }
 }
 
-// A piece: a query row of all its heads.
+void run_piece(const void* data, int64_t piece) {
+  const auto& job = *static_cast<const Job*>(data);
+  const Attention& a = job.a;
+  const int64_t parts = job.apart ? job.splits : 1;
+  const int64_t part = piece % parts, rest = piece / parts;
+  const int64_t head = rest % a.K, chunk = rest / a.K;
+  const int64_t i0 = chunk * ROWS, i1 = less(i0 + ROWS, job.rows);
+  int64_t low = a.ranges[2 * job.token(i0)], high = 0;
+  for (int64_t token = job.token(i0); token <= job.token(i1 - 1); token++) {
+    low = less(low, a.ranges[2 * token]);
+    high = more(high, a.ranges[2 * token + 1]);
+  }
+  if (job.apart) {
+    const int64_t state = (head * job.splits + part) * job.rows + i0;
+    run_split(job, head, part, i0, i1, low, high,
+              {job.acc + state * a.H, job.most + state, job.sum + state});
+    return;
+  }
+  thread_local float acc[ROWS * MAX_HEAD];
+  float most[ROWS], sum[ROWS];
+  const int64_t state = head * job.rows + i0;
+  for (int64_t i = i0; i < i1; i++) {
+    std::memset(job.output(head, i), 0, static_cast<size_t>(a.H) * sizeof(float));
+    job.most[state + i - i0] = -__builtin_inff();
+    job.sum[state + i - i0] = 0.0f;
+  }
+  for (int64_t split = 0; split < job.splits; split++) {
+    if (job.begin(split + 1) <= low || job.begin(split) >= high) continue;
+    run_split(job, head, split, i0, i1, low, high, {acc, most, sum});
+    for (int64_t i = 0; i < i1 - i0; i++)
+      job.kernels.attention.fold(acc + i * a.H, most[i], sum[i], a.H, job.output(head, i0 + i),
+                                 job.most + state + i, job.sum + state + i);
+  }
+  for (int64_t i = 0; i < i1 - i0; i++) {
+    float* y = job.output(head, i0 + i);
+    for (int64_t d = 0; d < a.H; d++) y[d] /= job.sum[state + i];
+  }
+}
+
+// A piece: a query row of all its heads, of splits computed apart.
 void run_combine(const void* data, int64_t piece) {
   const auto& job = *static_cast<const Job*>(data);
   const Attention& a = job.a;
   const int64_t head = piece / job.rows, i = piece % job.rows;
-  const int64_t state = head * job.splits * job.rows + i;
-  float* y = a.y + job.query(head, i) * a.H;
-  if (job.splits == 1) {
-    const float sum = job.sum[state];
-    for (int64_t d = 0; d < a.H; d++) y[d] /= sum;
-    return;
+  float *y = job.output(head, i), most = -__builtin_inff(), sum = 0.0f;
+  std::memset(y, 0, static_cast<size_t>(a.H) * sizeof(float));
+  for (int64_t split = 0; split < job.splits; split++) {
+    const int64_t state = (head * job.splits + split) * job.rows + i;
+    job.kernels.attention.fold(job.acc + state * a.H, job.most[state], job.sum[state], a.H, y,
+                               &most, &sum);
   }
-  job.kernels.attention.combine(job.acc + state * a.H, job.most + state, job.sum + state,
-                                job.splits, job.rows, job.rows * a.H, a.H, y);
+  for (int64_t d = 0; d < a.H; d++) y[d] /= sum;
 }
 
 }  // namespace
@@ -181,10 +229,14 @@ void attention(const Attention& given) {
     low = less(low, a.ranges[2 * r]);
     high = more(high, a.ranges[2 * r + 1]);
   }
-  if (a.rule) low -= low % KEYS;  // blocks begin where the rule's do
   const int64_t group = a.N / a.K, rows = a.R * group, chunks = ceil_div(rows, ROWS);
-  const int64_t blocks = ceil_div(high - low, KEYS);
-  const int64_t splits = less(blocks, more(1, PIECES / (a.K * chunks)));
+  if (high > low)
+    low = (a.origin + low) / KEYS * KEYS - a.origin;
+  else
+    high = low = 0;
+  const int64_t splits =
+      high > low ? (a.origin + high - 1) / SPLIT - (a.origin + low) / SPLIT + 1 : 1;
+  const bool apart = splits > 1 && a.K * chunks * 2 <= PIECES;
   const int64_t stride = ceil_div(a.H, 32) * 32;
   const auto size = [](int64_t count) { return static_cast<size_t>(count); };
 
@@ -215,13 +267,13 @@ void attention(const Attention& given) {
       q_scale[size(n)] =
           kernels.attention.quantize16(a.q + n * a.H, a.H, q16.get() + n * stride);
   }
-  const int64_t states = a.K * splits * rows;
+  const int64_t parts = apart ? splits : 1, states = a.K * parts * rows;
   const std::unique_ptr<float[]> state(new float[size(2 * states)]);
-  const std::unique_ptr<float[]> acc(splits == 1 ? nullptr : new float[size(states * a.H)]);
-  const Job job{kernels,       a,         group,         rows,          chunks,        low,
-                blocks,        splits,    stride,        q16.get(),     q_scale.get(), turning_width,
-                turning.get(), acc.get(), state.get(),   state.get() + states};
-  const int64_t pieces = a.K * chunks * splits, ends = a.K * rows;
+  const std::unique_ptr<float[]> acc(apart ? new float[size(states * a.H)] : nullptr);
+  const Job job{kernels,   a,     group,     rows,          chunks,        low,           splits,
+                apart,     stride, q16.get(), q_scale.get(), turning_width, turning.get(), acc.get(),
+                state.get(), state.get() + states};
+  const int64_t pieces = a.K * chunks * parts, ends = apart ? a.K * rows : 0;
   if (a.K * rows * (high - low) * a.H < ALONE) {
     for (int64_t i = 0; i < pieces; i++) run_piece(&job, i);
     for (int64_t i = 0; i < ends; i++) run_combine(&job, i);

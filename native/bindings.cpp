@@ -125,7 +125,7 @@ void run_layers(const std::vector<const gemsmith::Layer*>& layers,
 // spans: six integers each, as KeySpan has them. rule: as KeyRule, or zeros where keys are stored.
 void attention(Address q, int64_t R, int64_t N, int64_t K, int64_t H,
                const std::vector<int64_t>& spans, int k_format, int v_format, Address ranges,
-               Address y, const std::array<int64_t, 7>& rule) {
+               Address y, int64_t origin, const std::array<int64_t, 7>& rule) {
   const auto floats = [&](size_t i) { return at<const float>(static_cast<Address>(rule[i])); };
   const gemsmith::KeyRule rebuilt{floats(0), rule[1],   floats(2), floats(3),
                                   floats(4), floats(5), floats(6)};
@@ -138,7 +138,7 @@ void attention(Address q, int64_t R, int64_t N, int64_t K, int64_t H,
   }
   gemsmith::attention({at<const float>(q), R, N, K, H, found.data(),
                        static_cast<int64_t>(found.size()), k_format, v_format,
-                       at<const int64_t>(ranges), at<float>(y), rule[0] ? &rebuilt : nullptr});
+                       at<const int64_t>(ranges), at<float>(y), origin, rule[0] ? &rebuilt : nullptr});
 }
 
 nb::list isas() {

@@ -63,7 +63,8 @@ struct Product {
 // key/value head in tiles of TILE_ROWS. With int8 keys q is rounded to 16 bits a head and the dot
 // products are exact; with int8 values the softmax weights of a block (each times its key's scale)
 // are rounded to 16 bits and the sums of a block are exact. Everything else is float32 in one
-// order, so every instruction set and any number of threads give the same bits.
+// order, so every instruction set and any number of threads give the same bits; and so does any
+// division of a sequence into steps, for a row's order follows from where its keys lie in it.
 constexpr int64_t KEYS = 128;
 constexpr int64_t TILE_ROWS = 8;
 constexpr int64_t MAX_HEAD = 512;
@@ -105,8 +106,9 @@ struct Attention {
   const int64_t* ranges;  // [R][2]: row r sees keys ranges[r][0] .. ranges[r][1], cut to 0 .. S;
                           // one that sees none gets NaN
   float* y;               // [R][N][H]
-  const KeyRule* rule;    // null: keys are stored. Else k and v of spans are the same, and key s
-                          // stands at position s
+  int64_t origin = 0;     // which token of its sequence the first key is
+  const KeyRule* rule = nullptr;  // null: keys are stored. Else k and v of spans are the same, and key
+                                  // s stands at position origin + s
 };
 
 // Keys of one key/value head. Pointers and scales go on to a multiple of 4, the last pointers
@@ -151,9 +153,9 @@ struct AttentionKernels {
   // [count][width], all first of pairs before all second. first: a multiple of KEYS.
   void (*turn)(const KeyRule&, const KeyBlock&, int format, int64_t H, int64_t first, int64_t width,
                float* keys);
-  // One row's output from parts that lie acc_step values apart, their most and sum step apart.
-  void (*combine)(const float* acc, const float* most, const float* sum, int64_t splits,
-                  int64_t step, int64_t acc_step, int64_t H, float* y);
+  // Adds one row's sums over further keys, acc with its most and sum, to those in y.
+  void (*fold)(const float* acc, float most, float sum, int64_t H, float* y, float* y_most,
+               float* y_sum);
 };
 
 // A product of many rows, which unpacks weights once for all of them. It reads activations in

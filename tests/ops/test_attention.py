@@ -184,6 +184,29 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_row_has_the_same_bits_alone_as_among_any_others(dtype: torch.dtype, data: st.DataObject):
+    kv_heads, group = data.draw(st.sampled_from([(1, 8), (1, 1), (2, 2), (8, 2)]))
+    rows = data.draw(st.sampled_from([1, 5, 70, 300]))
+    keys = rows + data.draw(st.integers(0, 900))
+    window = data.draw(st.sampled_from([None, 17, 512]))
+    slots = stored(keys, kv_heads, 32, dtype)
+    kv, q = slots._native, queries_of(rows, kv_heads * group, 32)
+    assert kv is not None
+    together = cpu.attention(q, [(kv, 0, keys)], Queries(rows, keys, window).ranges_R2)
+    for row in {0, rows // 2, rows - 1}:
+        last = keys - rows + row + 1
+        # Of the keys before it only those that it sees, or some more, are given.
+        seen = 0 if window is None else max(0, last - window)
+        start = data.draw(st.integers(0, seen))
+        ranges = torch.tensor([[seen - start, last - start]])
+        alone = cpu.attention(q[row : row + 1], [(kv, start, last - start)], ranges, origin=start)
+        assert torch.equal(alone[0], together[row])
+
+
+@needs_extension
 def test_keys_and_values_may_be_of_different_formats():
     eight, wide = stored(150, 2, 64, torch.int8), stored(150, 2, 64, torch.float32, seed=9)
     mixed = Slots(eight.v, wide.k, eight.v_scale)

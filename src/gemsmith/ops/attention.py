@@ -223,7 +223,8 @@ Span = tuple[Slots, int, int]
 class Queries:
     """Which tokens of a step ask, and what they may see of the S keys whose last T are the step's.
 
-    window, block_T: see `causal_attention`. rows_R: the tokens that ask; None: every one.
+    window, block_T: see `causal_attention`. rows_R: the tokens that ask; None: every one. origin:
+    which token of the sequence the first key is.
     """
 
     tokens: int
@@ -231,6 +232,7 @@ class Queries:
     window: int | None
     block_T: Tensor | None = None
     rows_R: Tensor | None = None
+    origin: int = 0
 
     @property
     def past(self) -> int:
@@ -269,7 +271,7 @@ def stored_attention(q_RNH: Tensor, spans: Sequence[Span], queries: Queries) -> 
     if _goes_native(q_RNH, spans):
         natives = [(slots._native, first, n) for slots, first, n in spans if slots._native]
         q_RNH, dtype = q_RNH.contiguous(), q_RNH.dtype
-        return cpu.attention(q_RNH.float(), natives, queries.ranges_R2).to(dtype)
+        return cpu.attention(q_RNH.float(), natives, queries.ranges_R2, queries.origin).to(dtype)
     parts = [slots.widened(first, first + count, q_RNH.dtype) for slots, first, count in spans]
     ks, vs = zip(*parts, strict=True)
     v_SKH = (vs[0] if len(vs) == 1 else torch.cat(vs)).to(q_RNH.dtype)

@@ -584,14 +584,19 @@ class StoredKV:
 
 
 def attention(
-    q_RNH: Tensor, spans: Sequence[tuple[StoredKV, int, int]], ranges_R2: Tensor
+    q_RNH: Tensor,
+    spans: Sequence[tuple[StoredKV, int, int]],
+    ranges_R2: Tensor,
+    origin: int = 0,
 ) -> Tensor:
     """Attention of float32 queries over stored keys, softmax scale 1; float32 [R, N, H].
 
     spans: (storage, first slot, count) each; one after the other they are keys 0..S-1, which are
     the positions of those that a rule rebuilds. ranges_R2,
     int64: row r sees keys ranges[r, 0] to ranges[r, 1] - 1; one that sees none gets NaN. N is a
-    multiple of K; consecutive query heads share a key/value head. Needs the extension.
+    multiple of K; consecutive query heads share a key/value head. origin: which token of its
+    sequence key 0 is; a row has the same bits whatever rows and earlier keys are given with it.
+    Needs the extension.
 
     Raises:
       WeightsError: other types, shapes or layouts; no keys; slots that are not there.
@@ -618,7 +623,7 @@ def attention(
     y_RNH = torch.empty_like(q_RNH)
     native.attention(
         q_RNH.data_ptr(), R, N, kv.heads, kv.head_dim, addresses, *kv.formats,
-        ranges_R2.data_ptr(), y_RNH.data_ptr(), _rule_arguments(kv.rule, keys),
+        ranges_R2.data_ptr(), y_RNH.data_ptr(), origin, _rule_arguments(kv.rule, origin + keys),
     )  # fmt: skip
     return y_RNH
 
