@@ -374,6 +374,7 @@ def kv_plan(
     max_model_len: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    cached_windows: int = 0,
     budget_bytes: int | None = None,
     bytes_per_value: int = 2,
     block_tokens: int = BLOCK_TOKENS,
@@ -382,7 +383,8 @@ def kv_plan(
 
     Sliding layers get what `max_num_seqs` sequences can need of them: a window each, and a step's
     tokens. Full layers get the rest, at most as much as that many sequences of `max_model_len`
-    tokens fill. Without a budget both get all that they can use.
+    tokens fill. Without a budget both get all that they can use. cached_windows: windows beyond
+    those, for a prefix cache to keep.
 
     Raises:
       CapacityError: not even one sequence of max_model_len tokens fits.
@@ -400,7 +402,7 @@ def kv_plan(
         # A step's tokens begin inside a block of each sequence, which its past has counted.
         past = blocks_spanned(min(window - 1, max_model_len), block_tokens)
         step = -(-max_num_batched_tokens // block_tokens) + max_num_seqs
-        sliding = max_num_seqs * min(past, most_full) + step
+        sliding = (max_num_seqs + cached_windows) * min(past, most_full) + step
     full = most_full * max_num_seqs if sizes[False] else 0
     if budget_bytes is not None and sizes[False]:
         full = min(full, (budget_bytes - sliding * sizes[True]) // sizes[False])

@@ -47,6 +47,7 @@ def run(lm: LM, scenario: Callable, config: EngineConfig = SMALL) -> AsyncEngine
         return engine
 
     engine = asyncio.run(main())
+    engine._engine.prefix.clear()
     blocks = engine._engine.cache.blocks
     assert (blocks.full.held, blocks.sliding.held) == (0, 0)
     blocks.check([])

@@ -49,6 +49,7 @@ def requests(lm: LM, params=GREEDY, lengths=LENGTHS) -> list[Request]:
 
 def idle(engine: BatchEngine) -> None:
     engine.check()
+    engine.prefix.clear()
     blocks = engine.cache.blocks
     assert (blocks.full.free, blocks.sliding.free) == (
         engine.plan.full_blocks,
@@ -313,3 +314,81 @@ def test_a_plan_without_a_length_shrinks_to_the_memory_there_is(tokenizer):
     engine = BatchEngine(lm, EngineConfig(max_num_seqs=2, kv_bytes=1_000_000))
     assert engine.cache.nbytes == engine.plan.nbytes <= 1_000_000
     assert 64 <= engine.plan.max_model_len < 4096
+
+
+def low_bit_lm(tokenizer, folder, quant: str = "int4", size: str = "E2B") -> LM:
+    config = whole_groups(tiny_config(size, vocab_size=tokenizer.vocab_size))
+    save_model(random_model(config, dtype=torch.bfloat16), config, folder)
+    return LM(load_model(folder, quant=quant)[1], tokenizer, config)
+
+
+def logits_of(engine: BatchEngine, request: Request) -> list[torch.Tensor]:
+    """Those that each of its tokens was chosen from."""
+    taken, take = [], Reply.take
+
+    def noted(self, logits_V):
+        taken.append(logits_V.clone())
+        return take(self, logits_V)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reply, "take", noted)
+        run_all(engine, [request])
+    return taken
+
+
+@needs_extension
+@pytest.mark.parametrize("size", SIZES)
+def test_a_prefix_hit_gives_the_bits_of_a_cold_run(size, tmp_path, tokenizer):
+    lm = low_bit_lm(tokenizer, tmp_path, size=size)
+    close = tokenizer.special.turn_close
+    draw = random.Random(4)
+
+    def turn(count: int) -> list[int]:
+        return [*(draw.randrange(40, tokenizer.vocab_size) for _ in range(count)), close]
+
+    warm = BatchEngine(lm, SMALL)
+    params = GREEDY.changed(ignore_eos=True)
+    first = [*turn(30), *turn(21)]
+    [events] = run_all(warm, [Request(prompt=Prompt(first), params=params, chat=False)])
+    reply = list(collect(events).token_ids)
+    second = [*first, *reply, *turn(40)]
+    # The next turn; a branch after the first message; the same again.
+    branch = [*first[:31], *turn(20)]
+    for ids, cached in ((second, len(first) + 8), (branch, 31), (second, len(second) - 1)):
+        asked = Request(prompt=Prompt(ids), params=params, chat=False)
+        cold = BatchEngine(lm, replace(SMALL, prefix_caching=False))
+        before = warm.stats().cached_tokens
+        for a, b in zip(logits_of(warm, asked), logits_of(cold, asked), strict=True):
+            assert torch.equal(a, b)
+        assert warm.stats().cached_tokens - before == cached
+    assert warm.stats().prefix_hits == 3
+    assert warm.stats().prefix_misses["new"] == 1
+    idle(warm)
+
+
+@needs_extension
+@pytest.mark.parametrize("size", SIZES)
+def test_the_bits_of_a_prompt_do_not_depend_on_its_chunks(size, tmp_path, tokenizer):
+    lm = low_bit_lm(tokenizer, tmp_path, size=size)
+    [asked] = requests(lm, GREEDY.changed(ignore_eos=True), (150,))
+    runs = [
+        logits_of(BatchEngine(lm, replace(SMALL, max_num_batched_tokens=budget)), asked)
+        for budget in (160, 48, 7)
+    ]
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_tenants_share_nothing_and_no_caching_shares_nothing(tokenizer):
+    lm = random_lm("E2B", tokenizer)
+    engine = BatchEngine(lm, SMALL)
+    [asked] = requests(lm, lengths=(60,))
+    for tenant, cached in (("a", 0), ("b", 0), ("a", 59)):
+        [events] = run_all(engine, [replace(asked, tenant=tenant)])
+        assert collect(events).usage.cached_tokens == cached
+    plain = BatchEngine(lm, replace(SMALL, prefix_caching=False))
+    run_all(plain, [asked, asked])
+    assert plain.stats().cached_tokens == plain.stats().checkpoints == 0
+    assert plain.stats().kv_used_bytes == 0
+    idle(engine)

@@ -60,7 +60,8 @@ class BlockPool:
 
     def release(self, blocks: Iterable[int]) -> None:
         """Hold blocks once less; those that nobody holds are free."""
-        for block in blocks:
+        # The first on top, so that whoever takes them has them in a row again.
+        for block in reversed([*blocks]):
             assert self._holders[block] > 0, f"block {block} is free"
             self._holders[block] -= 1
             if not self._holders[block]:
@@ -131,6 +132,10 @@ class Blocks:
     def commit(self, pages: Pages, tokens: int) -> None:
         """Count `tokens` tokens, now written, and give back what no later token can see."""
         pages.length += tokens
+        self.slide(pages)
+
+    def slide(self, pages: Pages) -> None:
+        """Give back the sliding blocks that no later token can see."""
         first = self.window_start(pages.length)
         slid = first - pages.sliding.first
         if slid > 0:

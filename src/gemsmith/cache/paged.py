@@ -213,11 +213,12 @@ class PagedStep:
                 blocks_T = chunk.blocks_T if sliding else None
                 if rows is not None and not len(rows):
                     asking.append(None)
-                elif rows is not None and len(rows) == chunk.tokens:
-                    asking.append(Queries(chunk.tokens, part.keys, window, blocks_T))
                 else:
-                    at = None if rows is None else rows.to(self.cache.device)
-                    asking.append(Queries(chunk.tokens, part.keys, window, blocks_T, at))
+                    whole = rows is None or len(rows) == chunk.tokens
+                    at = None if whole else rows.to(self.cache.device)
+                    asking.append(
+                        Queries(chunk.tokens, part.keys, window, blocks_T, at, part.start)
+                    )
             self._queries[kind] = asking
         return self._queries[kind]
 

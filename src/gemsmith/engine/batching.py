@@ -14,7 +14,8 @@ on the CPU), so does the batch; elsewhere floats may differ in the last bits.
 """
 
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -22,6 +23,7 @@ import torch
 
 from gemsmith import hardware, sizing
 from gemsmith.cache.paged import PagedCache
+from gemsmith.cache.prefix import Chain, Miss, PrefixCache
 from gemsmith.engine.context import Next, Soft, between
 from gemsmith.engine.engine import LM
 from gemsmith.engine.reply import Event, Reply
@@ -50,6 +52,8 @@ class EngineConfig:
     """Memory for K/V. None: what max_num_seqs sequences can use, at most half of what is free."""
     queue_limit: int = 256
     """Requests that may wait; one more is refused."""
+    prefix_caching: bool = True
+    """Keep K/V of the ends of turns, for prompts that go on from there."""
     block_tokens: int = sizing.BLOCK_TOKENS
     """Tokens of a block of K/V."""
 
@@ -72,12 +76,19 @@ class Stats:
     running: int
     waiting: int
     kv_used_bytes: int
-    """Of blocks that sequences hold."""
+    """Of blocks that sequences hold, or the prefix cache, which gives them back when asked."""
     kv_bytes: int
     """Of all blocks."""
     steps: int
     prompt_tokens: int
     """Computed ones, those computed again after a preemption included."""
+    cached_tokens: int
+    """Of prompts, those that the prefix cache had."""
+    prefix_hits: int
+    prefix_misses: dict[str, int]
+    """By reason, see `cache.prefix.Miss`; a hit that could have been longer counts in both."""
+    checkpoints: int
+    """Ends of turns that the prefix cache holds now."""
     generated_tokens: int
     preemptions: int
     finished: int
@@ -107,12 +118,18 @@ class _Job:
     id: int
     reply: Reply
     sequence: Sequence
+    keys: list[Hashable]
+    """Of the prompt and the reply so far, see `Prompt.keys`."""
+    chain: Chain
+    boundaries: list[int]
+    """Where turns of the prompt end, the last token's place at last."""
     blocks: list[int] | None
     """`Prompt.blocks` where tokens of an image see each other."""
     ids: list[int]
     """Of the prompt and the reply so far."""
     cached: int | None = None
     """Tokens of the prompt that had not to be computed; None before admission."""
+    miss: Miss | None = None
     soft: Soft | None = None
     """Rows of the soft tokens, while some of them are still to be computed."""
     soft_from: int = field(default=-1)
@@ -135,8 +152,13 @@ class BatchEngine:
         self.cache = PagedCache(
             text, self.plan, dtype=lm.kv, device=lm.device, k_from_v=lm.model.k_from_v
         )
+        self.prefix = PrefixCache(self.cache)
         self.scheduler = Scheduler(
-            self.cache.blocks, queue_limit=self.config.queue_limit, begin=self._begin
+            self.cache.blocks,
+            queue_limit=self.config.queue_limit,
+            begin=self._begin,
+            evict=self.prefix.evict,
+            written=self._written,
         )
         self._runner = Runner(lm.model, self.cache)
         self._jobs: dict[int, _Job] = {}
@@ -151,7 +173,8 @@ class BatchEngine:
             )
             for sliding in (False, True)
         )
-        self._steps = self._prompt_tokens = self._generated = 0
+        self._steps = self._prompt_tokens = self._cached_tokens = self._generated = 0
+        self._hits, self._misses = 0, Counter[str]()
         self._finished = self._aborted = self._failed = 0
         self._busy_s = 0.0
 
@@ -181,7 +204,11 @@ class BatchEngine:
         )
         self.scheduler.add(sequence)
         blocks = prompt.blocks() if together else None
-        job = _Job(next(self._ids), reply, sequence, blocks, list(prompt.ids))
+        turn_close = lm.tokenizer.special.turn_close
+        boundaries = [i + 1 for i, id in enumerate(prompt.ids[:-2]) if id == turn_close]
+        chain = Chain(request.tenant, self.plan.block_tokens)
+        job = _Job(next(self._ids), reply, sequence, prompt.keys(), chain,
+                   [*boundaries, len(prompt.ids) - 1], blocks, list(prompt.ids))  # fmt: skip
         self._jobs[job.id] = self._by_sequence[sequence] = job
         return job.id
 
@@ -197,6 +224,8 @@ class BatchEngine:
         """Compute the next step; for each request that got on, its events, if any."""
         started = time.perf_counter()
         slices = self.scheduler.schedule()
+        for slice in slices:
+            self._count_cached(self._by_sequence[slice.sequence])
         outcomes: list[tuple[int, Outcome]] = []
         done: list[tuple[Slice, Next | None]] = []
         for slice, result in zip(slices, self._compute(slices), strict=True):
@@ -228,6 +257,10 @@ class BatchEngine:
             kv_bytes=self.plan.nbytes,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            prefix_hits=self._hits,
+            prefix_misses=dict(self._misses),
+            checkpoints=len(self.prefix),
             generated_tokens=self._generated,
             preemptions=self.scheduler.preemptions,
             finished=self._finished,
@@ -237,16 +270,38 @@ class BatchEngine:
         )
 
     def check(self) -> None:
-        """Assert that every block is free or held by a request that is here."""
-        self.cache.blocks.check(job.sequence.pages for job in self._jobs.values())
+        """Assert that every block is free, or held by a request that is here or a checkpoint."""
+        jobs = [job.sequence.pages for job in self._jobs.values()]
+        self.cache.blocks.check([*jobs, *self.prefix.pages()])
 
     # -- parts of a step ----------------------------------------------------------------------
 
     def _begin(self, sequence: Sequence) -> None:
-        """Here a prefix cache would give the sequence pages of tokens that are computed already."""
+        """Give a sequence that is about to be admitted what is known of its tokens."""
+        if not self.config.prefix_caching:
+            return
         job = self._by_sequence[sequence]
-        if job.cached is None:
-            job.cached = sequence.pages.length
+        found = self.prefix.find(job.keys, job.chain)
+        sequence.pages, job.miss = found.pages, found.miss
+
+    def _count_cached(self, job: _Job) -> None:
+        """Once a request, when it is first seen in a step."""
+        if job.cached is not None:
+            return
+        job.cached = job.sequence.pages.length
+        self._cached_tokens += job.cached
+        self._hits += job.cached > 0
+        if job.miss is not None:
+            self._misses[job.miss] += 1
+
+    def _written(self, slice: Slice) -> None:
+        """Keep the ends of turns that a slice has passed."""
+        if not self.config.prefix_caching:
+            return
+        job = self._by_sequence[slice.sequence]
+        for boundary in job.boundaries:
+            if slice.start < boundary <= slice.stop:
+                self.prefix.keep(job.keys, job.chain, job.sequence.pages, boundary)
 
     def _compute(self, slices: list[Slice]) -> list[Next | GemsmithError | None]:
         """Logits of those that ask. If the pass fails each runs alone, and its error is its own."""
@@ -295,9 +350,13 @@ class BatchEngine:
         if job.reply.ended:
             events += job.reply.finish(job.cached or 0)
             self._finished += 1
+            if self.config.prefix_caching:
+                pages = job.sequence.pages
+                self.prefix.keep(job.keys, job.chain, pages, pages.length)
             self._forget(job)
         else:
             job.ids.append(job.reply.token_ids[-1])
+            job.keys.append(job.reply.token_ids[-1])
             job.sequence.tokens += 1
         return events
 
@@ -340,6 +399,7 @@ def kv_plan(lm: LM, config: EngineConfig) -> sizing.KVPlan:
                 max_model_len=longest,
                 max_num_seqs=seqs,
                 max_num_batched_tokens=step,
+                cached_windows=2 * seqs if config.prefix_caching else 0,
                 budget_bytes=budget,
                 bytes_per_value=lm.kv.itemsize,
                 block_tokens=config.block_tokens,

@@ -80,7 +80,9 @@ class Reply:
         self._sampler.observe(token)
         self._thought.observe(token)
         is_end = token in self._end_ids
-        events = [] if is_end else list(self._output.add(token))
+        events: list[Event] = []
+        if token not in self._end_ids:
+            events += self._output.add(token)
         self._closed = self._output.ended or (is_end and not params.ignore_eos)
         self.ended = self._closed or len(self.token_ids) == self.max_tokens
         return events

@@ -65,6 +65,10 @@ def _never() -> bool:
     return False
 
 
+def _unkept(slice: Slice) -> None:
+    """Without a prefix cache windows are forgotten at once."""
+
+
 class Scheduler:
     """Admits, slices, preempts. The caller runs what `schedule` returns, then calls `commit`."""
 
@@ -75,10 +79,12 @@ class Scheduler:
         queue_limit: int = 256,
         begin: Callable[[Sequence], None] = _nothing,
         evict: Callable[[], bool] = _never,
+        written: Callable[[Slice], None] = _unkept,
     ) -> None:
         """queue_limit: most requests that wait. begin: told of a sequence about to be admitted, may
         give it pages of tokens that are computed already. evict: gives some cached blocks back;
-        False if there are none.
+        False if there are none. written: told of each slice once it is computed, while the windows
+        of all its tokens are still there.
 
         Raises:
           ConfigError: a step has no token for each sequence.
@@ -96,7 +102,7 @@ class Scheduler:
         self._preempted: list[Sequence] = []
         self._queues: OrderedDict[str, deque[Sequence]] = OrderedDict()
         """Of each tenant with waiting requests; the first tenant is next."""
-        self._begin, self._evict = begin, evict
+        self._begin, self._evict, self._written = begin, evict, written
         self._admissions = count()
 
     @property
@@ -168,9 +174,12 @@ class Scheduler:
 
     def commit(self, slices: list[Slice]) -> None:
         """Count the tokens of a step as computed."""
-        for sequence, start, stop in slices:
-            if sequence.pages.length == start:
-                self.blocks.commit(sequence.pages, stop - start)
+        for slice in slices:
+            sequence, start, stop = slice
+            assert sequence.pages.length == start, "slices are committed once"
+            sequence.pages.length = stop
+            self._written(slice)
+            self.blocks.slide(sequence.pages)
 
     # -- parts of a step ----------------------------------------------------------------------
 

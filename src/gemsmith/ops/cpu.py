@@ -591,9 +591,7 @@ def attention(
 ) -> Tensor:
     """Attention of float32 queries over stored keys, softmax scale 1; float32 [R, N, H].
 
-    spans: (storage, first slot, count) each; one after the other they are keys 0..S-1, which are
-    the positions of those that a rule rebuilds. ranges_R2,
-    int64: row r sees keys ranges[r, 0] to ranges[r, 1] - 1; one that sees none gets NaN. N is a
+    spans: (storage, first slot, count) each; one after the other they are keys 0..S-1. ranges_R2, int64: row r sees keys ranges[r, 0] to ranges[r, 1] - 1; one that sees none gets NaN. N is a
     multiple of K; consecutive query heads share a key/value head. origin: which token of its
     sequence key 0 is; a row has the same bits whatever rows and earlier keys are given with it.
     Needs the extension.

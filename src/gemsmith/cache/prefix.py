@@ -1,0 +1,184 @@
+"""K/V kept after use, for prompts that begin like an earlier one: the next turn, a retry, a branch.
+
+What is kept are checkpoints: the first `length` tokens of a sequence, as the blocks of full layers
+before that point and the blocks of sliding layers that hold the window before it. Blocks are held
+by count, never copied (save the last, half full, when a sequence goes on from there), so that ten
+checkpoints of a conversation cost little more than the longest. A checkpoint is found by the exact
+tokens before it, and by a salt: whoever has another salt finds nothing. Full layers alone would do
+between checkpoints, but sliding layers have forgotten what a token there saw; that is a miss, and
+said to be one.
+
+A hit gives the K/V that a cold run would compute: where kernels give a token the same bits in any
+chunk (low-bit weights and int8 K/V on the CPU), logits are equal to the bit.
+
+Legend: keys are token ids, and what tells one picture from another where soft tokens stand.
+"""
+
+import hashlib
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gemsmith.cache.block_pool import Pages
+from gemsmith.cache.paged import PagedCache
+from gemsmith.errors import CapacityError
+
+REMEMBERED = 65536
+"""Digests of blocks whose checkpoints were given up: only to say so."""
+
+
+class Miss(StrEnum):
+    """Why a prompt, or the rest of it, has to be computed."""
+
+    NEW = "new"
+    """Nothing that begins so was ever kept under this salt."""
+    DIVERGED = "diverged"
+    """It goes on other than what is kept, and no checkpoint is where they part."""
+    EVICTED = "evicted"
+    """It was kept, and given up for the room."""
+    FULL = "full"
+    """No block is free to go on in the middle of a block."""
+
+
+@dataclass(slots=True, eq=False)
+class _Checkpoint:
+    digests: tuple[bytes, ...]
+    """Of the whole blocks before it, each of all tokens up to there."""
+    tail: tuple[Hashable, ...]
+    """Keys beyond the last whole block."""
+    pages: Pages
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a prompt need not compute, and why not more."""
+
+    pages: Pages
+    """Held for the caller, `pages.length` tokens; empty if nothing was found."""
+    miss: Miss | None
+    """None if there is nothing left but what is new in this prompt."""
+
+
+class Chain:
+    """Digests of a growing sequence of keys, a block at a time: each covers all before it."""
+
+    def __init__(self, salt: str, block_tokens: int) -> None:
+        self._size = block_tokens
+        self._digests = [hashlib.blake2b(salt.encode(), digest_size=16).digest()]
+
+    def upto(self, keys: Sequence[Hashable], blocks: int) -> list[bytes]:
+        """That of nothing, and those of the first `blocks` blocks; earlier keys must not change."""
+        for block in range(len(self._digests) - 1, blocks):
+            made = hashlib.blake2b(self._digests[-1], digest_size=16)
+            for key in keys[block * self._size : (block + 1) * self._size]:
+                made.update(repr(key).encode() + b",")
+            self._digests.append(made.digest())
+        return self._digests[: blocks + 1]
+
+
+class PrefixCache:
+    """Checkpoints, the least recently used first to go."""
+
+    def __init__(self, cache: PagedCache, *, max_checkpoints: int = 4096) -> None:
+        """max_checkpoints: bounds the time of `evict` and the memory beside the blocks."""
+        self._cache, self._max = cache, max_checkpoints
+        self._checkpoints: OrderedDict[_Checkpoint, None] = OrderedDict()
+        self._at: dict[bytes, list[_Checkpoint]] = {}
+        """By the digest of their last whole block."""
+        self._kept: Counter[bytes] = Counter()
+        """How many checkpoints reach beyond each block."""
+        self._gone: OrderedDict[bytes, None] = OrderedDict()
+        self.evictions = 0
+
+    def __len__(self) -> int:
+        return len(self._checkpoints)
+
+    def pages(self) -> list[Pages]:
+        """What checkpoints hold, to check that blocks are conserved."""
+        return [checkpoint.pages for checkpoint in self._checkpoints]
+
+    def keep(self, keys: Sequence[Hashable], chain: Chain, pages: Pages, length: int) -> bool:
+        """Keep the first `length` tokens of a sequence that has computed them; False where its
+        sliding layers no longer hold the window before that point.
+
+        keys, chain: of the sequence, at least as far.
+        """
+        if not 0 < length <= pages.length or not self._cache.blocks.reaches(pages, length):
+            return False
+        size = self._cache.plan.block_tokens
+        digests = chain.upto(keys, length // size)
+        tail = tuple(keys[length // size * size : length])
+        for same in self._at.get(digests[-1], ()):
+            if same.tail == tail:
+                self._checkpoints.move_to_end(same)
+                return True
+        if len(self._checkpoints) >= self._max:
+            self.evict()
+        held = self._cache.blocks.share(pages, length)
+        checkpoint = _Checkpoint(tuple(digests), tail, held)
+        self._checkpoints[checkpoint] = None
+        self._at.setdefault(digests[-1], []).append(checkpoint)
+        self._kept.update(digests[1:])
+        return True
+
+    def find(self, keys: Sequence[Hashable], chain: Chain) -> Found:
+        """The longest checkpoint that the keys begin with, at least one key left to compute.
+
+        Its pages are the caller's to release.
+        """
+        size, most = self._cache.plan.block_tokens, len(keys) - 1
+        digests = chain.upto(keys, max(0, most) // size)
+        for blocks in reversed(range(len(digests))):
+            best, rest = None, keys[blocks * size : most]
+            for checkpoint in self._at.get(digests[blocks], ()):
+                tail = checkpoint.tail
+                longer = best is None or len(tail) > len(best.tail)
+                if longer and tail == tuple(rest[: len(tail)]):
+                    best = checkpoint
+            if best is not None and best.pages.length:
+                return self._hit(best, digests)
+        return Found(Pages(), self._missed(digests, 0))
+
+    def _hit(self, checkpoint: _Checkpoint, digests: list[bytes]) -> Found:
+        length = checkpoint.pages.length
+        self._checkpoints.move_to_end(checkpoint)
+        try:
+            pages = self._cache.branch(checkpoint.pages, length)
+        except CapacityError:
+            return Found(Pages(), Miss.FULL)
+        return Found(pages, self._missed(digests, length))
+
+    def _missed(self, digests: list[bytes], length: int) -> Miss | None:
+        """Why the whole blocks of a prompt beyond `length` were not found."""
+        beyond = digests[length // self._cache.plan.block_tokens + 1 :]
+        if any(digest in self._kept for digest in beyond):
+            return Miss.DIVERGED
+        if any(digest in self._gone for digest in beyond):
+            return Miss.EVICTED
+        return None if length else Miss.NEW
+
+    def evict(self) -> bool:
+        """Give up the checkpoint that was not used for longest; False if there is none."""
+        if not self._checkpoints:
+            return False
+        checkpoint, _ = self._checkpoints.popitem(last=False)
+        self._cache.blocks.release(checkpoint.pages)
+        last = checkpoint.digests[-1]
+        self._at[last].remove(checkpoint)
+        if not self._at[last]:
+            del self._at[last]
+        for digest in checkpoint.digests[1:]:
+            self._kept[digest] -= 1
+            if not self._kept[digest]:
+                del self._kept[digest]
+                self._gone[digest] = None
+        while len(self._gone) > REMEMBERED:
+            self._gone.popitem(last=False)
+        self.evictions += 1
+        return True
+
+    def clear(self) -> None:
+        """Give everything up."""
+        while self.evict():
+            pass
