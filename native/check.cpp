@@ -272,7 +272,7 @@ void attend(Attended& c) {
     ranges.push_back(last);
   }
   attention({q.data(), c.R, c.N, c.K, c.H, spans, rebuilt ? 1 : 3, c.k_format, c.v_format,
-             ranges.data(), y.data(), rebuilt ? &rule : nullptr});
+             ranges.data(), y.data(), rebuilt ? 0 : c.S * 7 % 300, rebuilt ? &rule : nullptr});
   const auto key = [&](const Stored& one, const Stored& two, int64_t s, int64_t head) {
     return s < c.S ? &one.plain[((s + c.turn) % c.S * c.K + head) * c.H]
                    : &two.plain[((s - c.S) * c.K + head) * c.H];

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from gemsmith.engine.batching import BatchEngine, EngineConfig, run_all
+from gemsmith.engine.batching import BatchEngine, EngineConfig, Outcome, run_all
 from gemsmith.engine.context import Next
 from gemsmith.engine.engine import LM, collect
 from gemsmith.engine.media import Prompt
 from gemsmith.engine.reply import Reply
-from gemsmith.engine.request import Finished, FinishReason, Request, SamplingParams
+from gemsmith.engine.request import Finished, FinishReason, Generation, Request, SamplingParams
 from gemsmith.errors import CapacityError, ConfigError, QueueFullError, RequestError, WeightsError
 from gemsmith.ops import cpu
 from gemsmith.testing import (
@@ -42,6 +42,11 @@ def prompts(vocab_size: int, lengths=LENGTHS) -> list[list[int]]:
     return [[draw.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
 
 
+def reply_of(outcome: Outcome) -> Generation:
+    assert isinstance(outcome, list), outcome
+    return collect(outcome)
+
+
 def requests(lm: LM, params=GREEDY, lengths=LENGTHS) -> list[Request]:
     ids = prompts(lm.tokenizer.vocab_size, lengths)
     return [Request(prompt=Prompt(each), params=params, chat=False) for each in ids]
@@ -66,8 +71,8 @@ def test_a_batch_says_what_each_request_says_alone(size, tokenizer):
     outcomes = run_all(engine, requests(lm))
     for request, events in zip(requests(lm), outcomes, strict=True):
         alone = lm.complete(request.prompt.ids, sampling=GREEDY)
-        assert collect(events).token_ids == alone.token_ids
-        assert collect(events).text == alone.text
+        assert reply_of(events).token_ids == alone.token_ids
+        assert reply_of(events).text == alone.text
     idle(engine)
     stats = engine.stats()
     assert (stats.finished, stats.prompt_tokens) == (len(LENGTHS), sum(LENGTHS))
@@ -86,7 +91,7 @@ def test_seeds_penalties_and_logprobs_are_each_requests_own(params, tokenizer):
     asked = [replace(r, params=params.changed(seed=i)) for i, r in enumerate(requests(lm))]
     for request, events in zip(asked, run_all(BatchEngine(lm, SMALL), asked), strict=True):
         alone = lm.complete(request.prompt.ids, sampling=request.params)
-        ours = collect(events)
+        ours = reply_of(events)
         assert ours.token_ids == alone.token_ids
         for a, b in zip(ours.logprobs or (), alone.logprobs or (), strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
@@ -101,9 +106,10 @@ def test_chats_are_split_and_cut_as_alone(scripted):
     params = lm.sampling.changed(stop=("STOP",))
     outcomes = run_all(engine, [Request(prompt=prompt, params=params)] * 3)
     for events in outcomes:
-        reply = collect(events)
+        reply = reply_of(events)
         assert (reply.thinking, reply.text) == ("hm", "one two ")
         assert reply.finish_reason == FinishReason.STOP
+        assert isinstance(events, list)
         assert isinstance(events[-1], Finished)
     idle(engine)
 
@@ -113,13 +119,13 @@ def test_too_little_memory_preempts_and_changes_nothing(tokenizer):
     roomy = BatchEngine(lm, SMALL)
     params = GREEDY.changed(max_tokens=60)
     lengths = (60, 50, 40, 30, 20)
-    expected = [collect(e).token_ids for e in run_all(roomy, requests(lm, params, lengths))]
+    expected = [reply_of(e).token_ids for e in run_all(roomy, requests(lm, params, lengths))]
     block = roomy._block_bytes
     tight = replace(
         SMALL, max_model_len=128, kv_bytes=40 * block[0] + roomy.plan.sliding_blocks * block[1]
     )
     engine = BatchEngine(lm, tight)
-    found = [collect(e).token_ids for e in run_all(engine, requests(lm, params, lengths))]
+    found = [reply_of(e).token_ids for e in run_all(engine, requests(lm, params, lengths))]
     assert found == expected
     assert engine.stats().preemptions > 0
     idle(engine)
@@ -128,13 +134,16 @@ def test_too_little_memory_preempts_and_changes_nothing(tokenizer):
 def test_aborted_requests_leave_no_block_and_disturb_nobody(tokenizer):
     lm = random_lm("12B", tokenizer)
     params = GREEDY.changed(max_tokens=20)
-    expected = [collect(e).token_ids for e in run_all(BatchEngine(lm, SMALL), requests(lm, params))]
+    expected = [
+        reply_of(e).token_ids for e in run_all(BatchEngine(lm, SMALL), requests(lm, params))
+    ]
     engine, draw = BatchEngine(lm, SMALL), random.Random(1)
     ids = [engine.add(request) for request in requests(lm, params) * 2]
     gone, events = set(), {id: [] for id in ids}
     while engine.busy:
         for id, outcome in engine.step():
             assert id not in gone
+            assert isinstance(outcome, list)
             events[id] += outcome
         engine.check()
         if draw.random() < 0.3:
@@ -147,12 +156,12 @@ def test_aborted_requests_leave_no_block_and_disturb_nobody(tokenizer):
     idle(engine)
     for i, id in enumerate(ids):
         if id not in gone:
-            assert collect(events[id]).token_ids == expected[i % len(LENGTHS)]
+            assert reply_of(events[id]).token_ids == expected[i % len(LENGTHS)]
 
 
 def test_a_poisoned_request_fails_alone(tokenizer, monkeypatch):
     lm = random_lm("E2B", tokenizer)
-    expected = [collect(e).token_ids for e in run_all(BatchEngine(lm, SMALL), requests(lm))]
+    expected = [reply_of(e).token_ids for e in run_all(BatchEngine(lm, SMALL), requests(lm))]
     engine = BatchEngine(lm, SMALL)
     ids = [engine.add(request) for request in requests(lm)]
     poison = engine._jobs[ids[3]].ids[:8]
@@ -175,7 +184,7 @@ def test_a_poisoned_request_fails_alone(tokenizer, monkeypatch):
     assert "the model failed on this request: RuntimeError('boom')" in str(errors[ids[3]])
     for i, id in enumerate(ids):
         if id not in errors:
-            assert collect(events[id]).token_ids == expected[i]
+            assert reply_of(events[id]).token_ids == expected[i]
     assert engine.stats().failed == 1
     idle(engine)
 
@@ -218,8 +227,8 @@ def test_images_and_sound_in_chunks_beside_others_equal_each_alone(size, tokeniz
     outcomes = run_all(engine, asked)
     for request, events in zip(asked, outcomes, strict=True):
         alone = collect(lm._start(request.prompt, GREEDY, chat=False))
-        assert collect(events).token_ids == alone.token_ids
-        assert collect(events).usage.image_tokens > 0
+        assert reply_of(events).token_ids == alone.token_ids
+        assert reply_of(events).usage.image_tokens > 0
     idle(engine)
 
 
@@ -291,8 +300,8 @@ def test_a_reply_ends_where_the_sequence_is_full(tokenizer):
         prompt=Prompt([5] * 40), params=SamplingParams(temperature=0, ignore_eos=True)
     )
     [events] = run_all(engine, [request])
-    assert collect(events).finish_reason == FinishReason.LENGTH
-    assert collect(events).usage.completion_tokens == 10
+    assert reply_of(events).finish_reason == FinishReason.LENGTH
+    assert reply_of(events).usage.completion_tokens == 10
 
 
 @pytest.mark.parametrize(
@@ -350,7 +359,7 @@ def test_a_prefix_hit_gives_the_bits_of_a_cold_run(size, tmp_path, tokenizer):
     params = GREEDY.changed(ignore_eos=True)
     first = [*turn(30), *turn(21)]
     [events] = run_all(warm, [Request(prompt=Prompt(first), params=params, chat=False)])
-    reply = list(collect(events).token_ids)
+    reply = list(reply_of(events).token_ids)
     second = [*first, *reply, *turn(40)]
     # The next turn; a branch after the first message; the same again.
     branch = [*first[:31], *turn(20)]
@@ -386,7 +395,7 @@ def test_tenants_share_nothing_and_no_caching_shares_nothing(tokenizer):
     [asked] = requests(lm, lengths=(60,))
     for tenant, cached in (("a", 0), ("b", 0), ("a", 59)):
         [events] = run_all(engine, [replace(asked, tenant=tenant)])
-        assert collect(events).usage.cached_tokens == cached
+        assert reply_of(events).usage.cached_tokens == cached
     plain = BatchEngine(lm, replace(SMALL, prefix_caching=False))
     run_all(plain, [asked, asked])
     assert plain.stats().cached_tokens == plain.stats().checkpoints == 0

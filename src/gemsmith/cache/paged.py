@@ -214,8 +214,9 @@ class PagedStep:
                 if rows is not None and not len(rows):
                     asking.append(None)
                 else:
-                    whole = rows is None or len(rows) == chunk.tokens
-                    at = None if whole else rows.to(self.cache.device)
+                    if rows is not None and len(rows) == chunk.tokens:
+                        rows = None
+                    at = None if rows is None else rows.to(self.cache.device)
                     asking.append(
                         Queries(chunk.tokens, part.keys, window, blocks_T, at, part.start)
                     )

@@ -390,7 +390,10 @@ def kv_plan(lm: LM, config: EngineConfig) -> sizing.KVPlan:
     longest = config.max_model_len or min(context, LONGEST_BY_DEFAULT)
     budget = config.kv_bytes
     if budget is None:
-        free = hardware.machine().available_bytes if lm.device.type == "cpu" else None
+        on_gpu = lm.device.type == "cuda"
+        free = (
+            torch.cuda.mem_get_info(lm.device)[0] if on_gpu else hardware.machine().available_bytes
+        )
         budget = None if free is None else int(free * SHARE_OF_MEMORY)
     while True:
         try:
