@@ -9,6 +9,7 @@
 // piece each block of keys serves all its rows before the next.
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 #include "threads.h"
@@ -213,17 +214,24 @@ void run_combine(const void* data, int64_t piece) {
   for (int64_t d = 0; d < a.H; d++) y[d] /= sum;
 }
 
-}  // namespace
+// One sequence's attention, ready to run, and the memory it needs.
+struct Prepared {
+  Attention a;
+  std::unique_ptr<int64_t[]> ranges;
+  std::unique_ptr<int16_t[]> q16;
+  std::unique_ptr<float[]> still, turning, q_scale, state, acc;
+  std::unique_ptr<Job> job;
+  int64_t pieces = 0, ends = 0, work = 0;
+};
 
-void attention(const Attention& given) {
-  if (given.R == 0) return;
-  Attention a = given;
+void prepare(const Attention& given, Prepared& made) {
+  const auto size = [](int64_t count) { return static_cast<size_t>(count); };
+  Attention& a = made.a = given;
   int64_t S = 0;
   for (int64_t n = 0; n < a.span_count; n++) S += a.spans[n].count;
-  const std::unique_ptr<int64_t[]> ranges(new int64_t[static_cast<size_t>(2 * a.R)]);
-  for (int64_t i = 0; i < 2 * a.R; i++)
-    ranges[static_cast<size_t>(i)] = less(more(given.ranges[i], 0), S);
-  a.ranges = ranges.get();
+  made.ranges.reset(new int64_t[size(2 * a.R)]);
+  for (int64_t i = 0; i < 2 * a.R; i++) made.ranges[size(i)] = less(more(given.ranges[i], 0), S);
+  a.ranges = made.ranges.get();
   int64_t low = a.ranges[0], high = 0;
   for (int64_t r = 0; r < a.R; r++) {
     low = less(low, a.ranges[2 * r]);
@@ -238,18 +246,16 @@ void attention(const Attention& given) {
       high > low ? (a.origin + high - 1) / SPLIT - (a.origin + low) / SPLIT + 1 : 1;
   const bool apart = splits > 1 && a.K * chunks * 2 <= PIECES;
   const int64_t stride = ceil_div(a.H, 32) * 32;
-  const auto size = [](int64_t count) { return static_cast<size_t>(count); };
 
   const Kernels& kernels = gemsmith::kernels();
   // With keys rebuilt from values q meets them in two parts, see KeyRule.
-  std::unique_ptr<float[]> still, turning;
   const int64_t pairs = a.rule ? a.rule->pairs : 0, turning_width = ceil_div(2 * pairs, 16) * 16;
   if (a.rule) {
-    still.reset(new float[size(a.R * a.N * a.H)]);
-    turning.reset(new float[size(a.R * a.N * turning_width)]());
+    made.still.reset(new float[size(a.R * a.N * a.H)]);
+    made.turning.reset(new float[size(a.R * a.N * turning_width)]());
     for (int64_t n = 0; n < a.R * a.N; n++) {
       const float* q = a.q + n * a.H;
-      float *rest = &still[size(n * a.H)], *part = turning.get() + n * turning_width;
+      float *rest = &made.still[size(n * a.H)], *part = made.turning.get() + n * turning_width;
       for (int64_t d = 0; d < a.H; d++) rest[d] = q[d] * a.rule->norm[d];
       for (int64_t i = 0; i < pairs; i++) {
         part[i] = q[i];
@@ -257,33 +263,66 @@ void attention(const Attention& given) {
         rest[i] = rest[a.H / 2 + i] = 0.0f;
       }
     }
-    a.q = still.get();
+    a.q = made.still.get();
   }
-  std::unique_ptr<int16_t[]> q16;
-  const std::unique_ptr<float[]> q_scale(new float[size(a.R * a.N)]());
+  made.q_scale.reset(new float[size(a.R * a.N)]());
   if (a.k_format == INT8) {
-    q16.reset(new int16_t[size(a.R * a.N * stride)]());
+    made.q16.reset(new int16_t[size(a.R * a.N * stride)]());
     for (int64_t n = 0; n < a.R * a.N; n++)
-      q_scale[size(n)] =
-          kernels.attention.quantize16(a.q + n * a.H, a.H, q16.get() + n * stride);
+      made.q_scale[size(n)] =
+          kernels.attention.quantize16(a.q + n * a.H, a.H, made.q16.get() + n * stride);
   }
   const int64_t parts = apart ? splits : 1, states = a.K * parts * rows;
-  const std::unique_ptr<float[]> state(new float[size(2 * states)]);
-  const std::unique_ptr<float[]> acc(apart ? new float[size(states * a.H)] : nullptr);
-  const Job job{kernels,   a,     group,     rows,          chunks,        low,           splits,
-                apart,     stride, q16.get(), q_scale.get(), turning_width, turning.get(), acc.get(),
-                state.get(), state.get() + states};
-  const int64_t pieces = a.K * chunks * parts, ends = apart ? a.K * rows : 0;
-  if (a.K * rows * (high - low) * a.H < ALONE) {
-    for (int64_t i = 0; i < pieces; i++) run_piece(&job, i);
-    for (int64_t i = 0; i < ends; i++) run_combine(&job, i);
-    return;
+  made.state.reset(new float[size(2 * states)]);
+  if (apart) made.acc.reset(new float[size(states * a.H)]);
+  made.job.reset(new Job{kernels, a, group, rows, chunks, low, splits, apart, stride,
+                         made.q16.get(), made.q_scale.get(), turning_width, made.turning.get(),
+                         made.acc.get(), made.state.get(), made.state.get() + states});
+  made.pieces = a.K * chunks * parts;
+  made.ends = apart ? a.K * rows : 0;
+  made.work = a.K * rows * (high - low) * a.H;
+}
+
+struct Batch {
+  const Prepared* all;
+  int64_t count;
+};
+
+void run_any_piece(const void* data, int64_t piece) {
+  const auto& batch = *static_cast<const Batch*>(data);
+  const Prepared* one = batch.all;
+  for (; piece >= one->pieces; one++) piece -= one->pieces;
+  run_piece(one->job.get(), piece);
+}
+
+void run_any_end(const void* data, int64_t piece) {
+  const auto& batch = *static_cast<const Batch*>(data);
+  const Prepared* one = batch.all;
+  for (; piece >= one->ends; one++) piece -= one->ends;
+  run_combine(one->job.get(), piece);
+}
+
+}  // namespace
+
+void attention(const Attention* given, int64_t count) {
+  std::vector<Prepared> all(static_cast<size_t>(count));
+  int64_t used = 0, pieces = 0, ends = 0, work = 0, folds = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (given[i].R == 0) continue;
+    Prepared& one = all[static_cast<size_t>(used++)];
+    prepare(given[i], one);
+    pieces += one.pieces, ends += one.ends, work += one.work;
+    folds += one.ends * one.job->splits * one.a.H;
   }
-  parallel(pieces, run_piece, &job);
-  if (states * a.H < ALONE)
-    for (int64_t i = 0; i < ends; i++) run_combine(&job, i);
+  const Batch batch{all.data(), used};
+  if (work < ALONE)
+    for (int64_t i = 0; i < pieces; i++) run_any_piece(&batch, i);
   else
-    parallel(ends, run_combine, &job);
+    parallel(pieces, run_any_piece, &batch);
+  if (folds < ALONE)
+    for (int64_t i = 0; i < ends; i++) run_any_end(&batch, i);
+  else
+    parallel(ends, run_any_end, &batch);
 }
 
 }  // namespace gemsmith

@@ -122,13 +122,19 @@ void run_layers(const std::vector<const gemsmith::Layer*>& layers,
                 at<float>(y));
 }
 
-// spans: six integers each, as KeySpan has them. rule: as KeyRule, or zeros where keys are stored.
+// What KeyRule has, or zeros where keys are stored.
+using Rule = std::array<int64_t, 7>;
+
+gemsmith::KeyRule key_rule(const Rule& rule) {
+  const auto floats = [&](size_t i) { return at<const float>(static_cast<Address>(rule[i])); };
+  return {floats(0), rule[1], floats(2), floats(3), floats(4), floats(5), floats(6)};
+}
+
+// spans: six integers each, as KeySpan has them.
 void attention(Address q, int64_t R, int64_t N, int64_t K, int64_t H,
                const std::vector<int64_t>& spans, int k_format, int v_format, Address ranges,
-               Address y, int64_t origin, const std::array<int64_t, 7>& rule) {
-  const auto floats = [&](size_t i) { return at<const float>(static_cast<Address>(rule[i])); };
-  const gemsmith::KeyRule rebuilt{floats(0), rule[1],   floats(2), floats(3),
-                                  floats(4), floats(5), floats(6)};
+               Address y, int64_t origin, const Rule& rule) {
+  const gemsmith::KeyRule rebuilt = key_rule(rule);
   std::vector<gemsmith::KeySpan> found;
   for (size_t i = 0; i + 6 <= spans.size(); i += 6) {
     const int64_t* s = &spans[i];
@@ -139,6 +145,32 @@ void attention(Address q, int64_t R, int64_t N, int64_t K, int64_t H,
   gemsmith::attention({at<const float>(q), R, N, K, H, found.data(),
                        static_cast<int64_t>(found.size()), k_format, v_format,
                        at<const int64_t>(ranges), at<float>(y), origin, rule[0] ? &rebuilt : nullptr});
+}
+
+// The same of several sequences whose keys lie in one storage, `kv`: addresses of k, k_scale, v and
+// v_scale. sequences: rows, spans and origin of each, three integers; spans: first and count of all;
+// q, ranges and y: rows of all.
+void attention_of_many(Address q, int64_t N, int64_t K, int64_t H, const std::vector<int64_t>& kv,
+                       int k_format, int v_format, const std::vector<int64_t>& sequences,
+                       const std::vector<int64_t>& spans, Address ranges, Address y,
+                       const Rule& rule) {
+  const gemsmith::KeyRule rebuilt = key_rule(rule);
+  const auto address = [&](size_t j) { return static_cast<Address>(kv.at(j)); };
+  std::vector<gemsmith::KeySpan> found;
+  for (size_t i = 0; i + 2 <= spans.size(); i += 2)
+    found.push_back({at<const void>(address(0)), at<const float>(address(1)),
+                     at<const void>(address(2)), at<const float>(address(3)), spans[i],
+                     spans[i + 1]});
+  std::vector<gemsmith::Attention> all;
+  int64_t row = 0, span = 0;
+  for (size_t i = 0; i + 3 <= sequences.size(); i += 3) {
+    const int64_t rows = sequences[i], count = sequences[i + 1];
+    all.push_back({at<const float>(q) + row * N * H, rows, N, K, H, found.data() + span, count,
+                   k_format, v_format, at<const int64_t>(ranges) + 2 * row,
+                   at<float>(y) + row * N * H, sequences[i + 2], rule[0] ? &rebuilt : nullptr});
+    row += rows, span += count;
+  }
+  gemsmith::attention(all.data(), static_cast<int64_t>(all.size()));
 }
 
 nb::list isas() {
@@ -201,6 +233,7 @@ NB_MODULE(_native, m) {
   // Turned from Python's lists into C++ before the GIL is released.
   m.def("run_layers", run_layers, release);
   m.def("attention", attention, release);
+  m.def("attention_of_many", attention_of_many, release);
   m.def("read_memory", [](Address data, int64_t bytes) {
     return gemsmith::read_memory(at<const uint8_t>(data), bytes);
   }, release);

@@ -254,6 +254,8 @@ uint64_t read_memory(const uint8_t* data, int64_t bytes);
 uint64_t checksum(const uint8_t* data, int64_t bytes);
 
 // attention.cpp
-void attention(const Attention& given);
+// Of several sequences at once.
+void attention(const Attention* given, int64_t count);
+inline void attention(const Attention& given) { attention(&given, 1); }
 
 }  // namespace gemsmith

@@ -207,6 +207,43 @@ def test_a_row_has_the_same_bits_alone_as_among_any_others(dtype: torch.dtype, d
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_sequences_at_once_get_the_bits_of_each_alone(dtype: torch.dtype):
+    slots = stored(900, 2, 32, dtype)
+    kv = slots._native
+    assert kv is not None
+    runs = [[(0, 300), (640, 20)], [(320, 1)], [(500, 64), (400, 64)]]
+    asked = [Queries(9, 320, None, origin=0), Queries(1, 1, None), Queries(30, 128, 40, origin=77)]
+    q = queries_of(40, 8, 32)
+    readers = cpu.Readers(runs, [a.ranges_R2 for a in asked], [a.origin for a in asked])
+    together = cpu.attention_of_many(q, kv, readers)
+    alone = [
+        cpu.attention(part, [(kv, *run) for run in each], a.ranges_R2, origin=a.origin)
+        for part, each, a in zip(q.split([9, 1, 30]), runs, asked, strict=True)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@needs_extension
+def test_what_several_sequences_cannot_ask_is_refused():
+    kv = stored(64, 2, 32, torch.float32)._native
+    ranges = torch.tensor([[0, 4]])
+    assert kv is not None
+    with pytest.raises(WeightsError, match="attention needs keys"):
+        cpu.Readers([[]], [ranges], [0])
+    with pytest.raises(WeightsError, match=r"ranges is .* must be contiguous torch\.int64"):
+        cpu.Readers([[(0, 4)]], [ranges.int()], [0])
+    outside = cpu.Readers([[(60, 5)]], [ranges], [0])
+    with pytest.raises(WeightsError, match="slots 0 to 65 of 64"):
+        cpu.attention_of_many(torch.zeros(1, 2, 32), kv, outside)
+    inside = cpu.Readers([[(60, 4)]], [ranges], [0])
+    with pytest.raises(WeightsError, match=r"q is .* must be contiguous"):
+        cpu.attention_of_many(torch.zeros(2, 2, 32), kv, inside)
+    with pytest.raises(WeightsError, match="3 query heads do not share 2"):
+        cpu.attention_of_many(torch.zeros(1, 3, 32), kv, inside)
+
+
+@needs_extension
 def test_keys_and_values_may_be_of_different_formats():
     eight, wide = stored(150, 2, 64, torch.int8), stored(150, 2, 64, torch.float32, seed=9)
     mixed = Slots(eight.v, wide.k, eight.v_scale)

@@ -13,7 +13,7 @@ Shapes: T tokens of the step, of all sequences, one sequence after the other; R 
         S keys of a sequence; N query heads, K key/value heads, H head_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,13 +21,16 @@ import torch
 from torch import Tensor
 
 from gemsmith.cache.block_pool import Blocks, Pages, Table
-from gemsmith.cache.ring import FORMATS
+from gemsmith.cache.ring import FORMATS, KFromV
 from gemsmith.config import TextConfig
 from gemsmith.errors import CapacityError, ConfigError
-from gemsmith.ops.attention import Queries, Slots, Span, stored_attention
+from gemsmith.ops.attention import (
+    Queries,
+    Reading,
+    Slots,
+    batched_attention,
+)
 from gemsmith.sizing import KVPlan
-
-KFromV = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -62,7 +65,6 @@ class PagedCache:
             raise ConfigError(f"K/V cannot be stored as {dtype}; {', '.join(FORMATS)} can be")
         self.config, self.plan = config, plan
         self.dtype, self.device = dtype, torch.device(device)
-        self.k_from_v = k_from_v
         self.blocks = Blocks(plan)
         self.slots: dict[int, Slots] = {}
         """By layer, of those that own K/V: block b is slots b * block_tokens and on."""
@@ -78,6 +80,7 @@ class PagedCache:
                         dtype=dtype,
                         device=self.device,
                         keys=not layer.k_eq_v,
+                        rule=k_from_v(layer.index) if layer.k_eq_v and k_from_v else None,
                     )
         except (RuntimeError, MemoryError) as error:
             raise CapacityError(
@@ -142,7 +145,7 @@ class PagedStep:
 
     def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]) -> None:
         self.cache, self.chunks = cache, chunks
-        self._queries: dict[tuple[bool, bool], list[Queries | None]] = {}
+        self._readings: dict[tuple[bool, bool], tuple[list[_Part], Reading]] = {}
         self._rows: list[Tensor] | None = None
 
     @cached_property
@@ -202,26 +205,24 @@ class PagedStep:
             self._rows = split
         return self._rows
 
-    def _asking(self, sliding: bool, rows_R: Tensor | None) -> list[Queries | None]:
-        """The same for all layers of a kind; None for a chunk of which nothing is asked."""
+    def _reading(self, sliding: bool, rows_R: Tensor | None) -> Reading:
+        """What the sequences that ask see and ask, in all layers of a kind."""
         kind = (sliding, rows_R is None)
-        if kind not in self._queries:
-            asking: list[Queries | None] = []
+        if kind not in self._readings:
+            runs, queries = [], []
+            window = self.cache.plan.window if sliding else None
             for i, (chunk, part) in enumerate(zip(self.chunks, self._parts[sliding], strict=True)):
                 rows = None if rows_R is None else self._rows_of(rows_R)[i]
-                window = self.cache.plan.window if sliding else None
-                blocks_T = chunk.blocks_T if sliding else None
                 if rows is not None and not len(rows):
-                    asking.append(None)
-                else:
-                    if rows is not None and len(rows) == chunk.tokens:
-                        rows = None
-                    at = None if rows is None else rows.to(self.cache.device)
-                    asking.append(
-                        Queries(chunk.tokens, part.keys, window, blocks_T, at, part.start)
-                    )
-            self._queries[kind] = asking
-        return self._queries[kind]
+                    continue
+                if rows is not None and len(rows) == chunk.tokens:
+                    rows = None
+                at = None if rows is None else rows.to(self.cache.device)
+                blocks_T = chunk.blocks_T if sliding else None
+                runs.append(part.runs)
+                queries.append(Queries(chunk.tokens, part.keys, window, blocks_T, at, part.start))
+            self._readings[kind] = Reading(runs, queries)
+        return self._readings[kind]
 
     def attend(
         self,
@@ -237,33 +238,7 @@ class PagedStep:
         slots = self.cache.slots[plan.kv_source]
         if k_TKH is not None and v_TKH is not None:
             slots.scatter(self._targets[sliding], k_TKH, v_TKH)
-        outs, first = [], 0
-        asking = self._asking(sliding, rows_R)
-        for part, queries in zip(self._parts[sliding], asking, strict=True):
-            if queries is None:
-                continue
-            count = queries.tokens if queries.rows_R is None else len(queries.rows_R)
-            spans: list[Span] = [(slots, slot, n) for slot, n in part.runs]
-            if slots.k is None:
-                spans = self._with_keys(plan.kv_source, slots, part, q.dtype)
-            outs.append(stored_attention(q[first : first + count], spans, queries))
-            first += count
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def _with_keys(self, layer: int, slots: Slots, part: _Part, dtype: torch.dtype) -> list[Span]:
-        """A sequence's values of a K = V layer, side by side, with the keys that belong to them."""
-        if self.cache.k_from_v is None:
-            raise ValueError(f"layer {layer} is K = V: PagedCache needs k_from_v")
-        pieces = [slice(slot, slot + count) for slot, count in part.runs]
-        v = torch.cat([slots.v[piece] for piece in pieces])
-        scale = slots.v_scale
-        if scale is not None:
-            scale = torch.cat([scale[piece] for piece in pieces])
-        gathered = Slots(v, None, scale)
-        _, v_SKH = gathered.widened(0, part.keys, dtype)
-        positions_S = torch.arange(part.start, part.start + part.keys, device=v.device)
-        k_SKH = self.cache.k_from_v(layer, v_SKH, positions_S)
-        return [(Slots(v, k_SKH.contiguous(), scale), 0, part.keys)]
+        return batched_attention(q, slots, self._reading(sliding, rows_R))
 
 
 def _table(pages: Pages, sliding: bool) -> Table:

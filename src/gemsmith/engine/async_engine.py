@@ -103,6 +103,10 @@ class AsyncEngine:
         self._commands: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._draining = self._closed = False
+        self._idle = True
+        """Whether the worker waits; changed under the lock alone, as is the next."""
+        self._gone = False
+        """Whether the worker has done all that it will."""
         self._broken: GemsmithError | None = None
         self._stats = self._engine.stats()
         # One at a time: tokenizers and templates need not be for many threads.
@@ -144,6 +148,8 @@ class AsyncEngine:
 
         def add() -> None:
             try:
+                if self._broken is not None:
+                    raise CapacityError(f"the engine has stopped: {self._broken}")
                 id = self._engine.add(request)
             except Exception as error:
                 self._tell(loop, partial(refused, error))
@@ -190,10 +196,11 @@ class AsyncEngine:
     def _order(self, command: Callable[[], None], *, new: bool = False) -> None:
         """Have the worker run something between two steps."""
         with self._wake:
-            if new and self._broken is not None:
-                raise CapacityError(f"the engine has stopped: {self._broken}")
-            if new and (self._draining or self._closed):
+            if new and self._broken is None and (self._draining or self._closed):
                 raise CapacityError("the engine is shutting down; send the request elsewhere")
+            if self._gone:
+                command()  # nobody else touches the engine
+                return
             self._commands.append(command)
             self._wake.notify_all()
 
@@ -206,31 +213,34 @@ class AsyncEngine:
 
     def _wait_idle(self, timeout_s: float | None) -> None:
         with self._wake:
-            self._wake.wait_for(
-                lambda: self._broken or not (self._engine.busy or self._commands), timeout_s
-            )
+            self._wake.wait_for(lambda: self._idle and not self._commands, timeout_s)
 
     def _work(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._commands or self._closed or self._engine.busy)
                 commands, self._commands = self._commands, []
-                closed = self._closed
-            while commands:  # none is kept: what it refers to may be dropped
-                commands.pop(0)()
-            if closed:
-                self._fail_all(CapacityError("the engine was shut down before this was done"))
-                return
+                closed, self._idle = self._closed, False
             try:
-                self._deliver(self._engine.step())
+                while commands:  # none is kept: what it refers to may be dropped
+                    commands.pop(0)()
+                if not closed:
+                    self._deliver(self._engine.step())
             except Exception as error:
                 self._broken = GemsmithError(f"a step failed: {error!r}")
                 self._broken.__cause__ = error
                 self._fail_all(self._broken)
+            if closed:
+                self._fail_all(CapacityError("the engine was shut down before this was done"))
             self._stats = self._engine.stats()
             with self._wake:
+                done = closed or self._broken is not None
+                self._idle = done or not self._engine.busy
                 self._wake.notify_all()
-                if self._broken is not None:
+                if done:
+                    self._gone = True
+                    for command in self._commands:
+                        command()
                     return
 
     def _fail_all(self, error: GemsmithError) -> None:

@@ -266,7 +266,7 @@ def stored_attention(q_RNH: Tensor, spans: Sequence[Span], queries: Queries) -> 
     """Attention over the keys of `spans`, one after the other; [R, N, H] in q's dtype.
 
     Where one query sees every key their order does not matter, unless they are rebuilt: the first
-    of the spans is then that of position 0, and so on.
+    of the spans is then that of position `queries.origin`, and so on.
     """
     if _goes_native(q_RNH, spans):
         natives = [(slots._native, first, n) for slots, first, n in spans if slots._native]
@@ -277,7 +277,7 @@ def stored_attention(q_RNH: Tensor, spans: Sequence[Span], queries: Queries) -> 
     v_SKH = (vs[0] if len(vs) == 1 else torch.cat(vs)).to(q_RNH.dtype)
     rule = spans[0][0].rule
     if rule is not None:
-        k_SKH = rule.keys(v_SKH, torch.arange(len(v_SKH), device=v_SKH.device))
+        k_SKH = rule.keys(v_SKH, queries.origin + torch.arange(len(v_SKH), device=v_SKH.device))
     else:
         k_SKH = (ks[0] if len(ks) == 1 else torch.cat(ks)).to(q_RNH.dtype)
     if queries.tokens == 1:
@@ -291,6 +291,42 @@ def stored_attention(q_RNH: Tensor, spans: Sequence[Span], queries: Queries) -> 
         in_block = (block_T[rows_R], F.pad(block_T, (queries.past, 0), value=-1))
     mask = visible(rows_R + queries.past, k_at, window, *in_block)
     return masked_attention(q_RNH, k_SKH, v_SKH, mask)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What several sequences ask of one storage, in layers that are alike: spans of slots of each,
+    and its queries."""
+
+    runs: Sequence[Sequence[tuple[int, int]]]
+    queries: Sequence[Queries]
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Queries of each sequence."""
+        return [q.tokens if q.rows_R is None else len(q.rows_R) for q in self.queries]
+
+    @cached_property
+    def readers(self) -> cpu.Readers:
+        """The same for the extension."""
+        ranges = [queries.ranges_R2 for queries in self.queries]
+        return cpu.Readers(self.runs, ranges, [queries.origin for queries in self.queries])
+
+
+def batched_attention(q_RNH: Tensor, slots: Slots, reading: Reading) -> Tensor:
+    """`stored_attention` of each sequence, one after the other in q, over one storage."""
+    faster = slots.v_scale is not None or max(reading.rows) <= NATIVE_ROWS
+    if slots._native is not None and faster:
+        dtype = q_RNH.dtype
+        q = q_RNH.float().contiguous()
+        return cpu.attention_of_many(q, slots._native, reading.readers).to(dtype)
+    outs = [
+        stored_attention(q, [(slots, *run) for run in runs], queries)
+        for q, runs, queries in zip(
+            q_RNH.split(reading.rows), reading.runs, reading.queries, strict=True
+        )
+    ]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _goes_native(q_RNH: Tensor, spans: Sequence[Span]) -> bool:

@@ -591,7 +591,8 @@ def attention(
 ) -> Tensor:
     """Attention of float32 queries over stored keys, softmax scale 1; float32 [R, N, H].
 
-    spans: (storage, first slot, count) each; one after the other they are keys 0..S-1. ranges_R2, int64: row r sees keys ranges[r, 0] to ranges[r, 1] - 1; one that sees none gets NaN. N is a
+    spans: (storage, first slot, count) each; one after the other they are keys 0..S-1. ranges_R2,
+    int64: row r sees keys ranges[r, 0] to ranges[r, 1] - 1; one that sees none gets NaN. N is a
     multiple of K; consecutive query heads share a key/value head. origin: which token of its
     sequence key 0 is; a row has the same bits whatever rows and earlier keys are given with it.
     Needs the extension.
@@ -622,6 +623,65 @@ def attention(
     native.attention(
         q_RNH.data_ptr(), R, N, kv.heads, kv.head_dim, addresses, *kv.formats,
         ranges_R2.data_ptr(), y_RNH.data_ptr(), origin, _rule_arguments(kv.rule, origin + keys),
+    )  # fmt: skip
+    return y_RNH
+
+
+class Readers:
+    """What each of several sequences asks of one storage: for `attention_of_many`, for all layers
+    that are alike. Checked once, here."""
+
+    __slots__ = ("_ranges", "_sequences", "_spans", "positions", "rows", "stop")
+
+    def __init__(
+        self,
+        spans: Sequence[Sequence[tuple[int, int]]],
+        ranges: Sequence[Tensor],
+        origins: Sequence[int],
+    ):
+        """Of each sequence: (first slot, count) spans, and ranges_R2 and origin as in `attention`.
+
+        Raises:
+          WeightsError: a sequence without keys, or ranges of another type or shape.
+        """
+        self._sequences: list[int] = []
+        self._spans: list[int] = []
+        self.stop = 0
+        """One after the last slot."""
+        self.positions = 0
+        """One after the last token of the longest sequence."""
+        for runs, ranges_R2, origin in zip(spans, ranges, origins, strict=True):
+            _check(ranges_R2, "ranges", torch.int64, (None, 2))
+            if not runs or min(min(run) for run in runs) < 0 or origin < 0:
+                raise WeightsError(f"spans {runs} from token {origin}: attention needs keys")
+            self._sequences += (ranges_R2.shape[0], len(runs), origin)
+            for first, count in runs:
+                self._spans += (first, count)
+                self.stop = max(self.stop, first + count)
+            self.positions = max(self.positions, origin + sum(count for _, count in runs))
+        self._ranges = torch.cat(list(ranges))
+        self.rows = self._ranges.shape[0]
+
+
+def attention_of_many(q_RNH: Tensor, kv: StoredKV, readers: Readers) -> Tensor:
+    """`attention` of several sequences, one after the other in q, over one storage: the same bits.
+    Needs the extension.
+
+    Raises:
+      WeightsError: as `attention`.
+    """
+    N = q_RNH.shape[1] if q_RNH.ndim == 3 else 0
+    _check(q_RNH, "q", torch.float32, (readers.rows, N, kv.head_dim))
+    if N < 1 or N % kv.heads:
+        raise WeightsError(f"{N} query heads do not share {kv.heads} key/value heads evenly")
+    kv._room(0, readers.stop)
+    native = _ready()
+    assert native is not None, "StoredKV needs the extension"
+    y_RNH = torch.empty_like(q_RNH)
+    native.attention_of_many(
+        q_RNH.data_ptr(), N, kv.heads, kv.head_dim, kv._arguments, *kv.formats,
+        readers._sequences, readers._spans, readers._ranges.data_ptr(), y_RNH.data_ptr(),
+        _rule_arguments(kv.rule, readers.positions),
     )  # fmt: skip
     return y_RNH
 
