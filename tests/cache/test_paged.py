@@ -13,6 +13,7 @@ from gemsmith.cache.none import NoCache
 from gemsmith.cache.paged import Chunk, PagedCache
 from gemsmith.cache.ring import RingCache
 from gemsmith.errors import CapacityError, ConfigError
+from gemsmith.ops import cpu
 from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
 
 # Eight reductions a layer in eight layers.
@@ -232,3 +233,35 @@ def test_a_budget_is_never_exceeded_and_well_used():
         block = sizing.kv_block_bytes(config, sliding=False, block_tokens=BLOCK)
         assert plan.nbytes <= budget
         assert plan.full_blocks == 150 or budget - plan.nbytes < block
+
+
+@pytest.mark.skipif(not cpu.available(), reason="needs the C++ extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_attention_gives_a_token_the_same_bits_in_any_chunk(dtype):
+    config = tiny_config("E2B", sliding_window=150).text_config  # wider than a kernel block
+    plan = sizing.kv_plan(
+        config,
+        max_model_len=300,
+        max_num_seqs=1,
+        max_num_batched_tokens=300,
+        bytes_per_value=dtype.itemsize,
+        block_tokens=BLOCK,
+    )
+    generator = torch.Generator().manual_seed(3)
+    for layer in (0, 1):
+        heads = config.layers[layer].num_key_value_heads, config.layers[layer].head_dim
+        q = torch.randn(300, config.num_attention_heads, heads[1], generator=generator) / 3
+        k, v = (torch.randn(300, *heads, generator=generator) for _ in range(2))
+        results = []
+        for chunk in (30, 1, 7):
+            cache, pages, outs = PagedCache(config, plan, dtype=dtype), Pages(), []
+            for first in range(0, 300, chunk):
+                part = slice(first, min(first + chunk, 300))
+                tokens = part.stop - first
+                cache.blocks.extend(pages, tokens)
+                step = cache.step([Chunk(pages, tokens)])
+                outs.append(step.attend(layer, q[part], k[part], v[part], None))
+                cache.blocks.commit(pages, tokens)
+            results.append(torch.cat(outs))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
