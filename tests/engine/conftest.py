@@ -77,9 +77,9 @@ class ScriptedModel:
 class ScriptedLM(LM):
     """Tells the script where each prompt ends."""
 
-    def _start(self, prompt, params, *, chat):
+    def _start(self, prompt, params, *, chat, follow=None):
         self.model.start = len(prompt.ids)
-        return super()._start(prompt, params, chat=chat)
+        return super()._start(prompt, params, chat=chat, follow=follow)
 
 
 @pytest.fixture(scope="session")

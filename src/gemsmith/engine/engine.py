@@ -19,15 +19,17 @@ from torch import Tensor
 
 from gemsmith.config import Gemma4Config
 from gemsmith.engine.context import Context, Soft, kv_format
+from gemsmith.engine.grammar import Constraint, Grammar, Grammars
 from gemsmith.engine.media import Prompt, expand
 from gemsmith.engine.media import collect as collect_media
-from gemsmith.engine.reply import Event, Reply
+from gemsmith.engine.reply import Event, Follow, Reply
 from gemsmith.engine.request import MIN_TEMPERATURE, Finished, Generation, SamplingParams
 from gemsmith.engine.sampler import Sampler
 from gemsmith.errors import ConfigError, MediaError, RequestError, TokenizerError
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.text import chat
+from gemsmith.text.grammar import ToolChoice
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
 from gemsmith.text.template import ChatTemplate
 from gemsmith.text.tokenizer import Tokenizer
@@ -90,6 +92,7 @@ class LM:
         self._template = template
         variant = "edge" if config.text_config.hidden_size_per_layer_input else "large"
         self._encode = partial(chat.encode, variant=variant)
+        self._grammars = Grammars(tokenizer)
         self._kept: Context | None = None
         self._load_towers, self._towers = towers, None
         weight: Any = model.embed_tokens.weight
@@ -177,6 +180,10 @@ class LM:
         prompt: str | Sequence[chat.Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | None = None,
+        constrained: bool = True,
         enable_thinking: bool = False,
         preserve_thinking: bool = False,
         image_budget: int | str | None = None,
@@ -188,19 +195,32 @@ class LM:
         Images, sounds and videos are content parts, see `engine.media`. image_budget: soft tokens
         an image may cost (70, 140, 280, 560, 1120, or "auto"), where its part says nothing else; by
         default what the checkpoint's config says.
+
+        tools: what the model may call, in OpenAI's shape; a call always fits its tool's schema.
+        tool_choice: "auto", "required" (at least one call), "none", or the name of the tool that
+        must be called. parallel_tool_calls: whether one reply may hold several. response_format:
+        the form of the answer, such as {"type": "json_schema", "json_schema": {"schema": ...}}; see
+        `text.grammar.response_grammar`. Thoughts are free of it. constrained: False lets the model
+        write calls as it likes, to measure what it can do by itself.
+
         sampling: all sampling parameters, in place of `self.sampling`. options: single ones, by
         their `SamplingParams` names; `temperature=0` gives the likeliest reply. A base model goes
         on with the text.
 
         Raises:
           RequestError: an empty prompt, one longer than the context, bad messages or parameters;
-            MediaError if it is a picture, sound or video.
+            MediaError if it is a picture, sound or video; ToolError if it is a tool, or its schema
+            is one that no call can be held to.
           CapacityError: no memory for its K/V.
         """
         return collect(
             self.stream(
                 prompt,
                 tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
+                response_format=response_format,
+                constrained=constrained,
                 enable_thinking=enable_thinking,
                 preserve_thinking=preserve_thinking,
                 image_budget=image_budget,
@@ -214,6 +234,10 @@ class LM:
         prompt: str | Sequence[chat.Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | None = None,
+        constrained: bool = True,
         enable_thinking: bool = False,
         preserve_thinking: bool = False,
         image_budget: int | str | None = None,
@@ -226,6 +250,20 @@ class LM:
         dropped at any point, and Ctrl-C may strike in it: the next request starts clean.
         """
         params = (sampling or self.sampling).changed(**options)
+        if not constrained and (tool_choice not in ("auto", "none") or response_format is not None):
+            raise RequestError(
+                "constrained=False leaves the reply to the model, but tool_choice or "
+                "response_format asks for a form; leave out one of them"
+            )
+        grammar = None
+        if constrained:
+            grammar = self._grammars.get(
+                tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
+                response_format=response_format,
+            )
+        follow = grammar and partial(self._follow, grammar, enable_thinking)
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise RequestError(
@@ -233,7 +271,8 @@ class LM:
                     "begin on its own"
                 )
             if not (self.is_chat or tools or enable_thinking):
-                return self._start(Prompt(self._raw_ids([(prompt, False)])), params, chat=False)
+                raw = Prompt(self._raw_ids([(prompt, False)]))
+                return self._start(raw, params, chat=False, follow=follow)
             prompt = [{"role": "user", "content": prompt}]
         encoded = self.encode(
             prompt,
@@ -242,7 +281,7 @@ class LM:
             preserve_thinking=preserve_thinking,
             image_budget=image_budget,
         )
-        return self._start(encoded, params, chat=True)
+        return self._start(encoded, params, chat=True, follow=follow)
 
     def encode(
         self,
@@ -441,8 +480,20 @@ class LM:
 
     # -- the reply ----------------------------------------------------------------------------
 
-    def _start(self, prompt: Prompt, params: SamplingParams, *, chat: bool) -> Iterator[Event]:
-        return self._events(self.reply(prompt, params, chat=chat))
+    def _follow(self, grammar: Grammar, enable_thinking: bool, in_thought: bool) -> Constraint:
+        return Constraint(
+            grammar,
+            vocab_size=self.config.text_config.vocab_size,
+            end_ids=self.end_ids,
+            enable_thinking=enable_thinking,
+            in_thought=in_thought,
+            device=self.device,
+        )
+
+    def _start(
+        self, prompt: Prompt, params: SamplingParams, *, chat: bool, follow: Follow | None = None
+    ) -> Iterator[Event]:
+        return self._events(self.reply(prompt, params, chat=chat, follow=follow))
 
     def _events(self, reply: Reply) -> Iterator[Event]:
         """Prefill, then a token at a time. Nothing is left behind if it is abandoned."""
@@ -466,11 +517,16 @@ class LM:
             soft=self.soft(prompt, cached),
             blocks_T=self.blocks(prompt, cached),
         )
+        read = 0  # tokens of the reply
         while True:
             yield from reply.take(following)
             if reply.ended:
                 break
-            following = context.step(reply.token_ids[-1:])
+            if reply.knows_next:
+                continue  # all that is known is read in one pass
+            reply.prepare()
+            following = context.step(reply.token_ids[read:])
+            read = len(reply.token_ids)
         yield from reply.finish(cached)
 
     def reply(
@@ -480,9 +536,11 @@ class LM:
         *,
         chat: bool = True,
         max_model_len: int | None = None,
+        follow: Follow | None = None,
     ) -> Reply:
-        """The beginning of an answer to a prompt, to be fed with logits.
+        """The beginning of an answer to a prompt, to be fed with what follows.
 
+        follow: makes what holds the reply to a grammar, told whether it begins in a thought.
         max_model_len: most tokens of prompt and reply, where that is less than the model's context.
 
         Raises:
@@ -511,6 +569,7 @@ class LM:
             suppressed=self._suppressed,
             device=self.device,
             chat=chat,
+            follow=follow,
         )
 
     # -- soft tokens --------------------------------------------------------------------------

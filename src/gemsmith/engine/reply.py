@@ -5,12 +5,13 @@ it, alone or in a batch, is not known here.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 import torch
 
 from gemsmith.engine.context import Next
+from gemsmith.engine.grammar import Constraint
 from gemsmith.engine.media import Prompt
 from gemsmith.engine.request import Finished, FinishReason, SamplingParams, TokenLogprob, Usage
 from gemsmith.engine.sampler import Sampler, token_logprob
@@ -22,6 +23,13 @@ from gemsmith.text.tokenizer import Detokenizer, Tokenizer
 
 Event: TypeAlias = SplitEvent | Finished
 """What a stream is made of: `Thinking`, `Content`, `ToolCallEvent`, `ToolProblem`, `Finished`."""
+
+
+Follow: TypeAlias = Callable[[bool], Constraint]
+"""Makes what holds a reply to a grammar, told whether it begins in a thought."""
+
+FEW = 256
+"""Allowed tokens up to which the head's rows of them alone are read."""
 
 
 class Reply:
@@ -39,9 +47,10 @@ class Reply:
         suppressed: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
         chat: bool = True,
+        follow: Follow | None = None,
     ) -> None:
         """max_tokens: most there may be, what the context leaves room for. suppressed: ids never
-        chosen. chat: whether thoughts and tool calls are split off."""
+        chosen. chat: whether thoughts and tool calls are split off. follow: see `Follow`."""
         self.prompt, self.params, self.max_tokens = prompt, params, max_tokens
         self.started = time.perf_counter()
         """When the clock of its usage began."""
@@ -58,27 +67,53 @@ class Reply:
             device=device,
         )
         self._thought = Thought(tokenizer, prompt.ids, params.thinking_budget)
+        self._constraint = follow(self._thought.inside) if follow else None
         self._output = _Output(tokenizer, params, chat=chat, in_thought=self._thought.inside)
         self._logprobs: list[TokenLogprob] = []
         self._closed = False
         """Ended by an end token, a stop string or a marker spelled out, not by its length."""
         self._first_token_s = 0.0
 
-    def take(self, following: Next) -> list[Event]:
+    @property
+    def knows_next(self) -> bool:
+        """Whether the next token is known without the model: forced by the grammar or a spent
+        thinking budget. Then `take(None)`; the model may read several such tokens in one pass."""
+        return self._forced() is not None and self.params.logprobs is None
+
+    def _forced(self) -> int | None:
+        token = self._thought.forced()
+        if token is None and self._constraint:
+            token = next(iter(self._constraint.forced()), None)
+        return token
+
+    def prepare(self) -> None:
+        """Begin to work out what the grammar allows next, in a thread beside the model's pass."""
+        if self._constraint:
+            self._constraint.prepare()
+
+    def take(self, following: Next | None) -> list[Event]:
         """Choose the next token from what follows the last one; the events it completes.
+
+        following: None where `knows_next`.
 
         Raises:
           WeightsError: logits are not finite.
+          RequestError: the grammar leaves no token to choose.
         """
         params = self.params
-        forced = self._thought.forced()
-        token = self._sampler.choose_next(following) if forced is None else forced
+        token = self._forced()
+        if token is None:
+            assert following is not None, "the next token is not known"
+            token = self._choose(following)
         self._first_token_s = self._first_token_s or time.perf_counter() - self.started
         self.token_ids.append(token)
         if params.logprobs is not None:
+            assert following is not None, "tokens whose probability is asked for are looked at"
             self._logprobs.append(token_logprob(following.logits_V, token, params.logprobs))
         self._sampler.observe(token)
         self._thought.observe(token)
+        if self._constraint:
+            self._constraint.accept(token)
         is_end = token in self._end_ids
         events: list[Event] = []
         if token not in self._end_ids:
@@ -86,6 +121,14 @@ class Reply:
         self._closed = self._output.ended or (is_end and not params.ignore_eos)
         self.ended = self._closed or len(self.token_ids) == self.max_tokens
         return events
+
+    def _choose(self, following: Next) -> int:
+        constraint, sampler = self._constraint, self._sampler
+        if constraint is None:
+            return sampler.choose_next(following)
+        if few := constraint.allowed_ids(FEW):
+            return sampler.choose_next(following, few)
+        return sampler.choose(constraint.apply(following.logits_V))
 
     def finish(self, cached_tokens: int) -> list[Event]:
         """The last events, `Finished` at the end. cached_tokens: of the prompt, not computed."""

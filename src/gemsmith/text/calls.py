@@ -417,9 +417,9 @@ class CallParser:
 def _bare_value(text: str) -> Any:
     if text in _WORDS:
         return _WORDS[text]
-    if len(text) <= _MAX_DIGITS and _NUMBER.fullmatch(text):
+    if _NUMBER.fullmatch(text):
         if re.fullmatch(r"[-+]?\d+", text):
-            return int(text)
+            return int(text) if len(text) <= _MAX_DIGITS else text
         number = float(text)
         return number if math.isfinite(number) else text
     return text

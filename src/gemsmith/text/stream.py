@@ -26,9 +26,10 @@ from gemsmith.text.calls import (
 CHANNEL_OPEN, CHANNEL_CLOSE = "<|channel>", "<channel|>"
 _LABEL = "thought"
 _ENDS = ("<turn|>", "<eos>", RESPONSE_OPEN)
-_MARKERS = (CHANNEL_OPEN, CHANNEL_CLOSE, CALL_OPEN, CALL_CLOSE, *_ENDS)
-_LONGEST = max(map(len, _MARKERS))
-_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
+MARKERS = (CHANNEL_OPEN, CHANNEL_CLOSE, CALL_OPEN, CALL_CLOSE, *_ENDS)
+"""What an output is split at, however it came: as one token or in ordinary letters."""
+_LONGEST = max(map(len, MARKERS))
+_MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ class Splitter:
         if start < 0:
             return 0
         tail = self._buffer[start:]
-        return len(tail) if any(marker.startswith(tail) for marker in _MARKERS) else 0
+        return len(tail) if any(marker.startswith(tail) for marker in MARKERS) else 0
 
     def _emit(self, events: list[Event], text: str) -> None:
         if not text:

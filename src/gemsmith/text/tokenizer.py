@@ -160,7 +160,7 @@ class Tokenizer:
         Raises:
           TokenizerError: an id outside the vocabulary.
         """
-        hidden = self._special_ids() if skip_special else frozenset()
+        hidden = self.special_ids() if skip_special else frozenset()
         shown = [id for id in ids if id not in hidden]
         text = self._vocabulary.decode(shown)
         if text is None:
@@ -184,7 +184,8 @@ class Tokenizer:
             "the model and the tokenizer may belong to different checkpoints"
         )
 
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the markers, which only trusted text may hold."""
         return frozenset(self._markers.values())
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -208,7 +209,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._hidden = tokenizer._special_ids() if skip_special else frozenset()
+        self._hidden = tokenizer.special_ids() if skip_special else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, id: int) -> str:
