@@ -6,6 +6,8 @@ two computations of the same thing may differ. No source file of the package imp
 """
 
 from dataclasses import replace
+from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,3 +165,105 @@ def assert_close(actual: Tensor, expected: Tensor, limit: float) -> None:
             f"{error.max().item():.3g} > {bound:.3g}, {int((error > bound).sum())} of "
             f"{error.numel()} outside"
         )
+
+
+# -- tools ------------------------------------------------------------------------------------
+
+_WORDS = ("city", "unit", "days", "Name", "note", "max", "from_", "x-id", "größe", "k2", "a.b")
+_TEXTS = ("", "a", "ab", "celsius", "New York", 'say "hi"', "{x:1}", "1", "null", "é", "a,b:c\n")
+
+
+def random_tool(random: Random, *, name: str = "use_it", depth: int = 3) -> dict[str, Any]:
+    """A declaration with arguments of a random schema: whatever calls can be held to may occur.
+
+    random: of the standard library, or what stands for one. Every schema has a value that fits.
+    """
+    parameters = _random_object(random, depth)
+    parameters.setdefault("properties", {})
+    defs = {key: _random_schema(random, 1) for key in ("First", "Second")}
+    if random.random() < 0.3:
+        parameters["properties"]["shared"] = {"$ref": "#/$defs/First"}
+        parameters["properties"]["more"] = {
+            "type": "array",
+            "items": {"$ref": "#/$defs/Second"},
+            "maxItems": 2,
+        }
+        parameters["$defs"] = defs
+    function = {"name": name, "description": "Try it.", "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def _random_object(random: Random, depth: int) -> dict[str, Any]:
+    keys = random.sample(_WORDS, random.randint(0, 4))
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {key: _random_schema(random, depth - 1) for key in keys},
+        "required": [key for key in keys if random.random() < 0.5],
+        # Absent it would mean any to JSON Schema, none to the call syntax.
+        "additionalProperties": False,
+    }
+    if random.random() < 0.2:
+        schema["additionalProperties"] = random.choice([True, {"type": "integer"}])
+    if keys and random.random() < 0.2:
+        schema["minProperties"] = random.randint(0, len(keys))
+        schema["maxProperties"] = len(keys)
+    return schema
+
+
+def _random_schema(random: Random, depth: int) -> dict[str, Any]:
+    kinds = ["string", "integer", "number", "boolean", "null", "enum", "const", "pattern"]
+    if depth > 0:
+        kinds += ["array", "object", "anyOf", "oneOf", "allOf", "set"]
+    low = random.randint(-30, 30)
+    match random.choice(kinds):
+        case "string":
+            schema = {"type": "string"}
+            if random.random() < 0.4:
+                schema |= {"minLength": random.randint(0, 3), "maxLength": random.randint(3, 9)}
+            return schema | ({"format": "date"} if random.random() < 0.1 and len(schema) == 1 else {})
+        case "integer":
+            bounds: list[dict[str, Any]] = [
+                {},
+                {"minimum": low},
+                {"exclusiveMaximum": low},
+                {"minimum": low, "maximum": low + random.randint(0, 200)},
+                {"minimum": low, "maximum": low + 40, "multipleOf": random.randint(1, 7)},
+            ]
+            return {"type": "integer"} | random.choice(bounds)
+        case "number":
+            bounds = [{}, {"minimum": low / 4}, {"exclusiveMinimum": low - 0.125, "maximum": low + 9.5}]
+            return {"type": "number"} | random.choice(bounds)
+        case "boolean" | "null" as kind:
+            return {"type": kind}
+        case "enum":
+            values: list[Any] = [*_TEXTS, 1, -2.5, True, None, [1, "a"], {"b": "x", "A": [None]}]
+            return {"enum": random.sample(values, random.randint(1, 4))}
+        case "const":
+            return {"const": random.choice([*_TEXTS, 7, False])}
+        case "pattern":
+            return {"type": "string", "pattern": random.choice(_PATTERNS)}
+        case "array":
+            schema = {"type": "array", "items": _random_schema(random, depth - 1)}
+            if random.random() < 0.6:
+                schema |= {"minItems": random.randint(0, 2), "maxItems": random.randint(2, 4)}
+            return schema
+        case "set":
+            listed = random.sample(_TEXTS, random.randint(1, 5))
+            return {"type": "array", "items": {"enum": listed}, "uniqueItems": True}
+        case "anyOf":
+            return {"anyOf": [_random_schema(random, depth - 1) for _ in range(2)]}
+        case "oneOf":
+            branches = []
+            for tag in ("cat", "dog"):
+                branch = _random_object(random, depth - 1)
+                branch["properties"]["kind"] = {"const": tag}
+                branch["required"].append("kind")
+                branch.pop("maxProperties", None)
+                branches.append(branch)
+            return {"oneOf": branches}
+        case "allOf":
+            return {"type": "integer", "allOf": [{"minimum": low}, {"maximum": low + 5}]}
+    return _random_object(random, depth - 1)
+
+
+_PATTERNS = ("^[a-z]{2,5}$", r"^\d{3}-\d{2}$", "b", r"^(yes|no)\s?$", "^a|z$", r"^[^/]+/x$")

@@ -26,7 +26,14 @@ import torch
 from torch import Tensor
 
 from gemsmith.errors import RequestError, ToolError
-from gemsmith.text.grammar import ToolChoice, call_grammar, chosen_tools, response_grammar
+from gemsmith.text.grammar import (
+    ToolChoice,
+    call_grammar,
+    chosen_tools,
+    matcher,
+    reason,
+    response_grammar,
+)
 from gemsmith.text.stream import MARKERS
 from gemsmith.text.tokenizer import Tokenizer
 
@@ -160,16 +167,14 @@ class Grammar:
             self.answer = self._matcher(grammar, kind, RequestError)
 
     def _matcher(self, grammar: str, what: str, error: type[RequestError]) -> "LLMatcher":
-        from llguidance import LLMatcher, LLParserLimits
-
-        limits = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-        matcher = LLMatcher(self.vocabulary.core, grammar, limits=limits, log_level=0)
-        if matcher.is_error():
-            reason = (matcher.get_error().strip().splitlines() or ["unknown"])[0]
-            raise error(f"{what} cannot be held to: {reason}; ask for less, or simpler, at once")
-        if not matcher.is_accepting() and not any(matcher.compute_bitmask()):
-            raise error(f"{what} cannot be held to: no text fits")
-        return matcher
+        made = matcher(self.vocabulary.core, grammar)
+        if not made.is_error():
+            made.compute_bitmask()
+        if made.is_error() or (made.is_stopped() and not made.is_accepting()):
+            raise error(
+                f"{what} cannot be held to: {reason(made)}; ask for less, or simpler, at once"
+            )
+        return made
 
 
 class Grammars:
@@ -337,10 +342,9 @@ class Constraint:
         assert self._bits is not None and self._matcher is not None
         bits = self._bits.result()
         if self._matcher.is_error():
-            reason = (self._matcher.get_error().strip().splitlines() or ["unknown"])[0]
             raise RequestError(
-                f"the grammar of this request is too complex to follow: {reason}; use a simpler "
-                "schema or response format"
+                "the grammar of this request is too complex to follow: "
+                f"{reason(self._matcher)}; use a simpler schema or response format"
             )
         return _without(bits, {*self._ends, self._vocabulary.eos})
 
@@ -408,10 +412,9 @@ class Constraint:
     def _feed(self, token_id: int) -> None:
         assert self._matcher is not None
         if not self._matcher.consume_token(token_id):
-            # Nothing that was allowed is refused; the state of a wrong engine must not go on.
-            reason = (self._matcher.get_error().strip().splitlines() or ["unknown"])[0]
             raise RequestError(
-                f"token {token_id} does not fit the grammar of this request: {reason}"
+                f"token {token_id} cannot be followed in the grammar of this request: "
+                f"{reason(self._matcher)}; use a simpler schema or response format"
             )
 
     def _speakable(self, ids: list[int]) -> bool:

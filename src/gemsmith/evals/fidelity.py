@@ -511,6 +511,7 @@ def _ask(lm: LM, case: Case) -> Generation:
     return lm.generate(
         case.messages,
         tools=case.tools,
+        constrained=False,  # a grammar would make every build's calls valid
         enable_thinking=case.enable_thinking,
         temperature=0.0,
         max_tokens=MAX_TOKENS,

@@ -228,29 +228,36 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], special: SpecialIds) -> str
     calls: list[str] = []
     seen: set[str] = set()
     for tool in tools:
-        compiler = _Compiler(tool, rules, known, f"<[{special.quote}]>")
+        compiler = _Compiler(tool, rules, known)
         if compiler.name in seen:
             raise ToolError(f"two tools are called {compiler.name!r}; give each its own name")
         seen.add(compiler.name)
         calls.append(compiler.call())
-    rules["start"] = f'"call:" ({" | ".join(calls)}) <[{special.tool_call_close}]>'
-    text = "".join(f"{name}: {body}\n" for name, body in rules.items())
-    if len(text) > MAX_GRAMMAR_CHARACTERS:
-        raise ToolError(
-            f"the schemas of {len(tools)} tools make a grammar of {len(text)} characters; at most "
-            f"{MAX_GRAMMAR_CHARACTERS} are compiled: declare fewer or smaller tools at once"
-        )
-    return text
+        size = sum(map(len, rules.values()))
+        if size > MAX_GRAMMAR_CHARACTERS:
+            raise ToolError(
+                f"the schemas of the tools up to {compiler.name!r} make a grammar of {size} "
+                f"characters; at most {MAX_GRAMMAR_CHARACTERS} are compiled: declare fewer or "
+                "smaller tools at once"
+            )
+        if error := _stumble(_text(rules, calls[-1:], quote=256, close=257)):
+            raise compiler.refuse("parameters", f"the schema cannot be held to: {error}")
+    return _text(rules, calls, quote=special.quote, close=special.tool_call_close)
+
+
+def _text(rules: Mapping[str, str], calls: list[str], *, quote: int, close: int | None) -> str:
+    start = f'start: "call:" ({" | ".join(calls)}) close\nquote: <[{quote}]>\nclose: <[{close}]>\n'
+    return start + "".join(f"{name}: {body}\n" for name, body in rules.items())
 
 
 class _Compiler:
     """One tool's schema to rules. Every method that gives a string gives a rule's or its name."""
 
     def __init__(
-        self, tool: Mapping[str, Any], rules: dict[str, str], known: dict[str, str], quote: str
+        self, tool: Mapping[str, Any], rules: dict[str, str], known: dict[str, str]
     ) -> None:
         """rules: by name, added to. known: names of rules by their bodies; tools share them."""
-        self.rules, self.known, self.quote = rules, known, quote
+        self.rules, self.known = rules, known
         function = tool.get("function") if isinstance(tool, Mapping) else None
         self.strict = not (isinstance(function, Mapping) and function.get("strict") is False)
         if self.strict:
@@ -516,9 +523,9 @@ class _Compiler:
         if any(texts):
             words = " | ".join(_literal(text) for text in dict.fromkeys(texts) if text)
             empty = "?" if "" in texts else ""
-            ways.append(f"{self.quote} {self.rule(words, terminal=True)}{empty} {self.quote}")
+            ways.append(f"quote {self.rule(words, terminal=True)}{empty} quote")
         elif texts:
-            ways.append(f"{self.quote} {self.quote}")
+            ways.append("quote quote")
         return ways
 
     def written(self, value: Any, path: str) -> str:
@@ -527,7 +534,7 @@ class _Compiler:
         text = ""
         for part, is_markup in value_parts(value):
             if is_markup and part == QUOTE:
-                pieces += [_literal(text)] * bool(text) + [self.quote]
+                pieces += [_literal(text)] * bool(text) + ["quote"]
                 text = ""
             else:
                 self.check_writable(part, path)
@@ -551,11 +558,13 @@ class _Compiler:
             from llguidance import LLMatcher
 
             grammar = LLMatcher.grammar_from_lark(f"start: T\nT: {' & '.join(terms)}\n")
-            if error := _complaint(grammar):
-                raise self.refuse(path, f"its strings cannot be held to: {error}")
-            if _is_empty(grammar):
-                return None
-        return f"{self.quote} {term} {self.quote}"
+            tried = matcher(_bytes(), grammar)
+            tried.compute_bitmask()
+            if tried.is_error() and reason(tried).startswith("NoExtension"):
+                return None  # no text fits
+            if tried.is_error():
+                raise self.refuse(path, f"its strings cannot be held to: {reason(tried)}")
+        return f"quote {term} quote"
 
     def number(self, kind: str, flat: Mapping[str, Any], path: str) -> str | None:
         bounds = {key: flat[key] for key in _BOUNDS if key in flat}
@@ -587,7 +596,7 @@ class _Compiler:
         item = self.value(schema, f"{path}.items") if high != 0 else None
         if item is None:
             return '"[" "]"' if low == 0 else None
-        more = f'("," {item}){{{max(0, low - 1)},{"" if high is None else high - 1}}}'
+        more = _times(f'("," {item})', max(0, low - 1), None if high is None else high - 1)
         return f'"[" ({item} {more}){"?" if low == 0 else ""} "]"'
 
     def unique(self, schema: Any, low: int, high: int | None, path: str) -> str | None:
@@ -707,9 +716,9 @@ class _Compiler:
                 return '""' if missing == 0 else None
             more = f'("," {other})'
             if count:
-                return f"{more}{{{missing},{'' if left is None else left}}}"
-            again = f"{{{max(0, missing - 1)},{'' if left is None else left - 1}}}"
-            return f"({other} {more}{again}){'?' if missing == 0 else ''}"
+                return _times(more, missing, left)
+            more = _times(more, max(0, missing - 1), None if left is None else left - 1)
+            return f"({other} {more}){'?' if missing == 0 else ''}"
         pair, required = pairs[index]
         ways: list[str] = []
         if high is None or count < high:
@@ -725,7 +734,7 @@ class _Compiler:
 
     def anything(self, depth: int) -> str:
         """Any value, nested at most `depth` levels."""
-        string = f"{self.quote} {self.rule(f'/{_escaped(STRING)}/', terminal=True)} {self.quote}"
+        string = f"quote {self.rule(f'/{_escaped(STRING)}/', terminal=True)} quote"
         ways = [string, self.rule(_NUMBER, terminal=True), '"true"', '"false"', '"null"']
         if depth:
             inner = self.anything(depth - 1)
@@ -783,6 +792,11 @@ def _in(value: Any, values: Iterable[Any]) -> bool:
 
 
 # -- the grammar's own syntax -----------------------------------------------------------------
+
+
+def _times(body: str, low: int, high: int | None) -> str:
+    """`body` from `low` to `high` times."""
+    return '""' if high == 0 else f"{body}{{{low},{'' if high is None else high}}}"
 
 
 def _literal(text: str) -> str:
@@ -854,9 +868,41 @@ def _complaint(grammar: str) -> str:
     return (reasons or [line for line in lines if line] or [""])[0]
 
 
-def _is_empty(grammar: str) -> bool:
-    """Whether no text fits a grammar at all."""
-    from llguidance import LLMatcher
+def matcher(vocabulary: Any, grammar: str) -> Any:
+    """An `llguidance.LLMatcher` within the bounds that a request of anybody's may take up.
 
-    matcher = LLMatcher(_bytes(), grammar, log_level=0)
-    return not matcher.is_accepting() and not any(matcher.compute_bitmask())
+    Whatever goes wrong shows in its `is_error`. One mask takes tens of milliseconds at most, what
+    it remembers 100 MB.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(
+        max_items_in_row=10_000, max_lexer_states=50_000, verbose_errors=False
+    )
+    return LLMatcher(vocabulary, grammar, limits=limits, log_level=0)
+
+
+def reason(failed: Any) -> str:
+    """Why a matcher can go no further, in a line."""
+    return (failed.get_error().strip().splitlines() or ["unknown"])[0]
+
+
+def _stumble(grammar: str) -> str:
+    """What goes wrong when a call is written by this grammar, as short as it goes; "" if nothing.
+
+    Some grammars are too large only once their parser gets to work: this is found before a reply.
+    """
+    tried = matcher(_bytes(), grammar)
+    for _ in range(_TRIED):
+        bits = tried.compute_bitmask()
+        if tried.is_error() or tried.is_stopped():
+            break
+        may = [id for id in (257, 256, *_CLOSING, *range(256)) if bits[id // 8] >> id % 8 & 1]
+        if not may or not tried.consume_token(may[0]):
+            break
+    return reason(tried) if tried.is_error() else ""
+
+
+_TRIED = 64
+"""Bytes of a call that are written to try its grammar."""
+_CLOSING = b"}],:"
