@@ -1,4 +1,4 @@
-"""Calls of tools with random schemas: does every one parse, and fit its schema as `jsonschema` says?
+"""Calls of tools with random schemas: does every one parse, and does `jsonschema` find it fits?
 
 Each tool (`testing.random_tool`) is offered to a model that must call it, at a temperature that
 makes it write nonsense where it may. A call that max_tokens cut short is counted apart: it comes
@@ -51,14 +51,14 @@ def measure(
     started = time.perf_counter()
     for seed in range(first, first + count):
         tool = random_tool(Random(seed))
-        form = {"tool_choice": "required"} if constrained else {"constrained": False}
         reply = lm.generate(
             "Use the tool now.",
             tools=[tool],
             temperature=temperature,
             seed=seed,
             max_tokens=MAX_TOKENS,
-            **form,
+            constrained=constrained,
+            tool_choice="required" if constrained else "auto",
         )
         counts["calls"] += len(reply.tool_calls)
         counts["tokens"] += reply.usage.completion_tokens

@@ -220,7 +220,9 @@ def _random_schema(random: Random, depth: int) -> dict[str, Any]:
             schema = {"type": "string"}
             if random.random() < 0.4:
                 schema |= {"minLength": random.randint(0, 3), "maxLength": random.randint(3, 9)}
-            return schema | ({"format": "date"} if random.random() < 0.1 and len(schema) == 1 else {})
+            return schema | (
+                {"format": "date"} if random.random() < 0.1 and len(schema) == 1 else {}
+            )
         case "integer":
             bounds: list[dict[str, Any]] = [
                 {},
@@ -231,7 +233,11 @@ def _random_schema(random: Random, depth: int) -> dict[str, Any]:
             ]
             return {"type": "integer"} | random.choice(bounds)
         case "number":
-            bounds = [{}, {"minimum": low / 4}, {"exclusiveMinimum": low - 0.125, "maximum": low + 9.5}]
+            bounds = [
+                {},
+                {"minimum": low / 4},
+                {"exclusiveMinimum": low - 0.125, "maximum": low + 9.5},
+            ]
             return {"type": "number"} | random.choice(bounds)
         case "boolean" | "null" as kind:
             return {"type": kind}

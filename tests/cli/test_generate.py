@@ -154,3 +154,21 @@ def test_a_model_is_quantized_while_it_is_loaded(tmp_path):
     assert (refused.exit_code, "is quantized already" in refused.output) == (2, True)
     refused = CliRunner().invoke(app, [*asked, "--quant", "int5"])
     assert (refused.exit_code, "quant 'int5': must be int8" in refused.output) == (2, True)
+
+
+def test_a_schema_and_a_choice_of_tool_reach_the_model(generate: Any, tmp_path: Path):
+    (tmp_path / "s.json").write_text('{"type": "integer"}')
+    options = ["--schema", str(tmp_path / "s.json"), "--tool-choice", "none"]
+    _, asked = generate([Content("1")], "Hi", *options)
+    assert asked[0][1]["response_format"] == {"type": "json_schema", "schema": {"type": "integer"}}
+    assert asked[0][1]["tool_choice"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[1]", "holds a JSON list; a schema is an object"), ("{", "is not JSON")]
+)
+def test_a_file_that_is_no_schema_is_refused(generate: Any, tmp_path: Path, text, message):
+    (tmp_path / "s.json").write_text(text)
+    result, asked = generate([Content("x")], "Hi", "--schema", str(tmp_path / "s.json"))
+    assert message in result.output
+    assert (result.exit_code, asked) == (2, [])

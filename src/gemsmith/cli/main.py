@@ -160,6 +160,12 @@ def generate(
     tools: Annotated[
         str | None, typer.Option(help="JSON file: a list of tools the model may call.")
     ] = None,
+    tool_choice: Annotated[
+        str | None, typer.Option(help="auto, required, none, or the tool that must be called.")
+    ] = None,
+    schema: Annotated[
+        str | None, typer.Option(help="JSON schema file: the answer is JSON that fits it.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Only the likeliest up to this sum.")] = None,
@@ -176,7 +182,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Answer one message."""
-    from gemsmith.cli.prompt import read_messages, read_tools, with_media
+    from gemsmith.cli.prompt import read_messages, read_schema, read_tools, with_media
 
     messages = read_messages(prompt, file, system)
     messages = with_media(messages, images=image or [], audio=audio or [], videos=video or [])
@@ -190,6 +196,10 @@ def generate(
     asked = {"tools": declared, "enable_thinking": think, **sampling}
     if budget is not None:
         asked["image_budget"] = _budget(budget)
+    if tool_choice is not None:
+        asked["tool_choice"] = tool_choice
+    if schema is not None:
+        asked["response_format"] = {"type": "json_schema", "schema": read_schema(schema)}
 
     from gemsmith.cli import generate as worker
 

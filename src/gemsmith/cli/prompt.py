@@ -129,14 +129,33 @@ def read_tools(path: str) -> list[dict[str, Any]]:
     Raises:
       RequestError: unreadable, or not JSON. What the list holds is checked where it is used.
     """
-    text = decode(read_file(path, MAX_TOOLS_BYTES), path)
-    try:
-        tools = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path} is not JSON: {error}") from None
+    tools = _read_json(path)
     if not isinstance(tools, list):
         raise RequestError(
             f"{path} holds a JSON {type(tools).__name__}; tools are a list such as "
             '[{"type": "function", "function": {"name": ..., "parameters": {...}}}]'
         )
     return tools
+
+
+def read_schema(path: str) -> dict[str, Any]:
+    """A JSON schema.
+
+    Raises:
+      RequestError: unreadable, or no JSON object. What it says is checked where it is used.
+    """
+    schema = _read_json(path)
+    if not isinstance(schema, dict):
+        raise RequestError(
+            f"{path} holds a JSON {type(schema).__name__}; a schema is an object such as "
+            '{"type": "object", "properties": {...}}'
+        )
+    return schema
+
+
+def _read_json(path: str) -> Any:
+    text = decode(read_file(path, MAX_TOOLS_BYTES), path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is not JSON: {error}") from None

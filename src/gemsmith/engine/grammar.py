@@ -38,7 +38,7 @@ from gemsmith.text.stream import MARKERS
 from gemsmith.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
 
 SLICES = (r'[^<"\\\x00-\x1f\x7f]{1,12}', r'[^<"\\\x00-\x1f\x7f]+')
 """Tokens that are let through together where the text between quotes is free."""
@@ -70,16 +70,13 @@ class _Wrapped:
 
 
 class Vocabulary:
-    """What llguidance and `Constraint` need of a tokenizer; built once, in about 2 s for 262,144."""
-
-    _built: "weakref.WeakKeyDictionary[Tokenizer, Vocabulary]" = weakref.WeakKeyDictionary()
-    _building = Lock()
+    """What llguidance and `Constraint` need of a tokenizer; `of` builds it once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         from llguidance import LLTokenizer, TokenizerWrapper
 
         wrapped = _Wrapped(tokenizer)
-        self.core: LLTokenizer = LLTokenizer(
+        self.core = LLTokenizer(
             TokenizerWrapper(wrapped), n_vocab=tokenizer.vocab_size, slices=list(SLICES)
         )
         self.size, self.eos = tokenizer.vocab_size, wrapped.eos_token_id
@@ -93,10 +90,10 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
-        with cls._building:
-            found = cls._built.get(tokenizer)
+        with _building:
+            found = _built.get(tokenizer)
             if found is None:
-                found = cls._built[tokenizer] = cls(tokenizer)
+                found = _built[tokenizer] = cls(tokenizer)
             return found
 
     def spelling(self, tail: bytes) -> tuple[int, ...]:
@@ -118,6 +115,9 @@ class Vocabulary:
             )
         return self._known[rest]
 
+
+_built: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
+_building = Lock()
 
 _SPELLED = tuple(marker.encode() for marker in MARKERS)
 """Markers that the splitter of a reply would read in ordinary text too."""
@@ -339,7 +339,8 @@ class Constraint:
         """The bits of the grammar's mask; ends are not for it to give."""
         if self._bits is None:
             self.prepare()
-        assert self._bits is not None and self._matcher is not None
+        assert self._bits is not None
+        assert self._matcher is not None
         bits = self._bits.result()
         if self._matcher.is_error():
             raise RequestError(

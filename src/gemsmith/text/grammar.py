@@ -1,11 +1,11 @@
 """Declared tools and response formats to grammars that hold a model to them while it writes.
 
-`call_grammar` turns the JSON schemas of tools into a Lark grammar of Gemma 4's own call syntax, from
-behind `<|tool_call>` to `<tool_call|>`. It writes calls in one form, that of `tools.call_parts`:
-nothing between the parts, keys sorted without regard to case, declared ones before others. So a
-call that the model wrote and its history, written again, are the same tokens. `response_grammar`
-does the same for a plain reply. What this is not: it knows no tokens but the markers and holds no
-state of a reply (see engine.grammar).
+`call_grammar` turns the JSON schemas of tools into a Lark grammar of Gemma 4's own call syntax,
+from behind `<|tool_call>` to `<tool_call|>`. It writes calls in one form, that of
+`tools.call_parts`: no space between the parts, keys sorted without regard to case, declared ones
+before others. So a call that the model wrote and its history, written again, are the same tokens.
+`response_grammar` does the same for a plain reply. What this is not: it knows no tokens but the
+markers and holds no state of a reply (see engine.grammar).
 
 A schema is kept to the letter: what no grammar can hold a call to (see `_Compiler.refuse`) is a
 ToolError with its place. A tool whose function says `"strict": False` is held to the syntax alone.
@@ -38,7 +38,7 @@ from gemsmith.text.tools import (
 )
 
 ToolChoice = Literal["auto", "required", "none"] | str | Mapping[str, Any]
-"""As OpenAI has it: a word, the name of a tool, or {"type": "function", "function": {"name": ..}}"""
+"""A word, a tool's name, or as OpenAI has it {"type": "function", "function": {"name": ...}}."""
 
 FREE_DEPTH = 8
 """Nesting of a value whose schema allows anything."""
@@ -59,7 +59,8 @@ _NUMBER = r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,18})?([eE][-+]?[0-9]{1,2})?/"
 _ANY_KEY = r"/[\p{L}\p{N}_$@][\p{L}\p{N}_.\-]{0,63}/"
 _FORMATS = {
     "date": r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])",
-    "time": r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[-+]([01][0-9]|2[0-3]):[0-5][0-9])",
+    "time": r"([01][0-9]|2[0-3])(:[0-5][0-9]){2}(\.[0-9]{1,9})?"
+    r"(Z|[-+]([01][0-9]|2[0-3]):[0-5][0-9])",
     "uuid": r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
 }
 _FORMATS["date-time"] = f"{_FORMATS['date']}T{_FORMATS['time']}"
@@ -114,7 +115,8 @@ def chosen_tools(
         return (declared if choice == "auto" else []), False
     if not declared:
         raise ToolError(
-            f"tool_choice {show(choice)} needs a tool to call, but none is declared; give tools=[...]"
+            f"tool_choice {show(choice)} needs a tool to call, but none is declared; give "
+            "tools=[...]"
         )
     if choice == "required":
         return declared, True
@@ -652,7 +654,7 @@ class _Compiler:
             raise self.refuse(
                 path, f"the required key {show(unknown[0])} is not among its properties"
             )
-        schemas = {**{key: others for key in required}, **declared}
+        schemas = {**dict.fromkeys(required, others), **declared}
         # As `tools.pairs_parts` sorts them, so that a call and its history are the same tokens.
         keys = sorted(schemas, key=str.lower)
         pairs: list[tuple[str, bool]] = []
@@ -876,9 +878,7 @@ def matcher(vocabulary: Any, grammar: str) -> Any:
     """
     from llguidance import LLMatcher, LLParserLimits
 
-    limits = LLParserLimits(
-        max_items_in_row=10_000, max_lexer_states=50_000, verbose_errors=False
-    )
+    limits = LLParserLimits(max_items_in_row=10_000, max_lexer_states=50_000, verbose_errors=False)
     return LLMatcher(vocabulary, grammar, limits=limits, log_level=0)
 
 
