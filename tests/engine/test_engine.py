@@ -507,7 +507,7 @@ def prompt_of(lm: LM, *args, **options) -> str:
 
 def prompt_ids(lm: LM, *args, **options) -> list[int]:
     seen = []
-    lm._start = lambda prompt, params, *, chat: seen.extend(prompt.ids)  # pyright: ignore
+    lm._start = lambda prompt, params, **_: seen.extend(prompt.ids)  # pyright: ignore
     lm.stream(*args, **options)
     return seen
 

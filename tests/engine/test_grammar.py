@@ -1,9 +1,11 @@
 """Replies held to schemas and formats: on random weights, on pocket, and on scripts that resist."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -19,6 +21,7 @@ from gemsmith.engine.request import FinishReason, SamplingParams
 from gemsmith.errors import RequestError, ToolError
 from gemsmith.testing import SIZES, random_model, random_tool, tiny_config
 from gemsmith.text.calls import ToolCall
+from gemsmith.text.stream import parse_output
 from gemsmith.text.tokenizer import Tokenizer
 
 OPEN, CLOSE, ANSWERED = "<|tool_call>", "<tool_call|>", "<|tool_response>"
@@ -36,6 +39,16 @@ USER = [{"role": "user", "content": "go"}]
 @pytest.fixture(scope="module")
 def pocket() -> LM:
     return LM.load("pocket")
+
+
+@pytest.fixture(scope="module")
+def real() -> Tokenizer:
+    """The vocabulary of Gemma 4, compiled where it can be."""
+    beside = Path(__file__).parents[3] / "shared" / "data" / "gemma4-tokenizer.gguf"
+    path = Path(os.environ.get("GEMSMITH_GEMMA4_VOCAB", beside))
+    if not path.is_file():
+        pytest.skip("needs the Gemma 4 vocabulary: set GEMSMITH_GEMMA4_VOCAB to its .gguf file")
+    return Tokenizer.load(path)
 
 
 @pytest.fixture
@@ -310,6 +323,34 @@ def test_a_string_holds_letters_and_bytes_and_no_marker_but_its_end(tokenizer):
     inside = followed.allowed_mask()
     assert inside is not None
     assert not inside[special.quote]
+
+
+def test_calls_of_the_real_vocabulary_fit_and_are_spelled_as_it_spells_them(real):
+    """Its model would have to be 262,144 tokens wide; here chance chooses among what may come."""
+    special = real.special
+    ends = [special.eos, special.turn_close, special.tool_response_open]
+    for seed in range(6):
+        random, declared = Random(seed), random_tool(Random(seed), depth=2)
+        asked = Grammar(real, tools=[declared], tool_choice="required", parallel_tool_calls=False)
+        followed = Constraint(asked, vocab_size=real.vocab_size, end_ids=ends)
+        head = real.encode(f"{OPEN}call:use_it{{")
+        ids: list[int] = []
+        while len(ids) < 200 and ids[-1:] != [special.tool_response_open]:
+            forced = followed.forced()
+            if not forced:
+                mask_V = followed.allowed_mask()
+                assert mask_V is not None
+                may = mask_V.nonzero().flatten().tolist()
+                quotes = [special.quote] * bool(mask_V[special.quote])
+                forced = [random.choice(quotes if quotes and random.random() < 0.5 else may)]
+            followed.accept(forced[0])
+            ids.append(forced[0])
+        assert ids[: len(head) - 1] == head[:-1]
+        found = parse_output(real.decode(ids))
+        if ids[-1] == special.tool_response_open:
+            assert {problem.kind for problem in found.problems} <= {"duplicate_key"}
+            schema = Draft202012Validator(declared["function"]["parameters"])
+            schema.validate(found.calls[0].arguments)
 
 
 def test_a_wrong_token_is_an_error(tokenizer):

@@ -255,15 +255,6 @@ class LM:
                 "constrained=False leaves the reply to the model, but tool_choice or "
                 "response_format asks for a form; leave out one of them"
             )
-        grammar = None
-        if constrained:
-            grammar = self._grammars.get(
-                tools=tools,
-                tool_choice=tool_choice,
-                parallel_tool_calls=parallel_tool_calls,
-                response_format=response_format,
-            )
-        follow = grammar and partial(self._follow, grammar, enable_thinking)
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise RequestError(
@@ -272,6 +263,8 @@ class LM:
                 )
             if not (self.is_chat or tools or enable_thinking):
                 raw = Prompt(self._raw_ids([(prompt, False)]))
+                grammar = self._grammars.get(response_format=response_format)
+                follow = grammar and partial(self._follow, grammar, False)
                 return self._start(raw, params, chat=False, follow=follow)
             prompt = [{"role": "user", "content": prompt}]
         encoded = self.encode(
@@ -281,6 +274,15 @@ class LM:
             preserve_thinking=preserve_thinking,
             image_budget=image_budget,
         )
+        grammar = None
+        if constrained:
+            grammar = self._grammars.get(
+                tools=tools,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
+                response_format=response_format,
+            )
+        follow = grammar and partial(self._follow, grammar, enable_thinking)
         return self._start(encoded, params, chat=True, follow=follow)
 
     def encode(

@@ -15,11 +15,11 @@ import json
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -38,12 +38,15 @@ from gemsmith.text.stream import MARKERS
 from gemsmith.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
+
+T = TypeVar("T")
 
 SLICES = (r'[^<"\\\x00-\x1f\x7f]{1,12}', r'[^<"\\\x00-\x1f\x7f]+')
 """Tokens that are let through together where the text between quotes is free."""
 THREADED = 65_536
-"""Tokens from which on computing a mask (up to 3 ms for 262,144) is worth a thread of its own."""
+"""Tokens from which on a mask (1 to 5 ms for 262,144) and reading the vocabulary (a second) are
+worth a thread of their own; llguidance lets go of Python's lock."""
 KEPT = 32
 """Compiled grammars kept for requests that ask the same again."""
 
@@ -73,13 +76,9 @@ class Vocabulary:
     """What llguidance and `Constraint` need of a tokenizer; `of` builds it once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        from llguidance import LLTokenizer, TokenizerWrapper
-
         wrapped = _Wrapped(tokenizer)
-        self.core = LLTokenizer(
-            TokenizerWrapper(wrapped), n_vocab=tokenizer.vocab_size, slices=list(SLICES)
-        )
         self.size, self.eos = tokenizer.vocab_size, wrapped.eos_token_id
+        self._core = _beside(self.size, lambda: _build(wrapped, tokenizer.vocab_size))
         special = tokenizer.special_ids()
         self._closers = [
             (id, piece)
@@ -95,6 +94,15 @@ class Vocabulary:
             if found is None:
                 found = _built[tokenizer] = cls(tokenizer)
             return found
+
+    @property
+    def core(self) -> "LLTokenizer":
+        return self._core.result()
+
+    @property
+    def is_built(self) -> bool:
+        """Whether `core` is there without waiting for it."""
+        return self._core.done()
 
     def spelling(self, tail: bytes) -> tuple[int, ...]:
         """Ids whose letters would, after `tail`, complete a marker that is no marker."""
@@ -116,6 +124,12 @@ class Vocabulary:
         return self._known[rest]
 
 
+def _build(wrapped: _Wrapped, size: int) -> "LLTokenizer":
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(TokenizerWrapper(wrapped), n_vocab=size, slices=list(SLICES))
+
+
 _built: weakref.WeakKeyDictionary[Tokenizer, Vocabulary] = weakref.WeakKeyDictionary()
 _building = Lock()
 
@@ -127,6 +141,15 @@ _LONGEST = max(map(len, _SPELLED))
 @cache
 def _thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="gemsmith-grammar")
+
+
+def _beside(size: int, work: Callable[[], T]) -> "Future[T]":
+    """The result of `work`, made by a thread beside the model where the vocabulary is large."""
+    if size >= THREADED and (os.cpu_count() or 1) > 1:
+        return _thread().submit(work)
+    done: Future[T] = Future()
+    done.set_result(work())
+    return done
 
 
 # -- what a request asks for ------------------------------------------------------------------
@@ -159,12 +182,22 @@ class Grammar:
                 "this checkpoint's vocabulary has no tool call markers; ask without tools, or load "
                 "an instruction-tuned Gemma 4"
             )
-        self.calls = self.answer = None
+        self.may_call = bool(allowed)
+        self._calls: Future[LLMatcher] | None = None
+        self.answer: LLMatcher | None = None
         if allowed:
-            self.calls = self._matcher(call_grammar(allowed, special), "the tools", ToolError)
+            text = call_grammar(allowed, special)
+            # The first request goes on while the vocabulary is read: its schemas were tried above.
+            size = 0 if self.vocabulary.is_built else self.vocabulary.size
+            self._calls = _beside(size, lambda: self._matcher(text, "the tools", ToolError))
         if grammar := response_grammar(response_format):
             kind = f"response_format {(response_format or {}).get('type')}"
             self.answer = self._matcher(grammar, kind, RequestError)
+
+    def call(self) -> "LLMatcher":
+        """What follows one call."""
+        assert self._calls is not None
+        return self._calls.result().deep_copy()
 
     def _matcher(self, grammar: str, what: str, error: type[RequestError]) -> "LLMatcher":
         made = matcher(self.vocabulary.core, grammar)
@@ -299,8 +332,8 @@ class Constraint:
         """What alone may come (bits, ids, or None for anything) and what of that may not."""
         if self._forced:
             return frozenset(self._forced[:1]), frozenset()
-        special, calls = self._special, self.grammar.calls
-        may_call = frozenset({self._call} if calls else ()) - {-1}
+        special = self._special
+        may_call = frozenset({self._call} if self.grammar.may_call else ()) - {-1}
         spelled = frozenset(self._vocabulary.spelling(self._tail))
         match self._state:
             case "ended":
@@ -353,11 +386,7 @@ class Constraint:
         """Begin to compute the next mask; worth a call before the model runs."""
         if self._matcher is None or self._bits is not None or self._forced:
             return
-        if self._vocabulary.size >= THREADED and (os.cpu_count() or 1) > 1:
-            self._bits = _thread().submit(self._matcher.compute_bitmask)
-        else:
-            self._bits = Future()
-            self._bits.set_result(self._matcher.compute_bitmask())
+        self._bits = _beside(self._vocabulary.size, self._matcher.compute_bitmask)
 
     # What has come.
 
@@ -383,9 +412,9 @@ class Constraint:
             self._state, self._matcher, self._tail = "thought", None, b""
         elif token_id == self._close and self._state == "thought":
             self._state, self._tail, self._may_think = "text", b"", False
-        elif token_id == self._call and self.grammar.calls is not None:
+        elif token_id == self._call and self.grammar.may_call:
             self._state, self._tail = "call", b""
-            self._matcher = self.grammar.calls.deep_copy()
+            self._matcher = self.grammar.call()
         else:
             self._remember(token_id)
             if self._state == "text":
