@@ -86,6 +86,7 @@ def test_calls_are_found_wherever_they_begin_and_end(text: str, names: list[str]
     [
         ("<|tool_call>", "truncated", "the text ends inside a tool call"),
         ("<|tool_call>call:f{a:1", "truncated", "the text ends inside a tool call"),
+        ("<|tool_call>call:f{a:1,unfin", "truncated", "the text ends inside a tool call"),
         ('<|tool_call>call:f{a:<|"|>x', "truncated", "a string is never closed"),
         ('<|tool_call>call:f{a:1,b:[<|"|>x<|"|>', "truncated", "ends inside a tool call"),
         (wrapped(""), "malformed", "nothing between the tool call markers"),

@@ -117,6 +117,7 @@ _WORDS: dict[str, Any] = {
 }  # fmt: skip
 _CLOSERS = {"{": "}", "(": ")", "[": "]"}
 _MAX_KEY = 256
+_KEY_SO_FAR = re.compile(r"[^{}\[\](),\n<]{1,256}+")
 _MAX_DIGITS = 4000
 
 
@@ -298,6 +299,8 @@ class CallParser:
             raise self.expected("':' after a key", at)
         end = self.bare_key_end(at, bracket)
         if end is None:
+            if _KEY_SO_FAR.fullmatch(self.text, at):
+                raise self.truncated(at)
             raise self.expected("a key and ':'", at)
         return self.text[at:end].strip(), self.skip(_SPACE, end + 1)
 
