@@ -297,6 +297,9 @@ def test_the_mask_says_what_apply_does(tokenizer):
             allowed_V = followed.apply(logits_V).isfinite()
             mask_V = followed.allowed_mask()
             assert mask_V is None or torch.equal(mask_V, allowed_V)
+            ids = allowed_V.nonzero().flatten().tolist()
+            few = followed.allowed_ids(200)
+            assert few == (ids if len(ids) <= 200 else None)
             forced = followed.forced()
             if forced:
                 assert allowed_V.nonzero().flatten().tolist() == forced[:1]

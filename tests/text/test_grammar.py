@@ -141,6 +141,8 @@ CASES = [
     ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, [f"{Q}1{Q}", "1"], ["1.5", "null"]),
     ({"type": "integer", "anyOf": [{"minimum": 9}, {"maximum": 1}]}, ["9", "1"], ["5"]),
     ({"allOf": [{"type": "integer"}, {"minimum": 2}, {"maximum": 3}]}, ["2", "3"], ["1", "4"]),
+    ({"type": "integer", "minimum": 2, "maximum": 9, "allOf": [{"minimum": 5, "maximum": 7}]},
+     ["5", "7"], ["4", "8", "2", "9"]),
     ({"oneOf": [{"type": "string"}, {"const": 4}]}, [f"{Q}{Q}", "4"], ["5"]),
     ({"$ref": "#/$defs/D", "minimum": 5}, ["5"], ["4", f"{Q}5{Q}"]),
     ({"type": "array", "items": {"type": "null"}}, ["[]", "[null,null]"], ["[null,]", "[1]"]),

@@ -307,6 +307,20 @@ class Constraint:
             mask_V[list(never)] = False
         return mask_V.to(self._device)
 
+    def allowed_ids(self, most: int) -> list[int] | None:
+        """The tokens that may come next, ascending; None if they are more than `most`.
+
+        For a head that computes the logits of these alone.
+        """
+        only, never = self._rule()
+        if isinstance(only, bytes):
+            if sum(map(int.bit_count, only)) - len(never) > most:
+                return None
+            bits = np.unpackbits(np.frombuffer(only, np.uint8), bitorder="little")
+            only = frozenset(np.flatnonzero(bits[: self._vocabulary.size]).tolist())
+        ids = None if only is None else sorted(only - never)
+        return None if ids is None or len(ids) > most else ids
+
     def apply(self, logits_V: Tensor) -> Tensor:
         """The logits with -inf where a token may not come; the tensor itself where any may.
 
