@@ -3,9 +3,9 @@
 Text: tool calls, answers, JSON, and when no tool fits. Pictures: what they show, how many, where,
 and what they say, the last at every budget of soft tokens. Speech: transcripts, spoken commands,
 and one reading of four minutes. The model answers greedily, its calls held to their schemas as they
-are for everyone; a reply is right or wrong, nothing
-between (scoring.py says when), and words are counted beside. A model without eyes or ears is not
-asked what it cannot take, and the report says so.
+are for everyone; a reply is right or wrong, nothing between (scoring.py says when), and words are
+counted beside. A model without eyes or ears is not asked what it cannot take, and the report says
+so.
 
 Not a general benchmark: items come from the same generator as the training data, with names,
 values, schemas, texts and voices that training never met.
