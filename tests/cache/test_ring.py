@@ -344,7 +344,7 @@ def test_context_limit_is_refused_before_anything_is_computed():
 def test_a_context_that_the_memory_cannot_hold_is_refused_with_what_would_fit(monkeypatch):
     config = PRESETS["31B"].text_config
     gib = 1 << 30
-    cache = RingCache(config, dtype=torch.bfloat16, k_from_v=lambda *_: torch.empty(0))
+    cache = RingCache(config, dtype=torch.bfloat16)
     monkeypatch.setattr(hardware, "free_bytes", lambda device: 6 * gib)
     most = sizing.largest_context(config, 6 * gib)
     with pytest.raises(CapacityError) as caught:
@@ -357,7 +357,7 @@ def test_a_context_that_the_memory_cannot_hold_is_refused_with_what_would_fit(mo
     monkeypatch.setattr(hardware, "free_bytes", lambda device: 4 * gib)
     with pytest.raises(CapacityError, match=r"5\.44 GiB, which is not there either$"):
         cache.reserve(262_144)
-    narrow = RingCache(config, dtype=torch.int8, k_from_v=lambda *_: torch.empty(0))
+    narrow = RingCache(config, dtype=torch.int8)
     with pytest.raises(CapacityError, match=r"of int8 K/V.*fits is \d+ tokens$"):
         narrow.reserve(262_144)
 

@@ -335,9 +335,9 @@ def logits_of(engine: BatchEngine, request: Request) -> list[torch.Tensor]:
     """Those that each of its tokens was chosen from."""
     taken, take = [], Reply.take
 
-    def noted(self, logits_V):
-        taken.append(logits_V.clone())
-        return take(self, logits_V)
+    def noted(self, following):
+        taken.append(following.logits_V.clone())
+        return take(self, following)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reply, "take", noted)
@@ -400,4 +400,31 @@ def test_tenants_share_nothing_and_no_caching_shares_nothing(tokenizer):
     run_all(plain, [asked, asked])
     assert plain.stats().cached_tokens == plain.stats().checkpoints == 0
     assert plain.stats().kv_used_bytes == 0
+    idle(engine)
+
+
+def test_replies_held_to_a_grammar_are_those_of_each_alone(tokenizer):
+    """Tokens that a grammar forces are read together, beside other sequences and in few steps."""
+    special = tokenizer.special
+    config = tiny_config("E2B", vocab_size=tokenizer.vocab_size)
+    ends = [special.turn_close, special.tool_response_open]
+    lm = LM(random_model(config), tokenizer, config, end_ids=ends, kv="float32")
+    city = {"type": "string", "enum": ["Berlin", "Bern"]}
+    parameters = {"type": "object", "properties": {"city": city}, "required": ["city"]}
+    parameters["additionalProperties"] = False
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": parameters}}]
+    params = GREEDY.changed(max_tokens=80)
+    alone, asked = [], []
+    for text in ("Hi", "What is the weather?", "Go on."):
+        messages = [{"role": "user", "content": text}]
+        held = {"tools": tools, "tool_choice": "required"}
+        alone.append(lm.generate(messages, **held, sampling=params))
+        prompt = lm.encode(messages, tools=tools)
+        asked.append(Request(prompt=prompt, params=params, follow=lm.follow(**held)))
+    engine = BatchEngine(lm, replace(SMALL, max_model_len=512))
+    for outcome, expected in zip(run_all(engine, asked), alone, strict=True):
+        assert reply_of(outcome).tool_calls
+        assert reply_of(outcome).token_ids == expected.token_ids
+    stats = engine.stats()
+    assert stats.generated_tokens > 1.3 * 3 * stats.steps, "forced tokens take no steps"
     idle(engine)

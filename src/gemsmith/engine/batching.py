@@ -192,7 +192,11 @@ class BatchEngine:
         """
         lm, prompt = self.lm, request.prompt
         reply = lm.reply(
-            prompt, request.params, chat=request.chat, max_model_len=self.plan.max_model_len
+            prompt,
+            request.params,
+            chat=request.chat,
+            follow=request.follow,
+            max_model_len=self.plan.max_model_len,
         )
         together = lm.blocks(prompt, 0) is not None
         wholes = tuple((span.start, span.stop) for span in prompt.spans if span.run.kind != "audio")
@@ -345,19 +349,24 @@ class BatchEngine:
         return found
 
     def _take(self, job: _Job, following: Next) -> list[Event]:
-        events = job.reply.take(following)
-        self._generated += 1
-        if job.reply.ended:
-            events += job.reply.finish(job.cached or 0)
+        reply, before = job.reply, len(job.reply.token_ids)
+        events = reply.take(following)
+        while reply.knows_next and not reply.ended:
+            events += reply.take(None)  # the next step reads all that is known
+        new = reply.token_ids[before:]
+        self._generated += len(new)
+        if reply.ended:
+            events += reply.finish(job.cached or 0)
             self._finished += 1
             if self.config.prefix_caching:
                 pages = job.sequence.pages
                 self.prefix.keep(job.keys, job.chain, pages, pages.length)
             self._forget(job)
         else:
-            job.ids.append(job.reply.token_ids[-1])
-            job.keys.append(job.reply.token_ids[-1])
-            job.sequence.tokens += 1
+            job.ids += new
+            job.keys += new
+            job.sequence.tokens += len(new)
+            reply.prepare()
         return events
 
     def _fail(self, slice: Slice, error: GemsmithError) -> GemsmithError:

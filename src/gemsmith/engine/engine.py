@@ -19,10 +19,10 @@ from torch import Tensor
 
 from gemsmith.config import Gemma4Config
 from gemsmith.engine.context import Context, Soft, kv_format
-from gemsmith.engine.grammar import Constraint, Grammar, Grammars
+from gemsmith.engine.grammar import Constraint, Follow, Grammar, Grammars
 from gemsmith.engine.media import Prompt, expand
 from gemsmith.engine.media import collect as collect_media
-from gemsmith.engine.reply import Event, Follow, Reply
+from gemsmith.engine.reply import Event, Reply
 from gemsmith.engine.request import MIN_TEMPERATURE, Finished, Generation, SamplingParams
 from gemsmith.engine.sampler import Sampler
 from gemsmith.errors import ConfigError, MediaError, RequestError, TokenizerError
@@ -263,8 +263,7 @@ class LM:
                 )
             if not (self.is_chat or tools or enable_thinking):
                 raw = Prompt(self._raw_ids([(prompt, False)]))
-                grammar = self._grammars.get(response_format=response_format)
-                follow = grammar and partial(self._follow, grammar, False)
+                follow = self.follow(response_format=response_format)
                 return self._start(raw, params, chat=False, follow=follow)
             prompt = [{"role": "user", "content": prompt}]
         encoded = self.encode(
@@ -274,15 +273,15 @@ class LM:
             preserve_thinking=preserve_thinking,
             image_budget=image_budget,
         )
-        grammar = None
+        follow = None
         if constrained:
-            grammar = self._grammars.get(
+            follow = self.follow(
                 tools=tools,
                 tool_choice=tool_choice,
                 parallel_tool_calls=parallel_tool_calls,
                 response_format=response_format,
+                enable_thinking=enable_thinking,
             )
-        follow = grammar and partial(self._follow, grammar, enable_thinking)
         return self._start(encoded, params, chat=True, follow=follow)
 
     def encode(
@@ -482,7 +481,28 @@ class LM:
 
     # -- the reply ----------------------------------------------------------------------------
 
-    def _follow(self, grammar: Grammar, enable_thinking: bool, in_thought: bool) -> Constraint:
+    def follow(
+        self,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | None = None,
+        enable_thinking: bool = False,
+    ) -> Follow | None:
+        """What holds a reply to tools and form, arguments as in `generate`; None: it is free.
+
+        Raises: as `generate`.
+        """
+        grammar = self._grammars.get(
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            response_format=response_format,
+        )
+        return grammar and partial(self._constraint, grammar, enable_thinking)
+
+    def _constraint(self, grammar: Grammar, enable_thinking: bool, in_thought: bool) -> Constraint:
         return Constraint(
             grammar,
             vocab_size=self.config.text_config.vocab_size,

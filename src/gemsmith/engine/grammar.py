@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -490,3 +490,7 @@ def _without(bits: bytes, ids: Iterable[int]) -> bytes:
         if id // 8 < len(changed):
             changed[id // 8] &= ~(1 << id % 8)
     return bytes(changed)
+
+
+Follow: TypeAlias = Callable[[bool], Constraint]
+"""Makes what holds one reply to a grammar, told whether it begins in a thought."""

@@ -5,13 +5,13 @@ it, alone or in a batch, is not known here.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import torch
 
 from gemsmith.engine.context import Next
-from gemsmith.engine.grammar import Constraint
+from gemsmith.engine.grammar import Follow
 from gemsmith.engine.media import Prompt
 from gemsmith.engine.request import Finished, FinishReason, SamplingParams, TokenLogprob, Usage
 from gemsmith.engine.sampler import Sampler, token_logprob
@@ -24,9 +24,6 @@ from gemsmith.text.tokenizer import Detokenizer, Tokenizer
 Event: TypeAlias = SplitEvent | Finished
 """What a stream is made of: `Thinking`, `Content`, `ToolCallEvent`, `ToolProblem`, `Finished`."""
 
-
-Follow: TypeAlias = Callable[[bool], Constraint]
-"""Makes what holds a reply to a grammar, told whether it begins in a thought."""
 
 FEW = 256
 """Allowed tokens up to which the head's rows of them alone are read."""

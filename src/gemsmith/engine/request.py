@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, Self
 
+from gemsmith.engine.grammar import Follow
 from gemsmith.engine.media import Prompt
 from gemsmith.errors import RequestError
 from gemsmith.text.calls import Problem, ToolCall
@@ -123,6 +124,8 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     chat: bool = True
     """Whether thoughts and tool calls are split off; False shows all as text."""
+    follow: Follow | None = None
+    """What holds the reply to a grammar, as `LM.follow` makes it."""
     tenant: str = ""
     """Whose it is: tenants take turns, and share nothing that is cached."""
 
