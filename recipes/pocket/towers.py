@@ -256,10 +256,16 @@ def fit(
     towers = Towers(POCKET)
     init_towers(towers, SEED)
     eyes = kind == "see"
-    head = Eyes(Decoder(decoder)) if eyes else Ears(Decoder(decoder))
+    taught = Decoder(decoder)
+    head = Eyes(taught) if eyes else Ears(taught)
     state = torch.load(out, weights_only=True) if out.is_file() else {}
     if state:
         towers.load_state_dict(state["towers"])
+    else:
+        for name, weight in towers.named_parameters():
+            if name.endswith("embedding_projection.weight"):
+                # Rows as long as the embeddings that they are to stand among.
+                weight.data.mul_(taught.embedding_WD.square().mean().sqrt())
     if kind in state:
         head.load_state_dict(state[kind]["head"])
     part = nn.ModuleDict(

@@ -145,7 +145,7 @@ class PagedStep:
 
     def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]) -> None:
         self.cache, self.chunks = cache, chunks
-        self._readings: dict[tuple[bool, bool], tuple[list[_Part], Reading]] = {}
+        self._readings: dict[tuple[bool, bool], Reading] = {}
         self._rows: list[Tensor] | None = None
 
     @cached_property
