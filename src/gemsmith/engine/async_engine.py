@@ -114,15 +114,14 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._work, name="gemsmith-engine", daemon=True)
         self._thread.start()
 
-    async def encode(self, messages: list[dict[str, Any]], **options: Any) -> Prompt:
-        """`LM.encode` beside the running steps.
+    async def encode(self, messages: list[dict[str, Any]] | str, **options: Any) -> Prompt:
+        """`LM.encode`, or `LM.encode_text` of a text, beside the running steps.
 
-        Raises: as `LM.encode`.
+        Raises: as these.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._encoder, lambda: self._engine.lm.encode(messages, **options)
-        )
+        loop, lm = asyncio.get_running_loop(), self._engine.lm
+        encode: Callable[..., Prompt] = lm.encode_text if isinstance(messages, str) else lm.encode
+        return await loop.run_in_executor(self._encoder, partial(encode, messages, **options))
 
     async def submit(self, request: Request) -> Stream:
         """Queue a request; its events come from what is returned.

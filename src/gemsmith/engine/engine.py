@@ -319,6 +319,10 @@ class LM:
             )
         return expand(ids, media, self.config, self.tokenizer)
 
+    def encode_text(self, text: str) -> Prompt:
+        """What `complete` reads of a text: `<bos>`, and tokens for the markers written in it."""
+        return Prompt(self._raw_ids([(text, True)]))
+
     def complete(
         self,
         prompt: str | Sequence[int],
@@ -335,8 +339,8 @@ class LM:
         Raises: as `generate`.
         """
         params = (sampling or self.sampling).changed(**options)
-        ids = self._raw_ids([(prompt, True)]) if isinstance(prompt, str) else list(prompt)
-        return collect(self._start(Prompt(ids), params, chat=False))
+        read = self.encode_text(prompt) if isinstance(prompt, str) else Prompt(list(prompt))
+        return collect(self._start(read, params, chat=False))
 
     def choose(self, prompt: str | Sequence[chat.Message], choices: Sequence[str]) -> str:
         """The one of some texts that the model replies with when it may say nothing else.

@@ -1,0 +1,160 @@
+"""The application: routes, and the layers before them.
+
+    app = create_app(Service(lm, AsyncEngine(lm)))
+
+A request passes CORS (if origins are allowed at all), the log, the guard (keys, body size), then
+its route: the API's module translates it to an `Ask`, `Service` queues it, and the same module
+turns the events into the API's answer, in one piece or as server-sent events.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from gemsmith import __version__
+from gemsmith.errors import GemsmithError
+from gemsmith.server import chat, errors
+from gemsmith.server.errors import ApiError, problem
+from gemsmith.server.http import EventStream, Gone, Log, answer, connected, note_error
+from gemsmith.server.limits import Guard, Keys
+from gemsmith.server.protocol import ChatRequest, CompletionRequest
+from gemsmith.server.service import Ask, Replies, Service
+
+DRAIN_S = 5.0
+"""What is left for requests to end once every connection is closed."""
+
+
+def create_app(
+    service: Service, *, keys: Keys | None = None, origins: Sequence[str] = ()
+) -> FastAPI:
+    """The application around a service. Shutting it down drains and closes the engine.
+
+    keys: who may ask; without any everybody may. origins: pages of which a browser may ask, "*"
+    for all; none by default.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.engine.drain(DRAIN_S)
+
+    app = FastAPI(
+        title="gemsmith",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    for kind in (GemsmithError, RequestValidationError, HTTPException, Gone, Exception):
+        app.add_exception_handler(kind, _failed(service))
+    _plain_routes(app, service)
+    _openai_routes(app, service)
+    # The layer that is added last comes first.
+    app.add_middleware(Guard, keys=keys or Keys(), limits=service.limits)
+    app.add_middleware(Log, service=service)
+    return app
+
+
+def _failed(service: Service) -> Any:
+    async def failed(request: Request, error: Exception) -> Response:
+        if isinstance(error, Gone):
+            return Response(status_code=499)  # nobody reads it; the log does
+        note_error(request.scope, error)
+        told = problem(error, retry_after_s=service.retry_after_s())
+        return answer(_spell(request)(told), told)
+
+    return failed
+
+
+def _spell(request: Request) -> Any:
+    anthropic = request.url.path.startswith("/v1/messages")
+    return errors.anthropic if anthropic else errors.openai
+
+
+async def _started(service: Service, request: Request, ask: Ask) -> Replies:
+    replies = await connected(request, service.start(ask, request.state.tenant))
+    request.state.replies = replies
+    return replies
+
+
+def _plain_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the engine works."""
+        return answer({"status": "ok"} if service.engine.healthy else {"status": "broken"},
+                      None if service.engine.healthy else ApiError(503, ""))  # fmt: skip
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether requests are taken."""
+        told = ApiError(503, "", retry_after_s=1)
+        return answer({"ready": service.ready}, None if service.ready else told)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """What Prometheus reads."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def model(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "gemsmith",
+            "max_model_len": service.engine.plan.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """What is served."""
+        return answer({"object": "list", "data": [model(name) for name in service.names]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        """One of them."""
+        service.check_model(name)
+        return answer(model(name))
+
+
+def _openai_routes(app: FastAPI, service: Service) -> None:
+    def failed(error: BaseException) -> bytes:
+        return chat.data(errors.openai(problem(error)))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """A reply to a conversation."""
+        service.check_model(body.model)
+        replies = await _started(service, request, chat.ask_of(body))
+        if body.stream:
+            return EventStream(chat.chat_stream(service, body, replies), replies, failed)
+        return answer(await connected(request, chat.chat(service, body, replies)))
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """The continuation of a text."""
+        service.check_model(body.model)
+        params = service.params(chat.completion_params(body))
+
+        async def start() -> Replies:
+            prompts = [await service.text_prompt(prompt) for prompt in chat.prompts_of(body)]
+            return await service.submit(
+                prompts, params, n=body.n, tenant=request.state.tenant, chat=False
+            )
+
+        replies = request.state.replies = await connected(request, start())
+        if body.stream:
+            return EventStream(chat.completion_stream(service, body, replies), replies, failed)
+        return answer(await connected(request, chat.completion(service, body, replies)))
