@@ -1,26 +1,115 @@
-"""A server in this process, on models that cost nothing."""
+"""A server in this process, or on a socket, around a model that says what it is told to say."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+import json
+import re
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+import torch
+import uvicorn
 
+from gemsmith.cli.serve import listen
 from gemsmith.engine.async_engine import AsyncEngine
 from gemsmith.engine.batching import EngineConfig
 from gemsmith.engine.engine import LM
+from gemsmith.engine.reply import Reply
+from gemsmith.engine.request import SamplingParams
 from gemsmith.server.app import create_app
 from gemsmith.server.limits import Keys, Limits
 from gemsmith.server.service import Service
+from gemsmith.testing import random_model, tiny_config
+from tests.engine.conftest import byte_tokenizer
 
-SMALL = EngineConfig(max_num_seqs=4, max_model_len=2048, queue_limit=8)
+SMALL = EngineConfig(max_num_seqs=4, max_model_len=3000, max_num_batched_tokens=4000, queue_limit=4)
+Script = Callable[[str], str]
+
+
+class ScriptedReply(Reply):
+    """Whatever the model finds likely, the script is what it says."""
+
+    script: list[int]
+
+    def take(self, logits_V: torch.Tensor) -> list[Any]:
+        logits_V = torch.zeros_like(logits_V)
+        at = len(self.token_ids)
+        logits_V[self.script[at] if at < len(self.script) else 1] = 20.0
+        return super().take(logits_V)
+
+
+class ScriptedLM(LM):
+    """Replies with `script(prompt's text)`; a reply "FAIL" makes the model raise instead."""
+
+    script: Script
+    asked: list[str]
+
+    def reply(self, prompt: Any, params: SamplingParams, **options: Any) -> Reply:
+        made = super().reply(prompt, params, **options)
+        self.asked.append(self.tokenizer.decode(prompt.ids))
+        text = self.script(self.asked[-1])
+        made.__class__ = ScriptedReply
+        assert isinstance(made, ScriptedReply)
+        made.script = self.tokenizer.encode(text)
+        if text == "FAIL":
+            made.take = _fail  # pyright: ignore[reportAttributeAccessIssue]
+        return made
+
+
+def _fail(logits_V: torch.Tensor) -> list[Any]:
+    from gemsmith.errors import GemsmithError
+
+    raise GemsmithError("secret detail of /some/file")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ScriptedLM:
+    tokenizer = byte_tokenizer()
+    config = tiny_config("E2B", vocab_size=tokenizer.vocab_size)
+    ends = [tokenizer.special.turn_close, tokenizer.special.tool_response_open]
+    return ScriptedLM(
+        random_model(config),
+        tokenizer,
+        config,
+        end_ids=[id for id in ends if id is not None],
+        sampling=SamplingParams(temperature=0),
+        kv="float32",
+        name="tiny",
+    )
+
+
+@pytest.fixture
+def says(tiny: ScriptedLM) -> Callable[[str | Script], ScriptedLM]:
+    """The model, told what to say: a text, or a function of the prompt's text."""
+
+    def told(script: str | Script) -> ScriptedLM:
+        tiny.script = script if callable(script) else lambda _: script
+        tiny.asked = []
+        return tiny
+
+    return told
 
 
 @pytest.fixture(scope="session")
 def pocket() -> LM:
     return LM.load("pocket")
+
+
+@contextmanager
+def service_of(
+    lm: LM, config: EngineConfig = SMALL, limits: Limits | None = None
+) -> Iterator[Service]:
+    """A service; nothing is held by its engine once it is idle."""
+    engine = AsyncEngine(lm, config)
+    try:
+        yield Service(lm, engine, limits=limits, name="gemma")
+    finally:
+        engine.close()
+        engine._engine.cache.blocks.check([])
+        assert engine.stats().running == engine.stats().waiting == 0
 
 
 @asynccontextmanager
@@ -32,24 +121,64 @@ async def serving(
     keys: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
 ) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
-    engine = AsyncEngine(lm, config)
-    service = Service(lm, engine, limits=limits, name="pocket")
-    app = create_app(service, keys=Keys(keys), origins=origins)
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-    try:
+    """A client of a server in this process."""
+    with service_of(lm, config, limits) as service:
+        app = create_app(service, keys=Keys(keys), origins=origins)
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://here", timeout=60
         ) as client:
             yield client, service
-    finally:
-        engine.close()
-        blocks = engine._engine.cache.blocks
-        blocks.check([])
 
 
-def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+@contextmanager
+def on_a_socket(
+    lm: LM, config: EngineConfig = SMALL, limits: Limits | None = None
+) -> Iterator[tuple[str, Service]]:
+    """The address of a server in a thread."""
+    with service_of(lm, config, limits) as service:
+        listening = listen("127.0.0.1", 0)
+        settings = uvicorn.Config(create_app(service), log_config=None, access_log=False)
+        server = uvicorn.Server(settings)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}", service
+        finally:
+            server.should_exit = True
+            thread.join()
+            listening.close()
+
+
+def run(scenario: Callable[[], Coroutine[Any, Any, Any]]) -> None:
     async def main() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(100):
             await scenario()
 
     asyncio.run(main())
+
+
+def events(text: str) -> list[Any]:
+    """The data of server-sent events, the final [DONE] left out."""
+    found = re.findall(r"^data: (.*)$", text, re.M)
+    return [json.loads(line) for line in found if line != "[DONE]"]
+
+
+def user(text: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = '<|tool_call>call:weather{city:<|"|>Rome<|"|>,days:2}<tool_call|>'
+THOUGHT = "<|channel>thought\nrain?\n<channel|>"

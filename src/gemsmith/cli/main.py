@@ -5,6 +5,7 @@ Nothing heavy is imported here: each command imports its worker when it runs. Ex
 """
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -256,6 +257,61 @@ def transcribe(
 
     worker.run(
         recording, model, srt=srt, device=device, dtype=dtype, kv=kv, quant=quant, as_json=json
+    )
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="pocket (built in), a folder, or a hub id.")
+    ] = POCKET,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 finds a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="Keys that clients must send, one a line; or GEMSMITH_API_KEYS=A,B."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; if not given, MODEL.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Longest prompt and reply in tokens; if not given, 32768 or what fits."),
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests served together.")] = 16,
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 600,
+    max_body_mib: Annotated[int, typer.Option(help="Largest request.")] = 64,
+    remote_media: Annotated[
+        bool, typer.Option("--remote-media", help="Fetch media from public http(s) addresses.")
+    ] = False,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A web page's origin that may ask (CORS); * for all. May be repeated."),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    kv: KV = "auto",
+    quant: Quant = None,
+) -> None:
+    """Serve a model over HTTP: OpenAI's and Anthropic's APIs."""
+    from gemsmith.cli import serve as worker
+
+    worker.run(
+        model,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        name=name,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        timeout_s=timeout,
+        max_body_mib=max_body_mib,
+        remote_media=remote_media,
+        allow_origin=allow_origin or [],
+        device=device,
+        dtype=dtype,
+        kv=kv,
+        quant=quant,
     )
 
 

@@ -19,11 +19,11 @@ from starlette.responses import Response
 
 from gemsmith import __version__
 from gemsmith.errors import GemsmithError
-from gemsmith.server import chat, errors
+from gemsmith.server import anthropic, chat, errors, responses
 from gemsmith.server.errors import ApiError, problem
 from gemsmith.server.http import EventStream, Gone, Log, answer, connected, note_error
 from gemsmith.server.limits import Guard, Keys
-from gemsmith.server.protocol import ChatRequest, CompletionRequest
+from gemsmith.server.protocol import ChatRequest, CompletionRequest, ResponsesRequest
 from gemsmith.server.service import Ask, Replies, Service
 
 DRAIN_S = 5.0
@@ -62,6 +62,7 @@ def create_app(
         app.add_exception_handler(kind, _failed(service))
     _plain_routes(app, service)
     _openai_routes(app, service)
+    _anthropic_routes(app, service)
     # The layer that is added last comes first.
     app.add_middleware(Guard, keys=keys or Keys(), limits=service.limits)
     app.add_middleware(Log, service=service)
@@ -158,3 +159,36 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
         if body.stream:
             return EventStream(chat.completion_stream(service, body, replies), replies, failed)
         return answer(await connected(request, chat.completion(service, body, replies)))
+
+    @app.post("/v1/responses")
+    async def new_response(body: ResponsesRequest, request: Request) -> Response:
+        """A reply to a conversation, as items."""
+        service.check_model(body.model)
+        replies = await _started(service, request, responses.ask_of(body))
+        if not body.stream:
+            return answer(await connected(request, responses.response(service, body, replies)))
+        writer = responses.Writer(service, body)
+        chunks = responses.stream(writer, replies)
+        return EventStream(chunks, replies, lambda error: responses.data(writer.failed(error)))
+
+
+def _anthropic_routes(app: FastAPI, service: Service) -> None:
+    def failed(error: BaseException) -> bytes:
+        return anthropic.data(errors.anthropic(problem(error)))
+
+    @app.post("/v1/messages")
+    async def messages(body: anthropic.MessagesRequest, request: Request) -> Response:
+        """A reply to a conversation, in Anthropic's words."""
+        service.check_model(body.model)
+        replies = await _started(service, request, anthropic.ask_of(body))
+        if body.stream:
+            chunks = anthropic.stream(service, body, replies)
+            return EventStream(chunks, replies, failed, anthropic.PING)
+        return answer(await connected(request, anthropic.message(service, body, replies)))
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(body: anthropic.CountRequest, request: Request) -> Response:
+        """How many tokens a prompt has."""
+        service.check_model(body.model)
+        prompt = await connected(request, service.prompt(anthropic.ask_of(body)))
+        return answer({"input_tokens": len(prompt.ids)})

@@ -23,6 +23,7 @@ from gemsmith.server.service import (
     arguments_of,
     check_turns,
     dump,
+    named,
     raw_of,
     thinking,
 )
@@ -55,9 +56,11 @@ def ask_of(request: ChatRequest) -> Ask:
     choice = request.tool_choice
     return Ask(
         messages=messages,
-        tools=[tool.model_dump(exclude={"function": {"strict"}}, exclude_none=True)
-               for tool in request.tools],  # fmt: skip
-        tool_choice=choice.function.get("name", "") if isinstance(choice, NamedTool) else choice,
+        tools=[
+            tool.model_dump(exclude={"function": {"strict"}}, exclude_none=True)
+            for tool in request.tools
+        ],
+        tool_choice=named(choice.function.get("name")) if isinstance(choice, NamedTool) else choice,
         parallel_tool_calls=request.parallel_tool_calls,
         response_format=request.response_format,
         enable_thinking=think,
@@ -162,7 +165,9 @@ class Choice:
             case Finished():
                 self.finish_reason, self.usage = event.finish_reason.value, event.usage
                 if event.logprobs is not None:
-                    self.logprobs = {"content": [_logprob(p, self.tokenizer) for p in event.logprobs]}
+                    self.logprobs = {
+                        "content": [_logprob(p, self.tokenizer) for p in event.logprobs]
+                    }
                 if event.notes:
                     self.message["notes"] = list(event.notes)
                 return None

@@ -62,13 +62,9 @@ def problem(error: BaseException, *, retry_after_s: int = 1) -> ApiError:
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
         case QueueFullError():
-            return ApiError(
-                OVERLOADED, str(error), code="queue_full", retry_after_s=retry_after_s
-            )
+            return ApiError(OVERLOADED, str(error), code="queue_full", retry_after_s=retry_after_s)
         case CapacityError():
-            return ApiError(
-                OVERLOADED, str(error), code="no_capacity", retry_after_s=retry_after_s
-            )
+            return ApiError(OVERLOADED, str(error), code="no_capacity", retry_after_s=retry_after_s)
         case RequestError():
             return ApiError(400, str(error))
         case _:

@@ -65,7 +65,11 @@ async def _part(part: Any, where: str, limits: Limits) -> dict[str, Any]:
         case "input_audio":
             data = given.get("data") if isinstance(given, Mapping) else None
             form = (given or {}).get("format") or "wav"
-            if not isinstance(data, str) or not isinstance(form, str) or not _FORMAT.fullmatch(form):
+            if (
+                not isinstance(data, str)
+                or not isinstance(form, str)
+                or not _FORMAT.fullmatch(form)
+            ):
                 raise refused(f"{where}.input_audio", "must have data (base64) and a format")
             return {"type": "audio", "audio": f"data:audio/{form};base64,{data}"}
         case "audio_url":

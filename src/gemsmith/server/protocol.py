@@ -1,7 +1,7 @@
 """What clients of OpenAI's APIs send, as pydantic models.
 
-A field that is not here is refused by name, unless it is null. `Only` fields are known and can be
-served with one value alone; `Ignored` ones change nothing here, whatever they hold.
+A field that is not here is refused by name, unless it is null. Fields with `only` are known and can
+be served with one value alone; `Ignored` ones change nothing here, whatever they hold.
 """
 
 from typing import Annotated, Any, Literal
@@ -30,7 +30,9 @@ class Lenient(Strict):
     model_config = ConfigDict(extra="ignore")
 
 
-def _only(*values: Any) -> Any:
+def only(*values: Any) -> Any:
+    """A check that passes these values alone."""
+
     def check(value: Any) -> Any:
         if value not in values:
             allowed = " or ".join(repr(each) for each in values)
@@ -40,8 +42,8 @@ def _only(*values: Any) -> Any:
     return BeforeValidator(check)
 
 
-Zero = Annotated[float | None, _only(0, 0.0)]
-No = Annotated[bool | None, _only(False)]
+Zero = Annotated[float | None, only(0, 0.0)]
+No = Annotated[bool | None, only(False)]
 
 
 def _no_bias(value: Any) -> Any:
@@ -152,10 +154,10 @@ class ChatRequest(Sampled):
     mm_budget: int | Literal["auto"] | None = Field(
         None, description="Tokens that an image may cost: 70, 140, 280, 560, 1120 or auto."
     )
-    modalities: Annotated[list[str] | None, _only(["text"])] = None
+    modalities: Annotated[list[str] | None, only(["text"])] = None
     store: No = None
-    service_tier: Annotated[str | None, _only("auto", "default")] = None
-    verbosity: Annotated[str | None, _only("medium")] = None
+    service_tier: Annotated[str | None, only("auto", "default")] = None
+    verbosity: Annotated[str | None, only("medium")] = None
     metadata: Ignored = None
     prediction: Ignored = None
     prompt_cache_key: Ignored = None
@@ -169,7 +171,7 @@ class CompletionRequest(Sampled):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
     echo: No = None
-    best_of: Annotated[int | None, _only(1)] = None
+    best_of: Annotated[int | None, only(1)] = None
 
 
 class ResponsesTool(Strict):
@@ -195,7 +197,7 @@ class Reasoning(Strict):
 
 class TextOptions(Strict):
     format: dict[str, Any] | None = None
-    verbosity: Annotated[str | None, _only("medium")] = None
+    verbosity: Annotated[str | None, only("medium")] = None
 
 
 class ResponsesRequest(Strict):
@@ -218,14 +220,12 @@ class ResponsesRequest(Strict):
     seed: int | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    include: list[
-        Annotated[str, _only("reasoning.encrypted_content")]
-    ] = []
+    include: list[Annotated[str, only("reasoning.encrypted_content")]] = []
     store: No = None
     background: No = None
-    truncation: Annotated[str | None, _only("disabled")] = None
-    service_tier: Annotated[str | None, _only("auto", "default")] = None
-    top_logprobs: Annotated[int | None, _only(0)] = None
+    truncation: Annotated[str | None, only("disabled")] = None
+    service_tier: Annotated[str | None, only("auto", "default")] = None
+    top_logprobs: Annotated[int | None, only(0)] = None
     metadata: Ignored = None
     user: Ignored = None
     prompt_cache_key: Ignored = None

@@ -45,8 +45,8 @@ class Ask:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] = field(default_factory=list)
-    tool_choice: str = "auto"
-    """auto, none, required, or the name of a tool that is declared."""
+    tool_choice: str | Mapping[str, Any] = "auto"
+    """auto, none, required, or a tool that is declared, see `named`."""
     parallel_tool_calls: bool = True
     response_format: Mapping[str, Any] | None = None
     enable_thinking: bool = False
@@ -223,17 +223,17 @@ class Service:
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise refused("tools", f"{twice!r} is declared twice; give each tool its own name")
         if ask.tool_choice not in ("auto", "none"):
-            if ask.tool_choice != "required" and ask.tool_choice not in names:
-                raise refused("tool_choice", f"no tool {ask.tool_choice!r} is declared")
             if not names:
                 raise refused("tool_choice", "a call is required, but no tool is declared")
+            if not isinstance(ask.tool_choice, str):
+                name = ask.tool_choice["function"]["name"]
+                if name not in names:
+                    raise refused("tool_choice", f"no tool {name!r} is declared")
             raise refused("tool_choice", "calls cannot be forced yet; use 'auto' or 'none'")
         if ask.tools and not ask.parallel_tool_calls:
             raise refused("parallel_tool_calls", "the number of calls cannot be held to one yet")
         if ask.response_format and ask.response_format.get("type", "text") != "text":
-            raise refused(
-                "response_format", "answers cannot be held to a format yet; leave it out"
-            )
+            raise refused("response_format", "answers cannot be held to a format yet; leave it out")
         places = sum(
             not isinstance(part, Mapping) or part.get("type") != "text"
             for message in ask.messages
@@ -368,6 +368,11 @@ def check_turns(messages: Sequence[Mapping[str, Any]]) -> None:
             raise refused(f"messages.{index}", "two calls have the same id")
 
 
+def named(tool: str | None) -> dict[str, Any]:
+    """The choice of a tool by its name."""
+    return {"type": "function", "function": {"name": tool}}
+
+
 def raw_of(problem: Problem) -> str:
     """Text of a call that could not be read, which would be lost; nothing where one came of it."""
     return "" if problem.kind in _CALLED else problem.raw
@@ -376,7 +381,6 @@ def raw_of(problem: Problem) -> str:
 def arguments_of(call: ToolCall) -> str:
     """A call's arguments as JSON text."""
     return json.dumps(call.arguments, ensure_ascii=False)
-
 
 
 def dump(body: Any) -> bytes:

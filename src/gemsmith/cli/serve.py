@@ -1,0 +1,155 @@
+"""`gemsmith serve`: a model over HTTP. What was loaded, what fits and where it is go to stdout; a
+line of JSON a request to stderr."""
+
+import json
+import logging
+import os
+import socket
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemsmith.errors import ConfigError
+from gemsmith.sizing import KVPlan
+
+if TYPE_CHECKING:  # the rest is imported once the port is ours
+    from gemsmith.engine.engine import LM
+
+KEYS = "GEMSMITH_API_KEYS"
+LOCAL = ("127.0.0.1", "::1", "localhost")
+DRAIN_S = 30
+"""What requests have to end once the server is told to stop."""
+
+
+def run(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    name: str | None,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    timeout_s: float,
+    max_body_mib: int,
+    remote_media: bool,
+    allow_origin: list[str],
+    device: str,
+    dtype: str,
+    kv: str,
+    quant: str | None,
+) -> None:
+    """Serve until SIGINT or SIGTERM, then let what runs come to its end.
+
+    Raises:
+      ConfigError: the extra is not installed, the port is taken, bad settings or keys.
+    """
+    if missing := [
+        lib for lib in ("fastapi", "uvicorn", "prometheus_client") if not find_spec(lib)
+    ]:
+        raise ConfigError(
+            f"the server needs {', '.join(missing)}: install gemsmith with its extra, "
+            "pip install 'gemsmith[serve]'"
+        )
+    from gemsmith.server.limits import Keys, Limits
+
+    # Everything that can be wrong is found before a model is loaded.
+    keys = Keys.read(api_key_file, os.environ.get(KEYS))
+    if timeout_s <= 0 or max_body_mib < 1:
+        raise ConfigError("--timeout and --max-body-mib must be more than 0")
+    limits = Limits(body_bytes=max_body_mib << 20, request_s=timeout_s, remote_media=remote_media)
+    listening = listen(host, port)
+    try:
+        import uvicorn
+
+        from gemsmith.cli.talk import load
+        from gemsmith.engine.async_engine import AsyncEngine
+        from gemsmith.engine.batching import EngineConfig
+        from gemsmith.server.app import create_app
+        from gemsmith.server.service import Service
+
+        config = EngineConfig(max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        lm = load(model, device=device, dtype=dtype, kv=kv, quant=quant)
+        engine = AsyncEngine(lm, config)
+        service = Service(lm, engine, limits=limits, name=name)
+        app = create_app(service, keys=keys, origins=allow_origin)
+        _log_to_stderr()
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        print(welcome(lm, engine.plan, service.name, url, keys=len(keys)), flush=True)
+        if host not in LOCAL and not keys:
+            print(
+                f"note: {host} can be reached from elsewhere and no API key is asked for; see "
+                "--api-key-file",
+                file=sys.stderr,
+            )
+        settings = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=DRAIN_S,
+        )
+        try:
+            uvicorn.Server(settings).run(sockets=[listening])
+        finally:
+            engine.close()
+    finally:
+        listening.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+      ConfigError: the port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+        made.listen(2048)
+    except (OSError, OverflowError) as error:
+        made.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}; "
+            "stop what is there, or choose another --port (0 finds a free one) or --host"
+        ) from None
+    return made
+
+
+def welcome(lm: "LM", plan: KVPlan, name: str, url: str, *, keys: int) -> str:
+    """What is told once the server is up."""
+    at_once = max(1, plan.full_tokens // plan.max_model_len) if plan.full_blocks else None
+    whole = plan.max_num_seqs if at_once is None else min(at_once, plan.max_num_seqs)
+    body = {"model": name, "messages": [{"role": "user", "content": "Hello!"}]}
+    header = ' -H "Authorization: Bearer $KEY"' if keys else ""
+    curl = f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\"
+    return "\n".join(
+        [
+            f"{lm.name}: {_mib(lm.memory()['weights'])} of weights, on {lm.device}",
+            f"K/V: {_mib(plan.nbytes)} as {str(lm.kv).removeprefix('torch.')}; up to "
+            f"{plan.max_num_seqs} requests at a time, each of up to {plan.max_model_len} tokens "
+            f"({lm.config.text_config.max_position_embeddings} is the model's limit)",
+            f"     {plan.full_tokens} tokens of all requests together; {whole} of the longest fit "
+            "at once, more wait",
+            f"keys: {keys} known" if keys else f"keys: none asked for; see {KEYS}",
+            f"{name} is served at {url} (OpenAI: {url}/v1; Anthropic: {url}); for example",
+            curl,
+            f"    -d '{json.dumps(body)}'",
+        ]
+    )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("gemsmith.server")
+    log.setLevel(logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.propagate = False

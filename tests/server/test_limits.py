@@ -1,0 +1,212 @@
+"""Who may ask, and how much: each limit with its status; nothing secret in answers or logs."""
+
+import asyncio
+import json
+import logging
+
+import pytest
+
+from gemsmith.engine.batching import EngineConfig
+from gemsmith.errors import ConfigError
+from gemsmith.server.limits import Keys, Limits
+from tests.server.conftest import events, run, serving, user
+
+CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
+KEY = "sk-a-very-secret-key"
+ASKED = {"model": "gemma", "messages": user("zanzibar"), "max_tokens": 40}
+
+
+def test_without_a_key_nothing_but_health_is_told(says):
+    async def scenario():
+        async with serving(says("Yes.<turn|>"), keys=(KEY, "another-key")) as (client, _):
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
+                assert (await client.get(path)).status_code == 401, path
+            for header in (
+                {},
+                {"authorization": "Bearer wrong-key"},
+                {"authorization": f"Basic {KEY}"},
+                {"x-api-key": ""},
+                {"authorization": f"Bearer {KEY}x"},
+            ):
+                answer = await client.post(CHAT, json=ASKED, headers=header)
+                assert answer.status_code == 401
+                assert answer.json()["error"]["type"] == "authentication_error"
+            answer = await client.post(MESSAGES, json=ASKED)
+            assert answer.json()["type"] == "error"
+            for path in ("/health", "/ready"):
+                assert (await client.get(path)).status_code == 200
+            for header in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": "another-key"}):
+                assert (await client.post(CHAT, json=ASKED, headers=header)).status_code == 200
+
+    run(scenario)
+
+
+def test_keys_come_from_a_file_and_from_the_environment(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(f"# for Ann\n{KEY}\n\nanother-key\n", "utf-8")
+    keys = Keys.read(path, "third-key-here, ")
+    tenants = [keys.tenant(key) for key in (KEY, "another-key", "third-key-here")]
+    assert len({*tenants, None, ""}) == 5
+    assert keys.tenant("wrong") is keys.tenant(None) is keys.tenant("é") is None
+    assert not any(KEY in str(value) for value in vars(keys).values())
+    assert Keys.read(None, None).tenant(None) == ""
+    path.write_text("# nothing\n", "utf-8")
+    with pytest.raises(ConfigError, match="holds no API key; write one a line"):
+        Keys.read(path, None)
+    with pytest.raises(ConfigError, match="has 5 characters: at least 8"):
+        Keys.read(None, "short")
+
+
+def test_a_body_is_read_up_to_its_limit(says):
+    async def pieces():
+        for _ in range(50):
+            yield b" " * 100
+
+    async def scenario():
+        limits = Limits(body_bytes=1000)
+        async with serving(says("Yes.<turn|>"), limits=limits) as (client, service):
+            for path in (CHAT, MESSAGES):
+                declared = await client.post(path, content=b" " * 1001)
+                assert declared.status_code == 413
+                streamed = await client.post(
+                    path, content=pieces(), headers={"content-type": "application/json"}
+                )
+                assert streamed.status_code == 413
+                assert streamed.json()["error"]["type"] == "request_too_large"
+                assert "1000 bytes" in streamed.json()["error"]["message"]
+            assert (await client.post(CHAT, json=ASKED)).status_code == 200
+            assert 'status="413"} 4.0' in (await client.get("/metrics")).text
+
+    run(scenario)
+
+
+def test_a_full_queue_says_when_to_come_back(says):
+    async def scenario():
+        config = EngineConfig(max_num_seqs=1, max_model_len=2000, queue_limit=1)
+        async with serving(says("a" * 1500), config=config) as (client, service):
+            body = ASKED | {"max_tokens": 1500}
+            tasks = [asyncio.create_task(client.post(CHAT, json=body)) for _ in range(2)]
+            while service.engine.stats().running + service.engine.stats().waiting < 2:
+                await asyncio.sleep(0.01)
+            for path in (CHAT, MESSAGES):
+                refused = await client.post(path, json=body)
+                assert refused.status_code == 503
+                assert 1 <= int(refused.headers["retry-after"]) <= 60
+                assert refused.json()["error"]["type"] == "overloaded_error"
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_request_that_takes_too_long_is_ended(says, streaming):
+    async def scenario():
+        limits = Limits(request_s=0.3)
+        async with serving(says("a" * 2500), limits=limits) as (client, service):
+            body = ASKED | {"max_tokens": 2500, "stream": streaming}
+            answer = await client.post(CHAT, json=body)
+            error = events(answer.text)[-1] if streaming else answer.json()
+            assert answer.status_code == (200 if streaming else 504)
+            assert error["error"]["code"] == "timeout"
+            while service.engine.stats().running:
+                await asyncio.sleep(0.01)
+            assert service.engine.stats().aborted == 1
+
+    run(scenario)
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_its_size(says):
+    async def scenario():
+        async with serving(says("Yes.<turn|>")) as (client, _):
+            answer = await client.post(CHAT, json=ASKED | {"messages": user("a" * 3100)})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+            assert "holds 3000" in error["message"]
+
+    run(scenario)
+
+
+def test_pages_of_other_origins_may_not_ask_unless_told(says):
+    async def scenario():
+        header = {"origin": "https://page.example"}
+        preflight = header | {"access-control-request-method": "POST"}
+        async with serving(says("Yes.<turn|>")) as (client, _):
+            answer = await client.post(CHAT, json=ASKED, headers=header)
+            assert not [name for name in answer.headers if name.startswith("access-control")]
+            answer = await client.options(CHAT, headers=preflight)
+            assert answer.status_code == 405
+        async with serving(says("Yes.<turn|>"), keys=(KEY,), origins=("https://page.example",)) as (
+            client,
+            _,
+        ):
+            answer = await client.options(CHAT, headers=preflight)
+            assert answer.status_code == 200
+            assert answer.headers["access-control-allow-origin"] == "https://page.example"
+            other = await client.options(
+                CHAT, headers=preflight | {"origin": "https://evil.example"}
+            )
+            assert "access-control-allow-origin" not in other.headers
+
+    run(scenario)
+
+
+def test_logs_hold_a_line_a_request_and_nothing_secret(says, caplog):
+    async def scenario():
+        lm = says(lambda prompt: "FAIL" if "fail" in prompt else "moonshine<turn|>")
+        async with serving(lm, keys=(KEY,)) as (client, _):
+            header = {"authorization": f"Bearer {KEY}", "x-request-id": "mine-1"}
+            await client.post(CHAT, json=ASKED, headers=header)
+            for content in ("fail zanzibar", "\ud800 zanzibar"):
+                body = json.dumps(ASKED | {"messages": user(content)})
+                typed = header | {"content-type": "application/json"}
+                await client.post(CHAT, content=body, headers=typed)
+            await client.post(CHAT, json=ASKED, headers={"x-request-id": "a\tb" * 100})
+
+    with caplog.at_level(logging.INFO, logger="gemsmith.server"):
+        run(scenario)
+    lines = [json.loads(record.getMessage()) for record in caplog.records
+             if record.name == "gemsmith.server"]  # fmt: skip
+    assert [line["status"] for line in lines] == [200, 500, 400, 401]
+    assert lines[0]["id"] == "mine-1"
+    assert lines[3]["id"].startswith("req_")
+    assert lines[0]["completion_tokens"] == 10
+    assert lines[0]["prompt_tokens"] > 10
+    assert lines[0]["tenant"]
+    assert lines[1]["error"] == "GemsmithError"
+    assert any("take" in frame for frame in lines[1]["trace"])
+    for secret in ("zanzibar", "moonshine", KEY, "secret detail"):
+        assert secret not in caplog.text
+
+
+def test_metrics_have_the_names_that_dashboards_know(says):
+    async def scenario():
+        async with serving(says("Yes.<turn|>")) as (client, _):
+            await client.post(CHAT, json=ASKED)
+            await client.post(CHAT, json=ASKED | {"n": 0})
+            text = (await client.get("/metrics")).text
+        for line in (
+            'vllm:num_requests_running{model_name="gemma"} 0.0',
+            'vllm:kv_cache_usage_perc{model_name="gemma"} 0.0',
+            'vllm:generation_tokens_total{model_name="gemma"} 5.0',
+            'vllm:request_success_total{finished_reason="stop",model_name="gemma"} 1.0',
+            'vllm:time_to_first_token_seconds_count{model_name="gemma"} 1.0',
+            'vllm:e2e_request_latency_seconds_count{model_name="gemma"} 1.0',
+            'gemsmith:request_errors_total{model_name="gemma",status="400"} 1.0',
+        ):
+            assert line in text, line
+
+    run(scenario)
+
+
+def test_a_server_that_drains_is_alive_but_not_ready(says):
+    async def scenario():
+        async with serving(says("Yes.<turn|>")) as (client, service):
+            await service.engine.drain()
+            assert (await client.get("/ready")).status_code == 503
+            refused = await client.post(CHAT, json=ASKED)
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"]
+
+    run(scenario)
