@@ -12,6 +12,7 @@ import httpx2 as httpx
 import pytest
 import torch
 import uvicorn
+from tests.engine.conftest import byte_tokenizer
 
 from gemsmith.cli.serve import listen
 from gemsmith.engine.async_engine import AsyncEngine
@@ -23,7 +24,6 @@ from gemsmith.server.app import create_app
 from gemsmith.server.limits import Keys, Limits
 from gemsmith.server.service import Service
 from gemsmith.testing import random_model, tiny_config
-from tests.engine.conftest import byte_tokenizer
 
 SMALL = EngineConfig(max_num_seqs=4, max_model_len=3000, max_num_batched_tokens=4000, queue_limit=4)
 Script = Callable[[str], str]

@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from tests.server.conftest import CALL, THOUGHT, WEATHER, events, run, serving, user
 
 from gemsmith.server.chat import ask_of
 from gemsmith.server.errors import ApiError
 from gemsmith.server.protocol import ChatRequest
-from tests.server.conftest import CALL, THOUGHT, WEATHER, events, run, serving, user
 
 URL = "/v1/chat/completions"
 
@@ -198,7 +198,10 @@ def test_a_stop_string_and_a_length_end_a_reply(says):
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         ({"messages": user([{"type": "file", "file": {}}])}, "messages.0.content.0.type"),
-        ({"messages": user([{"type": "image", "image": "/etc/passwd"}])}, "messages.0.content.0.type"),
+        (
+            {"messages": user([{"type": "image", "image": "/etc/passwd"}])},
+            "messages.0.content.0.type",
+        ),
         (
             {"messages": user([{"type": "image_url", "image_url": {"url": "/etc/passwd"}}])},
             "messages.0.content.0.image_url",
@@ -210,7 +213,7 @@ def test_a_stop_string_and_a_length_end_a_reply(says):
         ({"messages": [{"role": "tool", "tool_call_id": "x", "content": "y"}]}, "messages.0"),
         ({"chat_template_kwargs": {"think": True}}, "chat_template_kwargs.think"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_served_is_refused_by_name(says, fields, param):
     async def scenario():
         async with serving(says("Yes.<turn|>")) as (client, service):
@@ -233,11 +236,20 @@ def test_what_cannot_be_served_is_refused_by_name(says, fields, param):
         ({"messages": []}, "no messages"),
         ({"stop": ["x"] * 65}, "stop: 65 texts"),
         ({"messages": user("\ud800")}, "surrogate"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 3}}}]}, "f"),
-        ({"messages": user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,eA=="}}])},
-         "takes no images"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 3}}}]},
+            "f",
+        ),
+        (
+            {
+                "messages": user(
+                    [{"type": "image_url", "image_url": {"url": "data:image/png;base64,eA=="}}]
+                )
+            },
+            "takes no images",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_engine_refuses_is_the_clients_error(says, fields, words):
     async def scenario():
         async with serving(says("Yes.<turn|>")) as (client, _):

@@ -11,8 +11,6 @@ import anthropic
 import httpx2 as httpx
 import openai
 import pytest
-
-from gemsmith.server.service import Service
 from tests.server.conftest import CALL, THOUGHT, WEATHER, on_a_socket, user
 
 FUNCTION = WEATHER["function"]
@@ -21,9 +19,12 @@ FUNCTION = WEATHER["function"]
 def three_steps(prompt: str) -> str:
     """Two calls, one after the other, and an answer."""
     answered = prompt.count("<tool_response|>")
+    # Where thinking is asked for, the prompt itself opens the thought that follows a result.
+    opened = prompt.endswith("<|channel>thought\n")
     if answered < 2:
-        return f"{THOUGHT}{CALL}<|tool_response>"
-    return "Sun, then <b>rain</b> \u2602.<turn|>"
+        thought = THOUGHT.removeprefix("<|channel>thought\n") if opened else THOUGHT
+        return f"{thought}{CALL}<|tool_response>"
+    return "dry\n<channel|>" * opened + "Sun, then <b>rain</b> \u2602.<turn|>"
 
 
 def until(condition: Any, seconds: float = 20) -> None:
@@ -102,11 +103,13 @@ def test_the_anthropic_client_runs_a_tool_loop(says, streaming):
             asked: dict[str, Any] = {
                 "model": "gemma",
                 "max_tokens": 300,
-                "system": [{"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}],
+                "system": [
+                    {"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}
+                ],
                 "messages": messages,
                 "tools": [tool],
                 "thinking": {"type": "enabled", "budget_tokens": 1024},
-            }  # fmt: skip
+            }
             if streaming:
                 with client.messages.stream(**asked) as stream:
                     for _ in stream:
@@ -127,7 +130,9 @@ def test_the_anthropic_client_runs_a_tool_loop(says, streaming):
             ]
             assert all(call.input == {"city": "Rome", "days": 2} for call in calls)
             messages.append({"role": "user", "content": results})
-        [block] = made.content
+        thought, block = made.content
+        assert thought.type == "thinking"
+        assert thought.thinking == "dry"
         assert block.type == "text"
         assert block.text == "Sun, then <b>rain</b> \u2602."
         assert lm.asked[-1].count("rain?") == 2
@@ -149,11 +154,6 @@ def test_errors_come_as_the_clients_know_them(says):
             pytest.raises(anthropic.NotFoundError, match="not served here"),
         ):
             client.messages.create(model="other", max_tokens=1, messages=[])
-
-
-def idle(service: Service) -> bool:
-    stats = service.engine.stats()
-    return stats.running == stats.waiting == 0
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
@@ -180,9 +180,9 @@ def test_a_client_that_leaves_frees_its_place(says, path, streaming):
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(path, json=body, timeout=1.0)
-        until(lambda: idle(service))
+        until(lambda: service.engine.stats().aborted == 1)
         stats = service.engine.stats()
-        assert stats.aborted == 1
+        assert stats.running == stats.waiting == 0
         assert stats.generated_tokens < 2000
 
 

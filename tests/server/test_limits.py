@@ -5,11 +5,11 @@ import json
 import logging
 
 import pytest
+from tests.server.conftest import events, run, serving, user
 
 from gemsmith.engine.batching import EngineConfig
 from gemsmith.errors import ConfigError
 from gemsmith.server.limits import Keys, Limits
-from tests.server.conftest import events, run, serving, user
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 KEY = "sk-a-very-secret-key"
@@ -64,7 +64,7 @@ def test_a_body_is_read_up_to_its_limit(says):
 
     async def scenario():
         limits = Limits(body_bytes=1000)
-        async with serving(says("Yes.<turn|>"), limits=limits) as (client, service):
+        async with serving(says("Yes.<turn|>"), limits=limits) as (client, _):
             for path in (CHAT, MESSAGES):
                 declared = await client.post(path, content=b" " * 1001)
                 assert declared.status_code == 413

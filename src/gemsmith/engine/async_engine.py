@@ -27,6 +27,8 @@ from gemsmith.engine.reply import Event
 from gemsmith.engine.request import Finished, Request
 from gemsmith.errors import CapacityError, GemsmithError
 
+SHUTTING_DOWN = "the engine is shutting down; send the request elsewhere"
+
 
 @dataclass(slots=True, eq=False)
 class _Mailbox:
@@ -117,8 +119,10 @@ class AsyncEngine:
     async def encode(self, messages: list[dict[str, Any]] | str, **options: Any) -> Prompt:
         """`LM.encode`, or `LM.encode_text` of a text, beside the running steps.
 
-        Raises: as these.
+        Raises: as these; CapacityError: the engine is shutting down.
         """
+        if self._draining:
+            raise CapacityError(SHUTTING_DOWN)
         loop, lm = asyncio.get_running_loop(), self._engine.lm
         encode: Callable[..., Prompt] = lm.encode_text if isinstance(messages, str) else lm.encode
         return await loop.run_in_executor(self._encoder, partial(encode, messages, **options))
@@ -196,7 +200,7 @@ class AsyncEngine:
         """Have the worker run something between two steps."""
         with self._wake:
             if new and self._broken is None and (self._draining or self._closed):
-                raise CapacityError("the engine is shutting down; send the request elsewhere")
+                raise CapacityError(SHUTTING_DOWN)
             if self._gone:
                 command()  # nobody else touches the engine
                 return

@@ -9,9 +9,9 @@ turns the events into the API's answer, in one piece or as server-sent events.
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from gemsmith import __version__
 from gemsmith.errors import GemsmithError
-from gemsmith.server import anthropic, chat, errors, responses
+from gemsmith.server import anthropic, chat, errors, responses, transcription
 from gemsmith.server.errors import ApiError, problem
 from gemsmith.server.http import EventStream, Gone, Log, answer, connected, note_error
 from gemsmith.server.limits import Guard, Keys
@@ -170,6 +170,27 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
         writer = responses.Writer(service, body)
         chunks = responses.stream(writer, replies)
         return EventStream(chunks, replies, lambda error: responses.data(writer.failed(error)))
+
+    @app.post("/v1/audio/transcriptions")
+    async def transcriptions(
+        request: Request,
+        file: Annotated[UploadFile, File(description="A sound or video file, of any length.")],
+        model: Annotated[str, Form()],
+        response_format: Annotated[transcription.Format, Form()] = "json",
+        temperature: Annotated[float, Form(ge=0, le=2)] = 0.0,
+    ) -> Response:
+        """The words of a recording."""
+        service.check_model(model)
+        known = ("file", "model", "response_format", "temperature")
+        others = {k: v for k, v in (await request.form()).items() if k not in known}
+        transcription.check(others)
+        work = transcription.run(
+            service, await file.read(), request.state.tenant, temperature=temperature
+        )
+        made = transcription.spell(await connected(request, work), response_format)
+        if isinstance(made, str):
+            return Response(made, media_type="text/plain")
+        return answer(made)
 
 
 def _anthropic_routes(app: FastAPI, service: Service) -> None:

@@ -1,0 +1,106 @@
+"""Recordings to text through the engine."""
+
+import base64
+import io
+import wave
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.engine.conftest import byte_tokenizer
+from tests.server.conftest import ScriptedLM, run, serving, user
+
+from gemsmith.engine.request import SamplingParams
+from gemsmith.testing import media_ids, random_model, random_towers, tiny_media_config
+
+URL = "/v1/audio/transcriptions"
+
+
+def recording(seconds: float) -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(16000)
+        out.writeframes(
+            (np.sin(np.arange(int(16000 * seconds)) / 20) * 9000).astype("<i2").tobytes()
+        )
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def hearing() -> ScriptedLM:
+    tokenizer = byte_tokenizer()
+    config = tiny_media_config("E2B", vocab_size=tokenizer.vocab_size)
+    config = replace(config, **media_ids(tokenizer.special))
+    lm = ScriptedLM(
+        random_model(config),
+        tokenizer,
+        config,
+        end_ids=[106],
+        sampling=SamplingParams(temperature=0),
+        towers=lambda: random_towers(config),
+        kv="float32",
+    )
+    lm.script, lm.asked = lambda _: "hello there<turn|>", []
+    return lm
+
+
+def test_a_recording_is_written_down_in_each_form(hearing):
+    async def scenario():
+        async with serving(hearing) as (client, _):
+            files = {"file": ("a.wav", recording(1.0))}
+
+            async def ask(**fields):
+                return await client.post(URL, files=files, data={"model": "gemma", **fields})
+
+            assert (await ask()).json() == {"text": "hello there"}
+            assert (await ask(response_format="text")).text == "hello there\n"
+            assert (
+                "00:00:00,000 --> 00:00:01,000\nhello there"
+                in (await ask(response_format="srt")).text
+            )
+            verbose = (await ask(response_format="verbose_json")).json()
+            assert verbose["segments"] == [
+                {"id": 0, "start": 0.0, "end": 1.0, "text": "hello there"}
+            ]
+            for fields, param in (
+                ({"response_format": "vtt"}, "response_format"),
+                ({"language": "it"}, "language"),
+                ({"stream": "true"}, "stream"),
+            ):
+                refused = await ask(**fields)
+                assert refused.status_code == 400
+                assert refused.json()["error"]["param"] == param
+            broken = await client.post(
+                URL, files={"file": ("a.wav", b"nonsense")}, data={"model": "gemma"}
+            )
+            assert broken.status_code == 400
+
+    run(scenario)
+
+
+def test_sound_and_pictures_in_a_conversation_are_counted(hearing):
+
+    file = io.BytesIO()
+    Image.new("RGB", (60, 40), "red").save(file, "png")
+    picture = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    sound = base64.b64encode(recording(1.0)).decode()
+    content = [
+        {"type": "image_url", "image_url": {"url": picture}},
+        {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}},
+        {"type": "text", "text": "What is this?"},
+    ]
+
+    async def scenario():
+        async with serving(hearing) as (client, _):
+            costs = {}
+            for budget in (70, 280):
+                body = {"model": "gemma", "messages": user(content), "mm_budget": budget}
+                made = (await client.post("/v1/chat/completions", json=body)).json()
+                costs[budget] = made["usage"]["prompt_tokens_details"]
+            assert 0 < costs[70]["image_tokens"] <= 70 < costs[280]["image_tokens"] <= 280
+            assert costs[70]["audio_tokens"] == costs[280]["audio_tokens"] == 25
+
+    run(scenario)
