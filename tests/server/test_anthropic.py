@@ -135,7 +135,7 @@ def test_a_conversation_is_read_as_it_was_sent(says):
             assert counted.json() == {"input_tokens": answer.json()["usage"]["input_tokens"]}
         [prompt] = lm.asked
         assert prompt.startswith("<bos><|turn>system\nBe kind.<|tool>declaration:weather{")
-        assert f'{CALL}<|tool_response>response:weather{{error:<|"|>no net<|"|>}}' in prompt
+        assert f'{CALL}<|tool_response>response:weather{{value:<|"|>error: no net<|"|>}}' in prompt
         assert "<|turn>user\nTry.<turn|>\n<|turn>model\n" in prompt
 
     run(scenario)

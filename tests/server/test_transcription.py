@@ -38,7 +38,7 @@ def hearing() -> ScriptedLM:
         random_model(config),
         tokenizer,
         config,
-        end_ids=[106],
+        end_ids=[tokenizer.special.turn_close or 0],
         sampling=SamplingParams(temperature=0),
         towers=lambda: random_towers(config),
         kv="float32",
@@ -98,8 +98,9 @@ def test_sound_and_pictures_in_a_conversation_are_counted(hearing):
             costs = {}
             for budget in (70, 280):
                 body = {"model": "gemma", "messages": user(content), "mm_budget": budget}
-                made = (await client.post("/v1/chat/completions", json=body)).json()
-                costs[budget] = made["usage"]["prompt_tokens_details"]
+                answer = await client.post("/v1/chat/completions", json=body)
+                assert answer.status_code == 200, answer.text
+                costs[budget] = answer.json()["usage"]["prompt_tokens_details"]
             assert 0 < costs[70]["image_tokens"] <= 70 < costs[280]["image_tokens"] <= 280
             assert costs[70]["audio_tokens"] == costs[280]["audio_tokens"] == 25
 

@@ -207,7 +207,11 @@ def _result(block: Json, where: str) -> Json:
         if all(part.get("type") == "text" for part in content):
             content = _texts(content, f"{where}.content")
     if block.get("is_error"):
-        content = {"error": content}
+        failed = "error: "
+        if isinstance(content, str):
+            content = failed + content
+        else:
+            content = [{"type": "text", "text": failed}, *content]
     return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}
 
 

@@ -63,8 +63,8 @@ async def _part(part: Any, where: str, limits: Limits) -> dict[str, Any]:
                 made["image_url"]["detail"] = given["detail"]
             return made | {name: part[name] for name in ("budget",) if part.get(name) is not None}
         case "input_audio":
-            data = given.get("data") if isinstance(given, Mapping) else None
-            form = (given or {}).get("format") or "wav"
+            given = given if isinstance(given, Mapping) else {}
+            data, form = given.get("data"), given.get("format") or "wav"
             if (
                 not isinstance(data, str)
                 or not isinstance(form, str)
@@ -138,21 +138,25 @@ def fetch(url: str, limits: Limits) -> bytes:
     try:
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         connection.request("GET", path, headers={"User-Agent": "gemsmith", "Accept": "*/*"})
-        answer = connection.getresponse()
-        if 300 <= answer.status < 400:
-            raise refused("url", "redirects are not followed; give the final address")
-        if answer.status != 200:
-            raise refused("url", f"{host} answered with status {answer.status}")
-        body = bytearray()
-        while chunk := answer.read1(CHUNK):
-            body += chunk
-            if len(body) > limits.remote_bytes:
-                raise refused("url", f"more than the {limits.remote_bytes} bytes that are fetched")
-            if time.monotonic() > until:
-                raise refused("url", f"took more than {limits.remote_s:g} s")
-        return bytes(body)
+        with connection.getresponse() as answer:
+            return _body(answer, host, until, limits)
     finally:
         connection.close()
+
+
+def _body(answer: http.client.HTTPResponse, host: str, until: float, limits: Limits) -> bytes:
+    if 300 <= answer.status < 400:
+        raise refused("url", "redirects are not followed; give the final address")
+    if answer.status != 200:
+        raise refused("url", f"{host} answered with status {answer.status}")
+    body = bytearray()
+    while chunk := answer.read1(CHUNK):
+        body += chunk
+        if len(body) > limits.remote_bytes:
+            raise refused("url", f"more than the {limits.remote_bytes} bytes that are fetched")
+        if time.monotonic() > until:
+            raise refused("url", f"took more than {limits.remote_s:g} s")
+    return bytes(body)
 
 
 class _To(http.client.HTTPConnection):
