@@ -12,11 +12,8 @@ from gemsmith.cli.main import app, evaluation
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = (
     "", "demo", "chat", "generate", "detect", "point", "transcribe",
-<<<<<<< HEAD
-    "quantize", "info", "fit", "choose", "doctor", "eval pocket", "eval fidelity",
-=======
-    "serve", "quantize", "info", "doctor", "eval pocket", "eval fidelity",
->>>>>>> 13cbca3 (server: messages and responses; gemsmith serve)
+    "serve", "quantize", "info", "fit", "choose", "doctor",
+    "eval pocket", "eval fidelity",
 )  # fmt: skip
 
 

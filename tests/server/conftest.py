@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx2 as httpx
@@ -26,6 +27,8 @@ from gemsmith.server.service import Service
 from gemsmith.testing import random_model, tiny_config
 
 SMALL = EngineConfig(max_num_seqs=4, max_model_len=3000, max_num_batched_tokens=4000, queue_limit=4)
+COLD = replace(SMALL, prefix_caching=False)
+"""Where usage is compared: asking twice costs the same."""
 Script = Callable[[str], str]
 
 
@@ -108,7 +111,7 @@ def service_of(
         yield Service(lm, engine, limits=limits, name="gemma")
     finally:
         engine.close()
-        engine._engine.cache.blocks.check([])
+        engine._engine.check()
         assert engine.stats().running == engine.stats().waiting == 0
 
 

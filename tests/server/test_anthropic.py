@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from tests.server.conftest import CALL, THOUGHT, WEATHER, events, run, serving, user
+from tests.server.conftest import CALL, COLD, THOUGHT, WEATHER, events, run, serving, user
 
 from gemsmith.server.anthropic import MessagesRequest, ask_of
 from gemsmith.server.errors import ApiError
@@ -71,7 +71,7 @@ def stable(message: dict[str, Any]) -> dict[str, Any]:
 )
 def test_a_stream_says_what_the_whole_message_says(says, script, kinds, reason):
     async def scenario():
-        async with serving(says(script)) as (client, _):
+        async with serving(says(script), config=COLD) as (client, _):
             body = asked(tools=[TOOL])
             whole = (await client.post(URL, json=body)).json()
             told = events((await client.post(URL, json=body | {"stream": True})).text)

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from tests.server.conftest import CALL, THOUGHT, WEATHER, events, run, serving, user
+from tests.server.conftest import CALL, COLD, THOUGHT, WEATHER, events, run, serving, user
 
 from gemsmith.server.chat import ask_of
 from gemsmith.server.errors import ApiError
@@ -50,7 +50,7 @@ def test_a_stream_says_what_the_whole_answer_says(says, name):
     script, reason = SCRIPTS[name]
 
     async def scenario():
-        async with serving(says(script)) as (client, _):
+        async with serving(says(script), config=COLD) as (client, _):
             body = asked(tools=[WEATHER], stream_options={"include_usage": True})
             whole = (await client.post(URL, json=body)).json()
             answer = await client.post(URL, json=body | {"stream": True})

@@ -183,16 +183,23 @@ def test_logs_hold_a_line_a_request_and_nothing_secret(says, caplog):
 def test_metrics_have_the_names_that_dashboards_know(says):
     async def scenario():
         async with serving(says("Yes.<turn|>")) as (client, _):
-            await client.post(CHAT, json=ASKED)
+            for _ in range(2):
+                last = (await client.post(CHAT, json=ASKED)).json()["usage"]
             await client.post(CHAT, json=ASKED | {"n": 0})
             text = (await client.get("/metrics")).text
+            cached = last["prompt_tokens_details"]["cached_tokens"]
+            assert 0 < cached < last["prompt_tokens"]
+            told = (await client.get("/debug/cache")).json()
+            assert (told["hits"], told["cached_tokens"]) == (1, cached)
+            assert sum(told["misses"].values()) >= 1
+            assert f'vllm:prefix_cache_hits_total{{model_name="gemma"}} {float(cached)}' in text
         for line in (
             'vllm:num_requests_running{model_name="gemma"} 0.0',
             'vllm:kv_cache_usage_perc{model_name="gemma"} 0.0',
-            'vllm:generation_tokens_total{model_name="gemma"} 5.0',
-            'vllm:request_success_total{finished_reason="stop",model_name="gemma"} 1.0',
-            'vllm:time_to_first_token_seconds_count{model_name="gemma"} 1.0',
-            'vllm:e2e_request_latency_seconds_count{model_name="gemma"} 1.0',
+            'vllm:generation_tokens_total{model_name="gemma"} 10.0',
+            'vllm:request_success_total{finished_reason="stop",model_name="gemma"} 2.0',
+            'vllm:time_to_first_token_seconds_count{model_name="gemma"} 2.0',
+            'vllm:e2e_request_latency_seconds_count{model_name="gemma"} 2.0',
             'gemsmith:request_errors_total{model_name="gemma",status="400"} 1.0',
         ):
             assert line in text, line

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tests.server.conftest import CALL, THOUGHT, WEATHER, events, run, serving
+from tests.server.conftest import CALL, COLD, THOUGHT, WEATHER, events, run, serving
 
 URL = "/v1/responses"
 TOOL = {"type": "function", **WEATHER["function"]}
@@ -33,7 +33,7 @@ def stable(items: list[Any]) -> list[Any]:
 )
 def test_a_stream_says_what_the_whole_response_says(says, script, kinds, status):
     async def scenario():
-        async with serving(says(script)) as (client, _):
+        async with serving(says(script), config=COLD) as (client, _):
             body = asked(tools=[TOOL], max_output_tokens=200)
             whole = (await client.post(URL, json=body)).json()
             told = events((await client.post(URL, json=body | {"stream": True})).text)

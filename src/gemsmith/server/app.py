@@ -109,6 +109,22 @@ def _plain_routes(app: FastAPI, service: Service) -> None:
         """What Prometheus reads."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    @app.get("/debug/cache")
+    async def debug_cache() -> Response:
+        """How the prefix cache does, and why it misses."""
+        stats = service.engine.stats()
+        return answer(
+            {
+                "hits": stats.prefix_hits,
+                "misses": stats.prefix_misses,
+                "cached_tokens": stats.cached_tokens,
+                "computed_tokens": stats.prompt_tokens,
+                "checkpoints": stats.checkpoints,
+                "kv_used_bytes": stats.kv_used_bytes,
+                "kv_bytes": stats.kv_bytes,
+            }
+        )
+
     def model(name: str) -> dict[str, Any]:
         return {
             "id": name,

@@ -17,9 +17,9 @@ from uuid import uuid4
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemsmith.server.errors import ApiError, problem
-from gemsmith.server.limits import ASGI, Receive, Scope, Send
 from gemsmith.server.service import Replies, Service, dump
 
 log = logging.getLogger("gemsmith.server")
@@ -73,7 +73,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._chunks, self._replies, self._failed, self._ping = chunks, replies, failed, ping
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.ensure_future(_gone(receive))
         coming: asyncio.Future[bytes] | None = None
         try:
@@ -133,7 +133,7 @@ def note_error(scope: Scope, error: BaseException) -> None:
 class Log:
     """An ASGI layer: numbers requests, counts errors, writes the log."""
 
-    def __init__(self, app: ASGI, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -144,10 +144,10 @@ class Log:
         id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not _ID.fullmatch(id):
             id = f"req_{uuid4().hex}"
-        state = scope.setdefault("state", {})
+        scope.setdefault("state", {})
         started, status = time.monotonic(), 0
 
-        async def numbered(message: dict[str, Any]) -> None:
+        async def numbered(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -166,9 +166,11 @@ class Log:
         finally:
             if status >= 400:
                 self.service.metrics.refused(status)
-            self._write(scope, id, status, time.monotonic() - started, state)
+            self._write(scope, id, status, time.monotonic() - started)
 
-    def _write(self, scope: Scope, id: str, status: int, took_s: float, state: Scope) -> None:
+    def _write(
+        self, scope: Scope, id: str, status: int, took_s: float, state: dict[str, Any]
+    ) -> None:
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "id": id,

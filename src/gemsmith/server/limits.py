@@ -7,19 +7,15 @@ every route: it checks the key, and counts the bytes of the body as they come.
 import hashlib
 import hmac
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemsmith.errors import ConfigError
 from gemsmith.server.errors import ApiError, anthropic, openai
-
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-ASGI = Callable[[Scope, Any, Any], Awaitable[None]]
 
 OPEN = ("/health", "/ready")
 """What a load balancer asks without a key."""
@@ -96,7 +92,7 @@ class Keys:
 class Guard:
     """An ASGI layer: keys and body sizes."""
 
-    def __init__(self, app: ASGI, *, keys: Keys, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, limits: Limits) -> None:
         self.app, self.keys, self.limits = app, keys, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,7 +114,7 @@ class Guard:
             return
         read = 0
 
-        async def counted() -> dict[str, Any]:
+        async def counted() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
@@ -126,7 +122,7 @@ class Guard:
                 raise _TooLarge
             return message
 
-        async def watched(message: dict[str, Any]) -> None:
+        async def watched(message: Message) -> None:
             # The body was cut off: whatever the application makes of that, this is the answer.
             if read <= limit:
                 await send(message)

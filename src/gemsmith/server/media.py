@@ -57,11 +57,11 @@ async def _part(part: Any, where: str, limits: Limits) -> dict[str, Any]:
             return {"type": "text", "text": part["text"]}
         case "image_url":
             given = {"url": given} if isinstance(given, str) else given
-            url = await _source(given, f"{where}.image_url", limits)
-            made = {"type": "image_url", "image_url": {"url": url}}
-            if given.get("detail") is not None:
-                made["image_url"]["detail"] = given["detail"]
-            return made | {name: part[name] for name in ("budget",) if part.get(name) is not None}
+            image: dict[str, Any] = {"url": await _source(given, f"{where}.image_url", limits)}
+            if isinstance(given, Mapping) and given.get("detail") is not None:
+                image["detail"] = given["detail"]
+            made = {"type": "image_url", "image_url": image}
+            return made if part.get("budget") is None else made | {"budget": part["budget"]}
         case "input_audio":
             given = given if isinstance(given, Mapping) else {}
             data, form = given.get("data"), given.get("format") or "wav"

@@ -41,12 +41,6 @@ class Metrics:
             ["model_name", "kind"],
             registry=self._registry,
         )
-        self._cached = Counter(
-            "vllm:prompt_tokens_cached",
-            "Tokens of prompts that had not to be computed.",
-            ["model_name"],
-            registry=self._registry,
-        )
         self._first = self._histogram(
             "vllm:time_to_first_token_seconds", "Queue and prefill.", SECONDS
         )
@@ -65,7 +59,6 @@ class Metrics:
         # vLLM knows stop, length, abort and error.
         word = "length" if reason is FinishReason.LENGTH else "stop"
         self._success.labels(name, word).inc()
-        self._cached.labels(name).inc(usage.cached_tokens)
         for kind in ("image", "audio", "video"):
             self._media.labels(name, kind).inc(getattr(usage, f"{kind}_tokens"))
         self._first.labels(name).observe(usage.time_to_first_token_s)
@@ -95,6 +88,13 @@ class Metrics:
         counters = {
             "vllm:num_preemptions": ("Requests put back for lack of K/V.", stats.preemptions),
             "vllm:prompt_tokens": ("Tokens of prompts computed.", stats.prompt_tokens),
+            "vllm:prompt_tokens_cached": ("Tokens of prompts not computed.", stats.cached_tokens),
+            "vllm:prefix_cache_queries": (
+                "Tokens of prompts asked of the prefix cache.",
+                stats.cached_tokens + stats.prompt_tokens,
+            ),
+            "vllm:prefix_cache_hits": ("Those that it had.", stats.cached_tokens),
+            "gemsmith:prefix_hits": ("Prompts of which it had a part.", stats.prefix_hits),
             "vllm:generation_tokens": ("Tokens generated.", stats.generated_tokens),
             "gemsmith:steps": ("Passes of the model.", stats.steps),
             "gemsmith:busy_seconds": ("Time spent in steps.", stats.busy_s),
@@ -109,6 +109,15 @@ class Metrics:
             counter = CounterMetricFamily(name, help, labels=["model_name"])
             counter.add_metric([self._model], value)
             yield counter
+
+        misses = CounterMetricFamily(
+            "gemsmith:prefix_misses",
+            "Prompts of which the prefix cache had nothing, or less than there was, by why.",
+            labels=["model_name", "reason"],
+        )
+        for reason, count in stats.prefix_misses.items():
+            misses.add_metric([self._model, str(reason)], count)
+        yield misses
 
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, help, ["model_name"], buckets=buckets, registry=self._registry)

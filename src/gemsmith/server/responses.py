@@ -127,7 +127,7 @@ def _said(content: Any, where: str) -> str:
     ]
     if not all(isinstance(text, str) for text in texts):
         raise refused(where, "an assistant's content must be text")
-    return "".join(texts)
+    return "".join(str(text) for text in texts)
 
 
 def _thought(item: Json, where: str) -> str:
