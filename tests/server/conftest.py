@@ -127,7 +127,7 @@ async def serving(
     """A client of a server in this process."""
     with service_of(lm, config, limits) as service:
         app = create_app(service, keys=Keys(keys), origins=origins)
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://here", timeout=60
         ) as client:

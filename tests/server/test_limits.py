@@ -180,12 +180,34 @@ def test_logs_hold_a_line_a_request_and_nothing_secret(says, caplog):
         assert secret not in caplog.text
 
 
+def test_an_error_of_the_server_itself_tells_nothing(says, monkeypatch, caplog):
+    async def broken(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    async def scenario():
+        async with serving(says("Yes.<turn|>")) as (client, service):
+            monkeypatch.setattr(service, "start", broken)
+            for path, kind in ((CHAT, "server_error"), (MESSAGES, "api_error")):
+                answer = await client.post(path, json=ASKED)
+                assert answer.status_code == 500
+                assert answer.json()["error"]["type"] == kind
+                assert "secret" not in answer.text
+                assert answer.headers["x-request-id"]
+
+    with caplog.at_level(logging.INFO, logger="gemsmith.server"):
+        run(scenario)
+    assert '"error": "RuntimeError"' in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_metrics_have_the_names_that_dashboards_know(says):
     async def scenario():
-        async with serving(says("Yes.<turn|>")) as (client, _):
+        async with serving(says("Yes.<turn|>")) as (client, service):
             for _ in range(2):
                 last = (await client.post(CHAT, json=ASKED)).json()["usage"]
             await client.post(CHAT, json=ASKED | {"n": 0})
+            while service.engine.stats().running:
+                await asyncio.sleep(0.01)
             text = (await client.get("/metrics")).text
             cached = last["prompt_tokens_details"]["cached_tokens"]
             assert 0 < cached < last["prompt_tokens"]

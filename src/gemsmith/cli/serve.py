@@ -4,12 +4,14 @@ line of JSON a request to stderr."""
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemsmith import __version__
 from gemsmith.errors import ConfigError
 from gemsmith.sizing import KVPlan
 
@@ -73,7 +75,7 @@ def run(
         lm = load(model, device=device, dtype=dtype, kv=kv, quant=quant)
         engine = AsyncEngine(lm, config)
         service = Service(lm, engine, limits=limits, name=name)
-        app = create_app(service, keys=keys, origins=allow_origin)
+        app = create_app(service, keys=keys, origins=allow_origin, version=__version__)
         _log_to_stderr()
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         print(welcome(lm, engine.plan, service.name, url, keys=len(keys)), flush=True)
@@ -90,6 +92,8 @@ def run(
             server_header=False,
             timeout_graceful_shutdown=DRAIN_S,
         )
+        # uvicorn handles the signal, and raises it again once all is done: that is no failure.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             uvicorn.Server(settings).run(sockets=[listening])
         finally:

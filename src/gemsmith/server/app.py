@@ -17,7 +17,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from gemsmith import __version__
 from gemsmith.errors import GemsmithError
 from gemsmith.server import anthropic, chat, errors, responses, transcription
 from gemsmith.server.errors import ApiError, problem
@@ -31,12 +30,16 @@ DRAIN_S = 5.0
 
 
 def create_app(
-    service: Service, *, keys: Keys | None = None, origins: Sequence[str] = ()
+    service: Service,
+    *,
+    keys: Keys | None = None,
+    origins: Sequence[str] = (),
+    version: str = "0",
 ) -> FastAPI:
     """The application around a service. Shutting it down drains and closes the engine.
 
     keys: who may ask; without any everybody may. origins: pages of which a browser may ask, "*"
-    for all; none by default.
+    for all; none by default. version: what `/openapi.json` says.
     """
 
     @asynccontextmanager
@@ -46,7 +49,7 @@ def create_app(
 
     app = FastAPI(
         title="gemsmith",
-        version=__version__,
+        version=version,
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
@@ -58,7 +61,7 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-    for kind in (GemsmithError, RequestValidationError, HTTPException, Gone, Exception):
+    for kind in (GemsmithError, RequestValidationError, HTTPException, Gone):
         app.add_exception_handler(kind, _failed(service))
     _plain_routes(app, service)
     _openai_routes(app, service)
@@ -75,14 +78,9 @@ def _failed(service: Service) -> Any:
             return Response(status_code=499)  # nobody reads it; the log does
         note_error(request.scope, error)
         told = problem(error, retry_after_s=service.retry_after_s())
-        return answer(_spell(request)(told), told)
+        return answer(errors.speller(request.scope)(told), told)
 
     return failed
-
-
-def _spell(request: Request) -> Any:
-    anthropic = request.url.path.startswith("/v1/messages")
-    return errors.anthropic if anthropic else errors.openai
 
 
 async def _started(service: Service, request: Request, ask: Ask) -> Replies:

@@ -4,10 +4,12 @@
 the request's number goes out: its text may name files.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from gemsmith.errors import CapacityError, GemsmithError, QueueFullError, RequestError
 
@@ -103,3 +105,8 @@ def anthropic(error: ApiError) -> dict[str, Any]:
     """The body of an error in Anthropic's API."""
     kind = KINDS.get(error.status, "api_error")
     return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def speller(scope: Scope) -> Callable[[ApiError], dict[str, Any]]:
+    """How errors are spelled where a request went."""
+    return anthropic if scope["path"].startswith("/v1/messages") else openai

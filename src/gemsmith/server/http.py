@@ -11,7 +11,6 @@ import re
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -19,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gemsmith.server.errors import ApiError, problem
+from gemsmith.server.errors import ApiError, problem, speller
 from gemsmith.server.service import Replies, Service, dump
 
 log = logging.getLogger("gemsmith.server")
@@ -157,20 +156,19 @@ class Log:
 
         try:
             await self.app(scope, receive, numbered)
-        except Exception as error:  # the client has its answer already
+        except Exception as error:  # nobody else knew what to do with it
             note_error(scope, error)
             if not status:
-                with suppress(Exception):
-                    await numbered({"type": "http.response.start", "status": 500})
-                    await send({"type": "http.response.body", "body": b""})
+                await answer(speller(scope)(problem(error)), problem(error))(
+                    scope, receive, numbered
+                )
         finally:
             if status >= 400:
                 self.service.metrics.refused(status)
             self._write(scope, id, status, time.monotonic() - started)
 
-    def _write(
-        self, scope: Scope, id: str, status: int, took_s: float, state: dict[str, Any]
-    ) -> None:
+    def _write(self, scope: Scope, id: str, status: int, took_s: float) -> None:
+        state = scope["state"]
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "id": id,

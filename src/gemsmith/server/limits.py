@@ -15,7 +15,7 @@ from pathlib import Path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemsmith.errors import ConfigError
-from gemsmith.server.errors import ApiError, anthropic, openai
+from gemsmith.server.errors import ApiError, speller
 
 OPEN = ("/health", "/ready")
 """What a load balancer asks without a key."""
@@ -155,8 +155,7 @@ def _key(scope: Scope) -> str | None:
 
 
 async def _refuse(scope: Scope, send: Send, error: ApiError) -> None:
-    spell = anthropic if scope["path"].startswith("/v1/messages") else openai
-    body = json.dumps(spell(error)).encode()
+    body = json.dumps(speller(scope)(error)).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
