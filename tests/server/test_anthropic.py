@@ -178,7 +178,9 @@ def test_an_image_comes_as_bytes():
             {"messages": user([{"type": "tool_result", "tool_use_id": "t", "content": "x"}])},
             "answers no call",
         ),
-        ({"context_management": {"edits": []}}, "context_management"),
+        ({"context_management": {"edits": [{"type": "clear_tool_uses_1"}]}}, "clear_tool_uses_1"),
+        ({"context_management": 3}, "context_management"),
+        ({"context_management": {"edits": 3}}, "context_management"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(says, fields, words):
@@ -199,3 +201,28 @@ def test_results_of_tools_come_first_in_a_turn():
     request = MessagesRequest.model_validate(asked(messages=user(content)))
     with pytest.raises(ApiError, match="come before everything else"):
         ask_of(request)
+
+
+def test_what_changes_nothing_is_accepted_as_clients_send_it(says):
+    mark = {"cache_control": {"type": "ephemeral"}}
+    harmless = {
+        "metadata": {"user_id": "u"},
+        "service_tier": "auto",
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "system": [{"type": "text", "text": "Be kind.", **mark}],
+        "tools": [TOOL | mark | {"eager_input_streaming": True}],
+        "tool_choice": {"type": "auto"},
+        "messages": user([{"type": "text", "text": "Hi", **mark}]),
+        "container": None,
+    }
+
+    async def scenario():
+        async with serving(says("So.<turn|>")) as (client, _):
+            answer = await client.post(
+                f"{URL}?beta=true",
+                json=asked(**harmless),
+                headers={"anthropic-version": "2023-06-01", "anthropic-beta": "x"},
+            )
+            assert answer.status_code == 200, answer.text
+
+    run(scenario)

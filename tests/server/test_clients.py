@@ -13,6 +13,8 @@ import openai
 import pytest
 from tests.server.conftest import CALL, THOUGHT, WEATHER, on_a_socket, user
 
+from gemsmith.engine.batching import EngineConfig
+
 FUNCTION = WEATHER["function"]
 
 
@@ -203,3 +205,22 @@ def test_a_request_that_fails_takes_no_other_with_it(says):
             assert "".join(lines).count('"content": "a"') == 60
         assert service.engine.stats().failed == 2
         assert client.get("/health").status_code == 200
+
+
+def test_a_stream_that_waits_says_that_it_is_alive(says, monkeypatch):
+    monkeypatch.setattr("gemsmith.server.http.PING_S", 0.05)
+    config = EngineConfig(max_num_seqs=1, max_model_len=3000)
+    with (
+        on_a_socket(says("a" * 2900), config) as (url, _),
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        body = {"model": "gemma", "messages": user("x"), "stream": True, "max_tokens": 2900}
+        with client.stream("POST", "/v1/chat/completions", json=body) as first:
+            held = first.iter_raw()  # let go, it would close the connection
+            next(held)
+            for path, ping in (
+                ("/v1/chat/completions", ": ping"),
+                ("/v1/messages", 'data: {"type": "ping"}'),
+            ):
+                with client.stream("POST", path, json=body | {"max_tokens": 1}) as second:
+                    assert ping in second.iter_lines()

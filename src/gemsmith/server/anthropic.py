@@ -6,7 +6,7 @@ back as they came. Cache marks are accepted: prefixes are found without them.
 """
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
@@ -35,6 +35,16 @@ PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 def _no_servers(value: Any) -> Any:
     if value:
         raise ValueError("nothing but the client's own tools can be called here; leave it out")
+    return value
+
+
+def _only_thoughts(value: Any) -> Any:
+    """Thoughts of earlier turns are never shown to the model: clearing them asks for nothing."""
+    edits = value.get("edits", []) if isinstance(value, dict) else None
+    edits = edits if isinstance(edits, list) else [edits]
+    kinds = [edit.get("type") if isinstance(edit, dict) else None for edit in edits]
+    if other := [kind for kind in kinds if not str(kind).startswith("clear_thinking")]:
+        raise ValueError(f"{other[0]!r} cannot be done here; leave it out")
     return value
 
 
@@ -78,6 +88,7 @@ class CountRequest(Strict):
     output_config: OutputConfig | None = None
     mm_budget: int | Literal["auto"] | None = None
     mcp_servers: Annotated[Any, BeforeValidator(_no_servers)] = None
+    context_management: Annotated[Any, BeforeValidator(_only_thoughts)] = None
     cache_control: Ignored = None
 
 
@@ -341,7 +352,7 @@ async def message(service: Service, request: MessagesRequest, replies: Replies) 
 
 async def stream(
     service: Service, request: MessagesRequest, replies: Replies
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events."""
     writer = Writer(service, replies, request.stop_sequences)
     yield data(writer.start())

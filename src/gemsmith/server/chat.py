@@ -7,7 +7,7 @@ could not be read is never lost: its text is content, and `tool_problems` says w
 
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -233,7 +233,7 @@ async def chat(service: Service, request: ChatRequest, replies: Replies) -> Json
 
 async def chat_stream(
     service: Service, request: ChatRequest, replies: Replies
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events."""
     head = _head(service, "chat.completion.chunk", "chatcmpl")
     wants_usage = request.stream_options is not None and request.stream_options.include_usage
@@ -309,7 +309,7 @@ async def completion(service: Service, request: CompletionRequest, replies: Repl
 
 async def completion_stream(
     service: Service, request: CompletionRequest, replies: Replies
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events."""
     head = _head(service, "text_completion", "cmpl")
     wants_usage = request.stream_options is not None and request.stream_options.include_usage

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -62,7 +62,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        chunks: AsyncIterator[bytes],
+        chunks: AsyncGenerator[bytes, None],
         replies: Replies,
         failed: Callable[[BaseException], bytes],
         ping: bytes = b": ping\n\n",
@@ -101,9 +101,10 @@ class EventStream(Response):
         finally:
             self._replies.abort()
             await _end(gone, *([coming] if coming else []))
+            await self._chunks.aclose()
 
 
-async def _next(chunks: AsyncIterator[bytes]) -> bytes:
+async def _next(chunks: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(chunks)
 
 

@@ -6,7 +6,7 @@ back as they came.
 """
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 from uuid import uuid4
 
@@ -323,7 +323,7 @@ async def response(service: Service, request: ResponsesRequest, replies: Replies
     return writer.response
 
 
-async def stream(writer: Writer, replies: Replies) -> AsyncIterator[bytes]:
+async def stream(writer: Writer, replies: Replies) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events."""
     for told in writer.start():
         yield data(told)

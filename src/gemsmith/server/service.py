@@ -305,6 +305,8 @@ class Replies:
         """Free what is held, before the engine's next step."""
         for task in self._waiting:
             task.cancel()
+            # Where several failed at once, one of the errors has been told.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
         for stream in self._streams:
             stream.abort()
         self._left.clear()
