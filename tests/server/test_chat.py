@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from tests.server.conftest import CALL, COLD, THOUGHT, WEATHER, events, run, serving, user
 
+from gemsmith.engine.engine import LM
 from gemsmith.server.chat import ask_of
 from gemsmith.server.errors import ApiError
 from gemsmith.server.protocol import ChatRequest
@@ -388,5 +389,60 @@ def test_a_text_is_gone_on_with(says):
                 assert answer.status_code == 400, bad
             answer = await client.post("/v1/completions", json=ids | {"echo": True})
             assert answer.json()["error"]["param"] == "echo"
+
+    run(scenario)
+
+
+def test_a_seed_gives_the_same_replies_again_and_each_choice_its_own(tiny):
+    lm = LM(tiny.model, tiny.tokenizer, tiny.config, end_ids=tiny.end_ids, kv="float32")
+
+    async def scenario():
+        async with serving(lm) as (client, _):
+            body = asked(n=2, seed=7, temperature=1.0, max_tokens=12)
+            made = []
+            for _ in range(2):
+                choices = (await client.post(URL, json=body)).json()["choices"]
+                made.append([choice["message"] for choice in choices])
+            assert made[0] == made[1]
+            assert made[0][0] != made[0][1]
+
+    run(scenario)
+
+
+def test_tools_that_may_not_be_called_are_not_shown(says):
+    async def scenario():
+        lm = says("Yes.<turn|>")
+        async with serving(lm) as (client, _):
+            for choice in ("auto", "none"):
+                await client.post(URL, json=asked(tools=[WEATHER], tool_choice=choice))
+        shown, hidden = lm.asked
+        assert "declaration:weather" in shown
+        assert "weather" not in hidden
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tool_choice": "required"}, "no tool is declared"),
+        ({"tool_choice": "required", "tools": [WEATHER]}, "calls cannot be forced yet"),
+        (
+            {
+                "tool_choice": {"type": "function", "function": {"name": "f"}},
+                "tools": [WEATHER],
+            },
+            "no tool 'f' is declared",
+        ),
+        ({"parallel_tool_calls": False, "tools": [WEATHER]}, "cannot be held to one yet"),
+        ({"response_format": {"type": "json_object"}}, "cannot be held to a format yet"),
+    ],
+)
+def test_a_form_that_the_engine_would_not_hold_to_is_refused(says, fields, words):
+    async def scenario():
+        async with serving(says("Yes.<turn|>")) as (client, _):
+            answer = await client.post(URL, json=asked(**fields))
+            assert answer.status_code == 400
+            assert words in answer.json()["error"]["message"]
 
     run(scenario)
