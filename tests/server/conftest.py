@@ -18,9 +18,11 @@ from tests.engine.conftest import byte_tokenizer
 from gemsmith.cli.serve import listen
 from gemsmith.engine.async_engine import AsyncEngine
 from gemsmith.engine.batching import EngineConfig
+from gemsmith.engine.context import Next
 from gemsmith.engine.engine import LM
 from gemsmith.engine.reply import Reply
 from gemsmith.engine.request import SamplingParams
+from gemsmith.errors import GemsmithError
 from gemsmith.server.app import create_app
 from gemsmith.server.limits import Keys, Limits
 from gemsmith.server.service import Service
@@ -36,12 +38,13 @@ class ScriptedReply(Reply):
     """Whatever the model finds likely, the script is what it says."""
 
     script: list[int]
+    model: Any
 
-    def take(self, logits_V: torch.Tensor) -> list[Any]:
-        logits_V = torch.zeros_like(logits_V)
+    def take(self, following: Any) -> list[Any]:
+        logits_V = torch.zeros_like(following.logits_V)
         at = len(self.token_ids)
         logits_V[self.script[at] if at < len(self.script) else 1] = 20.0
-        return super().take(logits_V)
+        return super().take(Next(self.model, torch.empty(0), logits_V))
 
 
 class ScriptedLM(LM):
@@ -56,15 +59,14 @@ class ScriptedLM(LM):
         text = self.script(self.asked[-1])
         made.__class__ = ScriptedReply
         assert isinstance(made, ScriptedReply)
+        made.model = self.model
         made.script = self.tokenizer.encode(text)
         if text == "FAIL":
             made.take = _fail  # pyright: ignore[reportAttributeAccessIssue]
         return made
 
 
-def _fail(logits_V: torch.Tensor) -> list[Any]:
-    from gemsmith.errors import GemsmithError
-
+def _fail(following: Any) -> list[Any]:
     raise GemsmithError("secret detail of /some/file")
 
 
