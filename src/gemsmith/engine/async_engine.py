@@ -239,11 +239,12 @@ class AsyncEngine:
             with self._wake:
                 done = closed or self._broken is not None
                 self._idle = done or not self._engine.busy
-                self._wake.notify_all()
                 if done:
                     self._gone = True
-                    for command in self._commands:
-                        command()
+                    while self._commands:  # one that stayed would keep `drain` waiting
+                        self._commands.pop(0)()
+                self._wake.notify_all()
+                if done:
                     return
 
     def _fail_all(self, error: GemsmithError) -> None:
