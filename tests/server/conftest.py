@@ -53,6 +53,9 @@ class ScriptedLM(LM):
     script: Script
     asked: list[str]
 
+    def follow(self, **options: Any) -> None:
+        """Nothing: the script may say what a grammar would not let through."""
+
     def reply(self, prompt: Any, params: SamplingParams, **options: Any) -> Reply:
         made = super().reply(prompt, params, **options)
         self.asked.append(self.tokenizer.decode(prompt.ids))

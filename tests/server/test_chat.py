@@ -426,7 +426,6 @@ def test_tools_that_may_not_be_called_are_not_shown(says):
     ("fields", "words"),
     [
         ({"tool_choice": "required"}, "no tool is declared"),
-        ({"tool_choice": "required", "tools": [WEATHER]}, "calls cannot be forced yet"),
         (
             {
                 "tool_choice": {"type": "function", "function": {"name": "f"}},
@@ -434,15 +433,41 @@ def test_tools_that_may_not_be_called_are_not_shown(says):
             },
             "no tool 'f' is declared",
         ),
-        ({"parallel_tool_calls": False, "tools": [WEATHER]}, "cannot be held to one yet"),
-        ({"response_format": {"type": "json_object"}}, "cannot be held to a format yet"),
     ],
 )
-def test_a_form_that_the_engine_would_not_hold_to_is_refused(says, fields, words):
+def test_a_choice_among_tools_that_are_not_there_is_refused(says, fields, words):
     async def scenario():
         async with serving(says("Yes.<turn|>")) as (client, _):
             answer = await client.post(URL, json=asked(**fields))
             assert answer.status_code == 400
             assert words in answer.json()["error"]["message"]
+
+    run(scenario)
+
+
+def test_replies_are_held_to_tools_and_formats(tiny):
+    """A random model, which by itself writes neither JSON nor calls."""
+    lm = LM(tiny.model, tiny.tokenizer, tiny.config, end_ids=tiny.end_ids, kv="float32")
+    units = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"]}
+    units["additionalProperties"] = False
+    tool = {"type": "function", "function": {"name": "units", "parameters": units}}
+    schema = {"type": "json_schema", "json_schema": {"name": "units", "schema": units}}
+    forced = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+
+    async def scenario():
+        async with serving(lm) as (client, _):
+            answer = await client.post(URL, json=asked(**forced, max_tokens=200))
+            choice = answer.json()["choices"][0]
+            [call] = choice["message"]["tool_calls"]
+            assert json.loads(call["function"]["arguments"])["unit"] in ("C", "F")
+            assert choice["finish_reason"] == "tool_calls"
+            answer = await client.post(URL, json=asked(response_format=schema, max_tokens=200))
+            content = answer.json()["choices"][0]["message"]["content"]
+            assert json.loads(content)["unit"] in ("C", "F")
+            pattern = {**units, "properties": {"unit": {"type": "string", "pattern": "(?=C)"}}}
+            tool["function"]["parameters"] = pattern
+            answer = await client.post(URL, json=asked(tools=[tool]))
+            assert answer.status_code == 400
+            assert "parameters.unit" in answer.json()["error"]["message"]
 
     run(scenario)

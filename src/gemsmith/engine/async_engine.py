@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from gemsmith.engine.batching import BatchEngine, EngineConfig, Outcome, Stats
 from gemsmith.engine.engine import LM
+from gemsmith.engine.grammar import Follow
 from gemsmith.engine.media import Prompt
 from gemsmith.engine.reply import Event
 from gemsmith.engine.request import Finished, Request
@@ -126,6 +127,14 @@ class AsyncEngine:
         loop, lm = asyncio.get_running_loop(), self._engine.lm
         encode: Callable[..., Prompt] = lm.encode_text if isinstance(messages, str) else lm.encode
         return await loop.run_in_executor(self._encoder, partial(encode, messages, **options))
+
+    async def follow(self, **options: Any) -> Follow | None:
+        """`LM.follow` beside the running steps: a schema may take a while to compile.
+
+        Raises: as `LM.follow`.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoder, partial(self._engine.lm.follow, **options))
 
     async def submit(self, request: Request) -> Stream:
         """Queue a request; its events come from what is returned.

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from gemsmith.engine.async_engine import AsyncEngine, Stream
 from gemsmith.engine.engine import LM
+from gemsmith.engine.grammar import Follow
 from gemsmith.engine.media import Prompt
 from gemsmith.engine.reply import Event
 from gemsmith.engine.request import Finished, Request, SamplingParams
@@ -144,7 +145,16 @@ class Service:
         deadline = time.monotonic() + self.limits.request_s
         params = self.params(ask.params)
         prompt = await self.prompt(ask)
-        return await self.submit([prompt], params, n=ask.n, tenant=tenant, deadline=deadline)
+        follow = await self.engine.follow(
+            tools=ask.tools or None,
+            tool_choice=ask.tool_choice,
+            parallel_tool_calls=ask.parallel_tool_calls,
+            response_format=ask.response_format,
+            enable_thinking=ask.enable_thinking,
+        )
+        return await self.submit(
+            [prompt], params, n=ask.n, tenant=tenant, deadline=deadline, follow=follow
+        )
 
     async def submit(
         self,
@@ -155,6 +165,7 @@ class Service:
         tenant: str,
         deadline: float | None = None,
         chat: bool = True,
+        follow: Follow | None = None,
     ) -> "Replies":
         """Queue n replies to each prompt, each with a seed of its own.
 
@@ -183,7 +194,11 @@ class Service:
                 for choice in range(n):
                     seed = None if params.seed is None else (params.seed + choice) % 2**63
                     request = Request(
-                        prompt=prompt, params=params.changed(seed=seed), chat=chat, tenant=tenant
+                        prompt=prompt,
+                        params=params.changed(seed=seed),
+                        chat=chat,
+                        follow=follow,
+                        tenant=tenant,
                     )
                     streams.append(await self.engine.submit(request))
         except BaseException:
@@ -212,11 +227,7 @@ class Service:
         return min(found)[2] if found else None
 
     def _check(self, ask: Ask) -> None:
-        """Refuse what the engine would not hold to.
-
-        Constrained replies come in here: once `Request` takes a grammar, `ask.tool_choice`,
-        `parallel_tool_calls` and `response_format` go there instead of being refused.
-        """
+        """Refuse what can be told to be wrong at once, by the field's name."""
         for tool in ask.tools:
             check_tool(tool)
         names = [tool["function"]["name"] for tool in ask.tools]
@@ -229,11 +240,6 @@ class Service:
                 name = ask.tool_choice["function"]["name"]
                 if name not in names:
                     raise refused("tool_choice", f"no tool {name!r} is declared")
-            raise refused("tool_choice", "calls cannot be forced yet; use 'auto' or 'none'")
-        if ask.tools and not ask.parallel_tool_calls:
-            raise refused("parallel_tool_calls", "the number of calls cannot be held to one yet")
-        if ask.response_format and ask.response_format.get("type", "text") != "text":
-            raise refused("response_format", "answers cannot be held to a format yet; leave it out")
         places = sum(
             not isinstance(part, Mapping) or part.get("type") != "text"
             for message in ask.messages
