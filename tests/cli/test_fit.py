@@ -97,7 +97,8 @@ def test_nothing_fits_is_one_error_with_the_closest():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["E9B"], "no folder 'E9B'"),
+        (["E3B"], "no preset 'E3B'; presets are E2B, E4B, 12B, 26B-A4B, 31B. Did you mean E"),
+        (["E9B"], "Or give a folder that is here, or a hub id"),
         (["E2B", "--device", "rtx-4091"], "no device 'rtx-4091'. Did you mean rtx-4090"),
         (["E2B", "--context", "1M"], "context 1048576: E2B has 1 to 131072 tokens"),
         (["E2B", "--quant", "int5"], "format 'int5': must be one of"),

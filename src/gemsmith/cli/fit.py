@@ -5,6 +5,7 @@ every combination that fits. The figures are fit.py's; here they are asked for a
 """
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -69,8 +70,12 @@ def model_of(name: str) -> Model:
       GemsmithError: neither, or headers that cannot be true.
     """
     if not Path(name).exists():
-        with suppress(ConfigError):
+        try:
             config = preset(name)
+        except ConfigError as error:
+            if name != "pocket" and re.fullmatch(r"[\w.-]+", name):
+                raise ConfigError(f"{error} Or give a folder that is here, or a hub id.") from None
+        else:
             known = next(size for size, each in PRESETS.items() if each == config)
             return Model(known, config)
     from gemsmith.headers import read_headers
@@ -124,7 +129,7 @@ def target_of(device: str, memory: str | None) -> Target:
     """
     size = fit.size_of(memory) if memory else None
     if size and device == "auto":
-        return Target(f"{gib(size)} of memory", "gpu", size, about="a GPU of unknown speed")
+        return Target("a GPU of unknown speed", "gpu", size, about="memory as given")
     if device in (*HERE, "cuda"):
         return fit.this_machine("gpu" if device == "cuda" else device, size)
     target = fit.named(device)
