@@ -114,7 +114,8 @@ def layer(config: TextConfig, plan: LayerPlan) -> Iterator[Tensor]:
     yield Tensor(at + "mlp.gate_proj.weight", (f, d), "mlp", True)
     yield Tensor(at + "mlp.up_proj.weight", (f, d), "mlp", True)
     yield Tensor(at + "mlp.down_proj.weight", (d, f), "mlp", True)
-    norms = ["input", "post_attention", "pre_feedforward", "post_feedforward"]
+    for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+        yield Tensor(f"{at}{norm}_layernorm.weight", (d,), "norms")
     if config.enable_moe_block:
         e, w = config.num_experts or 0, config.moe_intermediate_size or 0
         # The router decides which experts are used and is a thousandth of them: it stays floats.
@@ -123,12 +124,9 @@ def layer(config: TextConfig, plan: LayerPlan) -> Iterator[Tensor]:
         yield Tensor(at + "router.per_expert_scale", (e,), "router")
         yield Tensor(at + "experts.gate_up_proj", (e, 2 * w, d), "experts", True)
         yield Tensor(at + "experts.down_proj", (e, d, w), "experts", True)
-    for norm in norms:
-        yield Tensor(f"{at}{norm}_layernorm.weight", (d,), "norms")
-    if config.enable_moe_block:
-        for norm in ("post_feedforward", "pre_feedforward"):
-            yield Tensor(f"{at}{norm}_layernorm_2.weight", (d,), "norms")
-        yield Tensor(at + "post_feedforward_layernorm_1.weight", (d,), "norms")
+        for norm in ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2"):
+            yield Tensor(f"{at}{norm}.weight", (d,), "norms")
+        yield Tensor(at + "pre_feedforward_layernorm_2.weight", (d,), "norms")
     if p:
         yield Tensor(at + "per_layer_input_gate.weight", (p, d), "ple", True)
         yield Tensor(at + "per_layer_projection.weight", (d, p), "ple", True)
