@@ -119,9 +119,9 @@ def layer(config: TextConfig, plan: LayerPlan) -> Iterator[Tensor]:
     if config.enable_moe_block:
         e, w = config.num_experts or 0, config.moe_intermediate_size or 0
         # The router decides which experts are used and is a thousandth of them: it stays floats.
-        yield Tensor(at + "router.proj.weight", (e, d), "router")
         yield Tensor(at + "router.scale", (d,), "router")
         yield Tensor(at + "router.per_expert_scale", (e,), "router")
+        yield Tensor(at + "router.proj.weight", (e, d), "router")
         yield Tensor(at + "experts.gate_up_proj", (e, 2 * w, d), "experts", True)
         yield Tensor(at + "experts.down_proj", (e, d, w), "experts", True)
         for norm in ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2"):
