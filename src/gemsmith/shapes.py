@@ -6,8 +6,7 @@ afar is compared with. From the config alone; standard library only.
 Names are those of the modules, the decoder's and the towers' as in a saved checkpoint below
 `model.language_model.` and `model.`. Shapes are [out, in], as stored.
 
-Source: tensor lists of transformers 5.23 `Gemma4ForConditionalGeneration` and
-`Gemma4UnifiedForConditionalGeneration`; the drafters' from their published configs.
+Source: tensor lists of transformers 5.23 `Gemma4ForConditionalGeneration` X
 """
 
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 
 from gemsmith.config import (
     AudioConfig,
+    DrafterConfig,
     Gemma4Config,
     LayerPlan,
     TextConfig,
@@ -25,6 +25,8 @@ from gemsmith.config import (
 
 Shape = tuple[int, ...]
 BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+TOKEN_ORDERING = "masked_embedding.token_ordering"
+"""A drafter's token ids by centroid: the one tensor of whole numbers, 8 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +87,28 @@ def towers(config: Gemma4Config) -> Iterator[Tensor]:
         yield Tensor(name, (d, width), "audio_projection", True)
 
 
-def drafter(target: TextConfig) -> Iterator[Tensor]:
-    """The assistant that Google publishes beside this size: four layers that read its K/V."""
-    edge = target.hidden_size_per_layer_input > 0
-    d, f, heads = (256, 2048, 4) if edge else (1024, 8192, target.num_attention_heads)
-    shapes: list[Shape] = [(target.vocab_size, d), (d, 2 * target.hidden_size)]
-    shapes.append((target.hidden_size, d))
-    for head_dim in (*[target.head_dim] * 3, target.global_head_dim):
-        q = heads * head_dim
-        shapes += [(q, d), (head_dim,), (d, q), (f, d), (f, d), (d, f), *[(d,)] * 4]
-    shapes.append((d,))
-    if edge:
-        shapes.append((2048, d))  # centroids of the vocabulary
-    for number, shape in enumerate(shapes):
-        yield Tensor(f"drafter.{number}", shape, "drafter", linear=len(shape) > 1)
+def drafter(config: DrafterConfig) -> Iterator[Tensor]:
+    """A drafter, in the order of its modules, named as in its own checkpoint."""
+    text, part = config.text_config, "drafter"
+    d, f, backbone = text.hidden_size, text.intermediate_size, config.backbone_hidden_size
+    yield Tensor("model.embed_tokens.weight", (text.vocab_size, d), part, True)
+    for plan in text.layers:
+        at, q = f"model.layers.{plan.index}.", text.num_attention_heads * plan.head_dim
+        yield Tensor(at + "layer_scalar", (1,), part, trained=False)
+        yield Tensor(at + "self_attn.q_proj.weight", (q, d), part, True)
+        yield Tensor(at + "self_attn.q_norm.weight", (plan.head_dim,), part)
+        yield Tensor(at + "self_attn.o_proj.weight", (d, q), part, True)
+        yield Tensor(at + "mlp.gate_proj.weight", (f, d), part, True)
+        yield Tensor(at + "mlp.up_proj.weight", (f, d), part, True)
+        yield Tensor(at + "mlp.down_proj.weight", (d, f), part, True)
+        for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            yield Tensor(f"{at}{norm}_layernorm.weight", (d,), part)
+    yield Tensor("model.norm.weight", (d,), part)
+    yield Tensor("pre_projection.weight", (d, 2 * backbone), part, True)
+    yield Tensor("post_projection.weight", (backbone, d), part, True)
+    if config.use_ordered_embeddings:
+        yield Tensor(TOKEN_ORDERING, (text.vocab_size,), part, trained=False)
+        yield Tensor("masked_embedding.centroids.weight", (config.num_centroids, d), part, True)
 
 
 def layer(config: TextConfig, plan: LayerPlan) -> Iterator[Tensor]:

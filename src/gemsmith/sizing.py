@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import Literal
 
 from gemsmith import shapes
-from gemsmith.config import Gemma4Config, LayerPlan, TextConfig, VisionConfig
+from gemsmith.config import Gemma4Config, LayerPlan, TextConfig, VisionConfig, published_drafter
 from gemsmith.errors import CapacityError, ConfigError
 from gemsmith.shapes import Tensor
 
@@ -99,7 +99,7 @@ def stored_values(config: Gemma4Config) -> int:
 
 def drafter_parameters(config: Gemma4Config) -> int:
     """Trainable weights of the drafter that is published beside this size."""
-    return sum(math.prod(tensor.shape) for tensor in shapes.drafter(config.text_config))
+    return _counted(shapes.drafter(published_drafter(config.text_config)))["drafter"]
 
 
 def _counted(tensors: Iterable[Tensor]) -> dict[str, int]:
@@ -179,7 +179,7 @@ def _weight_bytes(
         # The mobile layout has the head apart from the embedding.
         tensors.append(Tensor("lm_head.weight", tensors[0].shape, "head", linear=True))
     tensors += shapes.towers(config) if towers else ()
-    tensors += shapes.drafter(text) if drafter else ()
+    tensors += shapes.drafter(published_drafter(text)) if drafter else ()
     width = FLOATS[stored if format not in FLOATS else format]
     if place != "file" and format not in FLOATS:
         width = 4 if place == "cpu" else 2
@@ -189,7 +189,10 @@ def _weight_bytes(
             continue
         bits = low_bits(tensor, text, format)
         if bits is None:
-            nbytes = math.prod(tensor.shape) * (2 if tensor.part == "drafter" else width)
+            each = width
+            if tensor.part == "drafter":
+                each = 8 if tensor.name == shapes.TOKEN_ORDERING else 2
+            nbytes = math.prod(tensor.shape) * each
         elif place == "file":
             nbytes = _in_file(tensor, *bits, mobile=format == "mobile")
         else:

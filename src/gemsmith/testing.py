@@ -16,10 +16,14 @@ from gemsmith.config import (
     LAYER_TYPES,
     PRESETS,
     AudioConfig,
+    DrafterConfig,
     Gemma4Config,
+    TextConfig,
     VisionConfig,
+    published_drafter,
     text_only,
 )
+from gemsmith.model.drafter import MTPDrafter
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.text.tokenizer import SpecialIds
@@ -140,6 +144,40 @@ def random_model(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         noise = torch.randn(tensor.shape, generator=generator)
         centred = "norm" in name or name.endswith(("scale", "layer_scalar"))
+        tensor.data.copy_(1 + 0.1 * noise if centred else 0.15 * noise)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_drafter_config(target: TextConfig) -> DrafterConfig:
+    """The drafter of a tiny model: as published beside the size, small; 8 tokens a centroid."""
+    published = published_drafter(replace(target, vocab_size=1 << 18))
+    text = replace(
+        published.text_config,
+        vocab_size=target.vocab_size,
+        hidden_size=32,
+        intermediate_size=40,
+        num_attention_heads=4,
+    )
+    return replace(
+        published,
+        text_config=text,
+        num_centroids=target.vocab_size // 8,
+        centroid_intermediate_top_k=3,
+    )
+
+
+def random_drafter(
+    target: TextConfig, seed: int = 2, *, dtype: torch.dtype = torch.float32
+) -> MTPDrafter:
+    """A drafter of a tiny model whose every weight is random, as `random_model`."""
+    generator = torch.Generator().manual_seed(seed)
+    model = MTPDrafter(tiny_drafter_config(target), target, dtype=dtype)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.dtype == torch.long:
+            tensor.data.copy_(torch.randperm(len(tensor), generator=generator))
+            continue
+        noise = torch.randn(tensor.shape, generator=generator)
+        centred = "norm" in name or name.endswith("layer_scalar")
         tensor.data.copy_(1 + 0.1 * noise if centred else 0.15 * noise)
     return model.eval().requires_grad_(False)
 

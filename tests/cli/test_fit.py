@@ -66,7 +66,9 @@ def test_without_image_and_sound_and_with_a_drafter():
     [more] = plans("E2B", "--quant", "int4", "--device", "t4", "--drafter")
     towers = ("vision", "vision_projection", "audio", "audio_projection")
     assert every["total"] - bare["total"] == sum(every["memory"]["weights"][t] for t in towers)
-    assert more["total"] - every["total"] == 2 * 77_731_328
+    scalars, ordering = 4, 262_144
+    drafter = 2 * (77_731_328 + scalars) + 8 * ordering
+    assert more["total"] - every["total"] == drafter
 
 
 def test_what_fits_is_ranked_and_says_what_limits_it():

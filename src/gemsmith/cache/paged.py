@@ -97,6 +97,10 @@ class PagedCache:
         """The store of one pass over the chunks' tokens. Commit them when it has succeeded."""
         return PagedStep(self, chunks)
 
+    def reader(self, pages: Sequence[Pages]) -> "PagedReader":
+        """What these sequences have stored, to be asked from after their last token."""
+        return PagedReader(self, pages)
+
     def branch(self, pages: Pages, length: int) -> Pages:
         """A second sequence with the same first `length` tokens.
 
@@ -239,6 +243,26 @@ class PagedStep:
         if k_TKH is not None and v_TKH is not None:
             slots.scatter(self._targets[sliding], k_TKH, v_TKH)
         return batched_attention(q, slots, self._reading(sliding, rows_R))
+
+
+class PagedReader:
+    """`model.drafter.TargetKV` of some sequences, for as long as their pages stay as they are."""
+
+    def __init__(self, cache: PagedCache, pages: Sequence[Pages]) -> None:
+        self._cache, self._step = cache, PagedStep(cache, [Chunk(p, 0) for p in pages])
+        self._readings: dict[bool, Reading] = {}
+
+    def read(self, layer: int, q_BNH: Tensor) -> Tensor:
+        """See `model.drafter.TargetKV`."""
+        plan = self._cache.config.layers[layer]
+        sliding = plan.window is not None
+        if sliding not in self._readings:
+            parts = self._step._parts[sliding]
+            # A part reaches as far as the window of the token that comes next.
+            queries = [Queries(1, part.keys, None, origin=part.start) for part in parts]
+            self._readings[sliding] = Reading([part.runs for part in parts], queries)
+        slots = self._cache.slots[plan.kv_source]
+        return batched_attention(q_BNH, slots, self._readings[sliding])
 
 
 def _table(pages: Pages, sliding: bool) -> Table:

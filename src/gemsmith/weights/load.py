@@ -127,7 +127,7 @@ def load_model(
     folder = Path(folder)
     if ple not in ("disk", "memory"):
         raise ConfigError(f"ple {ple!r}: must be disk (rows read as needed) or memory")
-    device = _checked_device(device)
+    device = checked_device(device)
     config = Gemma4Config.load(folder)
     formats = _formats(quant, config)
     section = read_section(folder)
@@ -140,12 +140,12 @@ def load_model(
             f"{folder} is quantized already: load it without quant={quant!r}, or quantize the "
             "checkpoint it was made from"
         )
-    _check_dtypes(stored, chosen, low, folder)
+    check_dtypes(stored, chosen, low, folder)
     _check_head(stored, shapes, chosen, low)
     typical = stored[chosen[LAST_NORM if formats or chosen[EMBEDDING] in low else EMBEDDING]]
     if dtype is None and (low or formats) and device.type == "cpu":
         dtype = torch.float32  # what the integer products give; few values are floats at all
-    dtype = _compute_dtype(dtype, typical, folder)
+    dtype = compute_dtype(dtype, typical, folder)
 
     _check_room(folder, config, stored, chosen, low, device, dtype, ple, quant)
     model = TextModel(text, device="meta", dtype=dtype)
@@ -184,12 +184,12 @@ def load_towers(
 
     Raises: as `load_model`.
     """
-    folder, device = Path(folder), _checked_device(device)
+    folder, device = Path(folder), checked_device(device)
     stored = read_checkpoint(folder)
     expected = tower_shapes(config)
     shapes, low = fold(stored, expected)
     chosen = match_towers(shapes, expected, str(folder))
-    _check_dtypes(stored, chosen, low, folder)
+    check_dtypes(stored, chosen, low, folder)
     towers = Towers(config, device="meta", dtype=dtype)
     _fill(
         towers,
@@ -279,6 +279,17 @@ def _fill(
     keys = {name: key for name, key in chosen.items() if name in formats}
     if keys:
         _place_low(model, _rounded(stored, keys, formats, device, advance, part), dtype)
+
+
+def fill_floats(
+    model: nn.Module,
+    stored: dict[str, StoredTensor],
+    chosen: dict[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """`_fill` with floats alone."""
+    _fill(model, stored, chosen, {}, device, dtype, {}, silent, "")
 
 
 def _rounded(
@@ -487,6 +498,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     }
 
 
+def read_tensor(tensor: StoredTensor, key: str) -> Tensor:
+    """One tensor as a view of its file."""
+    return _Reader({key: tensor}).get(key, stays=True)
+
+
 def _opened(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt", device="cpu")
@@ -538,7 +554,7 @@ def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _check_dtypes(
+def check_dtypes(
     stored: dict[str, StoredTensor], chosen: dict[str, str], low: dict[str, LowBit], folder: Path
 ) -> None:
     floats = [key for key in chosen.values() if key not in low]
@@ -637,7 +653,7 @@ def _check_room(
     raise CapacityError(f"{what} and {have}; {way}")
 
 
-def _compute_dtype(asked: torch.dtype | None, embedding: StoredTensor, folder: Path) -> torch.dtype:
+def compute_dtype(asked: torch.dtype | None, embedding: StoredTensor, folder: Path) -> torch.dtype:
     dtype = DTYPES[embedding.dtype] if asked is None else asked
     if asked is None and dtype == torch.float16:
         raise WeightsError(
@@ -654,7 +670,7 @@ def _compute_dtype(asked: torch.dtype | None, embedding: StoredTensor, folder: P
     return dtype
 
 
-def _checked_device(device: torch.device | str) -> torch.device:
+def checked_device(device: torch.device | str) -> torch.device:
     try:
         device = torch.device(device)
     except RuntimeError:

@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from gemsmith import shapes
-from gemsmith.config import PRESETS, TextConfig
+from gemsmith.config import PRESETS, DrafterConfig, TextConfig
 from gemsmith.errors import WeightsError
 from gemsmith.shapes import Shape
 
@@ -164,6 +164,58 @@ def match_towers(
     if parts:
         raise WeightsError(f"{source}: " + "\n".join(parts))
     return chosen
+
+
+def match_drafter(
+    found: Mapping[str, Shape], config: DrafterConfig, source: str
+) -> tuple[dict[str, str], str | None]:
+    """Give every tensor of a drafter its key in its checkpoint, the same name: {name: key}.
+
+    Second: the key of a stored copy of the head, which is tied to `model.embed_tokens.weight`.
+
+    Raises:
+      WeightsError: tensors missing, in excess or of another shape, named as in `match`.
+    """
+    expected = {tensor.name: tensor.shape for tensor in shapes.drafter(config)}
+    head = {HEAD: expected["model." + EMBEDDING]}
+    known = expected | head
+    missing = [name for name in expected if name not in found]
+    excess = [key for key in found if key not in known]
+    misshapen = [
+        f"{key} is {list(found[key])}, expected {list(shape)}"
+        for key, shape in known.items()
+        if key in found and found[key] != shape
+    ]
+    parts = []
+    if missing:
+        cause = (
+            "no tensor of a Gemma 4 drafter is there at all; is this the right folder?"
+            if len(missing) == len(expected)
+            else "Perhaps use_ordered_embeddings of config.json should be false."
+            if all(name.startswith("masked_embedding.") for name in missing)
+            else "The download or export is incomplete, or config.json is another drafter's; "
+            "fetch it anew."
+        )
+        parts.append(f"{_count(missing)} missing:\n  {_some(missing)}\n  {cause}")
+    if misshapen:
+        parts.append(
+            f"{_count(misshapen)} of another shape:\n  {_some(misshapen)}\n"
+            "  config.json is that of another size's drafter; fetch both anew."
+        )
+    if excess:
+        cause = (
+            "A drafter has no keys and values of its own; this is another kind of model."
+            if any(re.search(r"\.self_attn\.[kv]_", key) for key in excess)
+            else "Perhaps use_ordered_embeddings of config.json should be true."
+            if all(key.startswith("masked_embedding.") for key in excess)
+            else "A quantized drafter is not read; start from the bfloat16 one of the same size."
+        )
+        parts.append(
+            f"{_count(excess)} with no place in this drafter:\n  {_some(excess)}\n  {cause}"
+        )
+    if parts:
+        raise WeightsError(f"{source}: " + "\n".join(parts))
+    return {name: name for name in expected}, HEAD if HEAD in found else None
 
 
 def _count(names: list[str]) -> str:

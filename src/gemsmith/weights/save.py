@@ -72,7 +72,7 @@ S = TypeVar("S", bound=_Sized)
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """A tensor to be written: whole, or a store that gives rows."""
 
     name: str
@@ -121,6 +121,13 @@ def save_model(
     folder = Path(folder)
     config = config if towers is not None else text_only(config)
     sources = _sources(model, config, dtype) + _tower_sources(towers, config, dtype)
+    return write_checkpoint(sources, config.to_dict(), folder, max_shard_bytes)
+
+
+def write_checkpoint(
+    sources: list[Source], config: dict[str, Any], folder: Path, max_shard_bytes: int
+) -> list[Path]:
+    """Write these tensors and config.json, all or nothing; returns the weight files."""
     sources.sort(key=lambda source: source.nbytes % ALIGNMENT != 0)
     shards = split_shards(sources, max_shard_bytes)
     count = len(shards)
@@ -136,7 +143,7 @@ def save_model(
             with new_file(folder, INDEX, temporary) as file:
                 file.write(to_json(index_of(names, shards)))
         with new_file(folder, "config.json", temporary) as file:
-            file.write(to_json(config.to_dict()))
+            file.write(to_json(config))
     except OSError as error:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -156,7 +163,7 @@ def save_model(
     return [folder / name for name in names]
 
 
-def _sources(model: TextModel, config: Gemma4Config, dtype: torch.dtype | None) -> list[_Source]:
+def _sources(model: TextModel, config: Gemma4Config, dtype: torch.dtype | None) -> list[Source]:
     """The decoder's tensors, checked against config."""
     tensors: dict[str, Tensor | PLEStore] = dict(model.state_dict())
     table = getattr(model, "embed_tokens_per_layer", None)
@@ -168,9 +175,9 @@ def _sources(model: TextModel, config: Gemma4Config, dtype: torch.dtype | None) 
             shape, own = (data.num_embeddings, data.embedding_dim), data.stored
         else:
             shape, own = tuple(data.shape), data.dtype
-            _check_savable(name, data)
+            check_savable(name, data)
         shapes[name] = shape
-        sources.append(_Source(written_key(name), shape, dtype or own, data))
+        sources.append(Source(written_key(name), shape, dtype or own, data))
     expected = expected_shapes(config.text_config)
     if shapes != expected:
         name = next(n for n in {**expected, **shapes} if shapes.get(n) != expected.get(n))
@@ -183,7 +190,7 @@ def _sources(model: TextModel, config: Gemma4Config, dtype: torch.dtype | None) 
 
 def _tower_sources(
     towers: Towers | None, config: Gemma4Config, dtype: torch.dtype | None
-) -> list[_Source]:
+) -> list[Source]:
     """The towers' tensors, checked against config."""
     if towers is None:
         return []
@@ -194,14 +201,14 @@ def _tower_sources(
             "the towers and the config to be saved disagree; pass the config they were made from"
         )
     for name, tensor in tensors.items():
-        _check_savable(name, tensor)
+        check_savable(name, tensor)
     return [
-        _Source(f"model.{name}", tuple(tensor.shape), dtype or tensor.dtype, tensor)
+        Source(f"model.{name}", tuple(tensor.shape), dtype or tensor.dtype, tensor)
         for name, tensor in tensors.items()
     ]
 
 
-def _check_savable(name: str, tensor: Tensor) -> None:
+def check_savable(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise WeightsError(f"{name} has no values (meta device); load or fill the model")
     if tensor.dtype not in _DTYPE_NAMES:
