@@ -13,9 +13,11 @@ from gemsmith import shapes, sizing
 from gemsmith.cache.block_pool import Pages
 from gemsmith.cache.none import NoCache
 from gemsmith.cache.paged import Chunk, PagedCache
+from gemsmith.cache.ring import RingCache
 from gemsmith.config import PRESETS, TextConfig, published_drafter
 from gemsmith.errors import ConfigError, RequestError
 from gemsmith.model.drafter import Draft, MTPDrafter, donors, likeliest
+from gemsmith.model.text import DecoderLayer
 from gemsmith.ops import reference
 from gemsmith.testing import (
     SIZES,
@@ -39,17 +41,24 @@ LIMIT = tolerance(torch.float32, 64, steps=8 * 24)
 COUNT = 4
 
 
-class Recorded(NoCache):
-    """Keeps every layer's K/V of one sequence, for a drafter to read, slowly."""
+class Recorded:
+    """A store that keeps every layer's K/V of one sequence, for a drafter to read, slowly."""
 
     def __init__(self, config: TextConfig, length: int) -> None:
-        super().__init__(config, [length])
+        self.layers, self.store = config.layers, NoCache(config, [length])
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer, q, k_TKH, v_TKH, rows_R):
-        if k_TKH is not None:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k_TKH: Tensor | None,
+        v_TKH: Tensor | None,
+        rows_R: Tensor | None,
+    ) -> Tensor:
+        if k_TKH is not None and v_TKH is not None:
             self.own[layer] = (k_TKH, v_TKH)
-        return super().attend(layer, q, k_TKH, v_TKH, rows_R)
+        return self.store.attend(layer, q, k_TKH, v_TKH, rows_R)
 
     def read(self, layer: int, q_BNH: Tensor) -> Tensor:
         k_SKH, v_SKH = self.own[layer]
@@ -207,6 +216,25 @@ def test_sequences_in_a_paged_cache_draft_together_as_each_alone(size):
         assert_close(drafted.whole(96)[row], alone.whole(96)[0], LIMIT)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("length", [5, WINDOW, 30])
+def test_a_ring_is_read_as_it_turns_and_after_it_was_trimmed(size, length):
+    model = MODELS[size]
+    cache = RingCache(model.config, dtype=torch.float32, k_from_v=model.k_from_v)
+    cache.reserve(length + 1)
+    for first, stop in ((0, length - 2), (length - 2, length - 1), (length - 1, length)):
+        with cache.step(stop - first) as positions_T:
+            hidden_TD = model(IDS[0, first:stop], positions_T, cache)
+    with cache.step(1) as positions_T:
+        model(IDS[1, :1], positions_T, cache)  # a draft that was refused
+    cache.trim(length)
+    newest, at = IDS[0, length : length + 1], torch.tensor([length])
+    drafted = DRAFTERS[size].propose(model, newest, hidden_TD[-1:], at, cache, COUNT)
+    expected = propose(size, 0, length)
+    assert drafted.ids_BJ.tolist() == expected.ids_BJ.tolist()
+    assert_close(drafted.whole(96), expected.whole(96), LIMIT)
+
+
 def test_what_left_the_window_changes_full_layers_alone():
     """Keys of sliding layers are the last WINDOW - 1: the newest token is the window's last."""
     hidden_D, kv = context("E2B", 0, 30)
@@ -236,7 +264,7 @@ def test_it_reads_the_last_layers_that_own_k_and_v(size, sliding, full):
     config = PRESETS[size].text_config
     assert donors(config) == {"sliding_attention": sliding, "full_attention": full}
     drafter = MTPDrafter(published_drafter(config), config, device="meta")
-    sources = [layer.plan.kv_source for layer in drafter.model.layers]
+    sources = [m.plan.kv_source for m in drafter.modules() if isinstance(m, DecoderLayer)]
     assert sources == [sliding, sliding, sliding, full]
 
 

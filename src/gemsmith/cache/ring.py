@@ -218,6 +218,17 @@ class RingCache:
             view = self._views[plan.kv_source]
         return stored_attention(q, view.spans, self._asking(view.keys, plan.window, rows_R))
 
+    def read(self, layer: int, q_BNH: Tensor) -> Tensor:
+        """See `model.drafter.TargetKV`: of the one sequence, between steps."""
+        plan = self.config.layers[layer]
+        slots, window = self._layers[plan.kv_source].slots, plan.window
+        if window is None:
+            first, spans = 0, [(slots, 0, self.length)]
+        else:
+            first = max(0, self.length - window + 1)
+            spans = _turns(slots, first, self.length, window)
+        return stored_attention(q_BNH, spans, Queries(1, self.length - first, None, origin=first))
+
     def place(self, layer: int, rows_R: Tensor | None) -> cpu.Place | None:
         """Where the extension itself stores and finds K/V of a layer this step, in the stead of
         `attend`; None where it cannot. Once a layer and step, in order."""
