@@ -536,6 +536,13 @@ class Gemma4Config:
                 text_config=text,
                 eos_token_id=text.eos_token_id,
             )
+        if kind in DRAFTER_TYPES:
+            raise _bad(
+                "config.json",
+                "model_type",
+                kind,
+                "this is a drafter, which runs beside its model; give the model's folder",
+            )
         if kind not in ("gemma4", "gemma4_unified"):
             raise _bad(
                 "config.json",

@@ -11,6 +11,7 @@ from gemsmith.errors import ConfigError, WeightsError
 from gemsmith.model.drafter import MTPDrafter
 from gemsmith.testing import SIZES, random_drafter, tiny_config
 from gemsmith.weights.drafter import load_drafter, save_drafter
+from gemsmith.weights.load import load_model
 
 TARGETS = {size: tiny_config(size).text_config for size in SIZES}
 TABLE = "model.embed_tokens.weight"
@@ -229,6 +230,12 @@ def test_centroids_without_their_setting_are_refused(tmp_path):
     change_config(tmp_path, lambda d: d.update(use_ordered_embeddings=False))
     with pytest.raises(WeightsError, match=r"Perhaps use_ordered_embeddings .* should be true"):
         load_drafter(tmp_path, TARGETS["E2B"])
+
+
+def test_a_drafter_given_as_a_model_is_refused(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(ConfigError, match=r"this is a drafter, which runs beside its model; give"):
+        load_model(tmp_path)
 
 
 def test_a_drafter_without_values_is_not_saved(tmp_path):
