@@ -536,7 +536,7 @@ class Gemma4Config:
                 text_config=text,
                 eos_token_id=text.eos_token_id,
             )
-        if kind in DRAFTER_TYPES:
+        if kind in tuple(DRAFTER_TYPES):
             raise _bad(
                 "config.json",
                 "model_type",
@@ -828,7 +828,7 @@ class DrafterConfig:
         if not isinstance(data, dict):
             raise ConfigError(f"config.json: expected a JSON object, got {type(data).__name__}")
         kind = data.get("model_type")
-        if kind not in DRAFTER_TYPES:
+        if kind not in tuple(DRAFTER_TYPES):
             raise _bad("config.json", "model_type", kind, f"drafters are {list(DRAFTER_TYPES)}")
         return _read(
             cls,

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ class Recorded:
     """A store that keeps every layer's K/V of one sequence, for a drafter to read, slowly."""
 
     def __init__(self, config: TextConfig, length: int) -> None:
-        self.layers, self.store = config.layers, NoCache(config, [length])
+        self.layers = config.layers
+        self.store: Any = NoCache(config, [length])
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gemsmith.config import PRESETS, DrafterConfig, published_drafter
@@ -179,6 +181,26 @@ def test_layers_that_no_drafter_has_are_refused(tmp_path, key, value, text):
     change_config(tmp_path, lambda d: d["text_config"].update(more))
     with pytest.raises(ConfigError, match=f"text_config: {key} {text}"):
         load_drafter(tmp_path, TARGETS["E2B"])
+
+
+DRAFTER_JSON = random_drafter(TARGETS["E2B"]).config.to_dict()
+LEAF = st.none() | st.booleans() | st.integers(-2, 2000) | st.floats() | st.text(max_size=5)
+JSON = LEAF | st.lists(LEAF, max_size=3) | st.dictionaries(st.text(max_size=5), LEAF, max_size=2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from([*DRAFTER_JSON["text_config"]]), JSON, max_size=3),
+    st.dictionaries(st.sampled_from([*DRAFTER_JSON]), JSON, max_size=2),
+)
+def test_any_json_is_read_or_refused_with_a_config_error(text, top):
+    try:
+        config = DrafterConfig.from_dict(
+            DRAFTER_JSON | {"text_config": DRAFTER_JSON["text_config"] | text} | top
+        )
+    except ConfigError:
+        return
+    assert len(config.text_config.layers) == config.text_config.num_hidden_layers
 
 
 def test_experts_are_refused(tmp_path):
