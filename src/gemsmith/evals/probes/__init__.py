@@ -1,0 +1,1 @@
+"""Probes of an endpoint, by what they ask about; each registers itself with `conformance`."""
