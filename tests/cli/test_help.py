@@ -12,7 +12,7 @@ from gemsmith.cli.main import app, evaluation
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = (
     "", "demo", "chat", "generate", "detect", "point", "transcribe",
-    "serve", "quantize", "info", "fit", "choose", "doctor",
+    "serve", "probe", "quantize", "info", "fit", "choose", "doctor",
     "eval pocket", "eval fidelity",
 )  # fmt: skip
 

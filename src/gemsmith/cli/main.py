@@ -315,6 +315,38 @@ def serve(
     )
 
 
+@app.command()
+def probe(
+    url: Annotated[str, typer.Argument(help="Of the endpoint, such as http://127.0.0.1:8000.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A group of probes, such as tools, or one by its name; repeatable."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Which model; if not given, the first of /v1/models.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with the key to send, if one is asked for.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that one probe may take.")] = 60,
+    every: Annotated[bool, typer.Option("--all", help="Name what passed, too.")] = False,
+    json: Json = False,
+) -> None:
+    """Whether any OpenAI-compatible endpoint keeps its word: some 170 questions, what failed with
+    the offending bytes.
+
+    Tool calls, streams, thoughts, JSON, media, the prefix cache, lengths, errors, leaving. Exit
+    code 1 if one fails.
+    """
+    from gemsmith.cli import probe as worker
+
+    if not worker.ask(
+        url, only=only or [], model=model, api_key_file=api_key_file, timeout_s=timeout,
+        every=every, as_json=json,
+    ):  # fmt: skip
+        raise typer.Exit(1)
+
+
 def _places(
     image: str,
     what: str,

@@ -89,6 +89,13 @@ class LM:
         unused = range(tokenizer.vocab_size, vocab_size)
         known = (id for id in suppressed_ids if id < vocab_size)
         self._suppressed = tuple(sorted({*known, *unused}))
+        # Turns and declarations are begun by who asks: in a reply their marks would stand as text.
+        foreign = (
+            special.turn_open, special.tool_open, special.tool_close, special.tool_response_close,
+            special.think,
+        )  # fmt: skip
+        never = {id for id in foreign if id is not None} if self.is_chat else set()
+        self._suppressed_in_chat = tuple(sorted({*self._suppressed, *never} - self.end_ids))
         self._template = template
         variant = "edge" if config.text_config.hidden_size_per_layer_input else "large"
         self._encode = partial(chat.encode, variant=variant)
@@ -592,7 +599,7 @@ class LM:
             vocab_size=self.config.text_config.vocab_size,
             max_tokens=min(params.max_tokens or limit, limit - len(ids)),
             end_ids=self.end_ids,
-            suppressed=self._suppressed,
+            suppressed=self._suppressed_in_chat if chat else self._suppressed,
             device=self.device,
             chat=chat,
             follow=follow,

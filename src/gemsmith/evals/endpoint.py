@@ -279,7 +279,7 @@ class Endpoint:
             ) as response:
                 yield response
         except httpx.TimeoutException:
-            raise Failed(f"no answer within {left:.0f} s", self.last) from None
+            raise Failed(f"no answer within {left:.2g} s", self.last) from None
         except httpx.HTTPError as error:
             raise Failed(f"the connection broke ({error or type(error).__name__})", self.last) from (
                 None

@@ -24,7 +24,7 @@ from gemsmith.server.errors import ApiError, refused
 from gemsmith.server.limits import Limits
 from gemsmith.server.media import gate
 from gemsmith.server.metrics import Metrics
-from gemsmith.text.calls import Problem, ToolCall
+from gemsmith.text.calls import CALL_CLOSE, Problem, ToolCall
 from gemsmith.text.stream import parse_output
 from gemsmith.text.tools import check_tool
 
@@ -382,8 +382,9 @@ def named(tool: str | None) -> dict[str, Any]:
 
 
 def raw_of(problem: Problem) -> str:
-    """Text of a call that could not be read, which would be lost; nothing where one came of it."""
-    return "" if problem.kind in _CALLED else problem.raw
+    """Text of a call that could not be read, which would be lost; nothing where one came of it, or
+    where there is none but a marker."""
+    return "" if problem.kind in _CALLED or problem.raw == CALL_CLOSE else problem.raw
 
 
 def arguments_of(call: ToolCall) -> str:

@@ -144,7 +144,7 @@ def _object(reply: Reply, schema: Json = PERSON) -> Json:
 
 @probe("json", "json_schema: the answer is JSON that fits, and nothing else")
 def json_schema(e: Endpoint) -> None:
-    _object(e.ask("Who is it?", response_format=_format(PERSON), max_tokens=160))
+    _object(e.ask("Who is it?", response_format=_format(PERSON), max_tokens=400))
 
 
 @probe("json", "json_schema: the only value allowed comes to the letter")
@@ -152,7 +152,7 @@ def json_exact(e: Endpoint) -> None:
     text = 'He said: "caf\u00e9\\bar"\n\N{ROCKET}'
     schema = {"type": "object", "properties": {"t": {"type": "string", "enum": [text]}},
               "required": ["t"], "additionalProperties": False}  # fmt: skip
-    made = _object(e.ask("Say it.", response_format=_format(schema), max_tokens=160), schema)
+    made = _object(e.ask("Say it.", response_format=_format(schema), max_tokens=400), schema)
     need(made["t"] == text, f"{text!r} is the only value allowed")
 
 
@@ -163,7 +163,7 @@ def json_nested(e: Endpoint) -> None:
     schema = {"type": "object", "required": ["items"], "additionalProperties": False,
               "properties": {"items": {"type": "array", "items": item, "minItems": 2,
                                        "maxItems": 2}}}  # fmt: skip
-    _object(e.ask("List two.", response_format=_format(schema), max_tokens=160), schema)
+    _object(e.ask("List two.", response_format=_format(schema), max_tokens=400), schema)
 
 
 @probe("json", "json_schema with thinking: the thought is free, the answer fits")

@@ -297,6 +297,7 @@ def _goes_on(e: Endpoint, messages: list[Json], **fields: Any) -> Reply:
 @probe("results", "a call as it came, and its result, are taken, and the reply is not empty")
 def result_loop(e: Endpoint) -> None:
     choice = _required(e, WEATHER, messages=PARIS).first
+    need(choice.calls, "no tool was called")
     said = {"role": "assistant", "content": choice.content or None, "tool_calls": choice.calls}
     results = [_result(call["id"]) for call in choice.calls]
     _goes_on(e, [{"role": "user", "content": PARIS}, said, *results])
