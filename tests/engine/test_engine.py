@@ -135,6 +135,17 @@ def test_suppressed_ids_never_come(tokenizer):
     assert not set(bound.complete(prompt, temperature=0, max_tokens=8).token_ids) & set(free)
 
 
+def test_marks_of_who_asks_come_in_no_chat_reply(tokenizer):
+    """A turn's opening within a reply would stand in its text."""
+    special = tokenizer.special
+    lm = random_lm("E2B", tokenizer, end_ids=[special.turn_close])
+    hot = {"temperature": 100, "seed": 3, "max_tokens": 900, "ignore_eos": True, "top_k": 0}
+    marks = {special.turn_open, special.tool_open, special.tool_response_close} - {None}
+    assert marks
+    assert not marks & set(lm.generate("Hi", **hot).token_ids)
+    assert marks & set(lm.complete("Hi", **hot).token_ids)
+
+
 def test_rows_of_the_head_without_a_token_never_come(tokenizer):
     config = tiny_config("31B", vocab_size=2 * tokenizer.vocab_size)
     lm = LM(random_model(config), tokenizer, config)

@@ -101,6 +101,18 @@ def test_what_is_no_call_is_neither_lost_nor_silent(says):
     run(scenario)
 
 
+def test_a_stray_mark_is_told_and_is_no_text(says):
+    async def scenario():
+        async with serving(says("Well<tool_call|> then.<turn|>")) as (client, _):
+            [choice] = (await client.post(URL, json=asked())).json()["choices"]
+            message = choice["message"]
+            assert message["content"] == "Well then."
+            [told] = message["tool_problems"]
+            assert told["raw"] == "<tool_call|>"
+
+    run(scenario)
+
+
 def test_a_conversation_is_read_as_it_was_sent(says):
     """A tool loop as the OpenAI client sends it back reaches the model in the official format."""
     call = {"name": "weather", "arguments": '{"city": "Rome", "days": 2}'}

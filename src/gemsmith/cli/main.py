@@ -332,11 +332,10 @@ def probe(
     every: Annotated[bool, typer.Option("--all", help="Name what passed, too.")] = False,
     json: Json = False,
 ) -> None:
-    """Whether any OpenAI-compatible endpoint keeps its word: some 170 questions, what failed with
-    the offending bytes.
+    """Check that an OpenAI-compatible endpoint keeps its word.
 
-    Tool calls, streams, thoughts, JSON, media, the prefix cache, lengths, errors, leaving. Exit
-    code 1 if one fails.
+    Some 170 probes: tool calls, streams, thoughts, JSON, media, the prefix cache, lengths, errors,
+    leaving. What fails is shown with the offending bytes; exit code 1 if anything does.
     """
     from gemsmith.cli import probe as worker
 

@@ -147,9 +147,7 @@ def _ask(endpoint: Endpoint, probe: Probe) -> Outcome:
     else:
         return Outcome(*about, "pass", seconds=time.monotonic() - started)
     shown = _shown(endpoint.last if evidence is None else evidence)
-    return Outcome(
-        *about, "fail", reason, _shown(endpoint.sent), shown, time.monotonic() - started
-    )
+    return Outcome(*about, "fail", reason, _shown(endpoint.sent), shown, time.monotonic() - started)
 
 
 def _shown(evidence: Any) -> str:

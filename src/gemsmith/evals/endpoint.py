@@ -1,8 +1,8 @@
 """An OpenAI-compatible endpoint as a probe sees it: what was sent, and every byte that came back.
 
     endpoint = Endpoint("http://127.0.0.1:8000")
-    endpoint.connect()                                # finds out what is served
-    reply = endpoint.ask("Hello!", max_tokens=8)      # a `Reply`; of stream=True, put together again
+    endpoint.connect()                            # what is served
+    reply = endpoint.ask("Hello!", max_tokens=8)  # a `Reply`; of stream=True, put together again
 
 Nothing is believed: an answer is read under a limit of bytes and of time, what is not of OpenAI's
 shape raises `Failed`, and no redirect is followed. What this is not: a client to work with.
@@ -281,9 +281,9 @@ class Endpoint:
         except httpx.TimeoutException:
             raise Failed(f"no answer within {left:.2g} s", self.last) from None
         except httpx.HTTPError as error:
-            raise Failed(f"the connection broke ({error or type(error).__name__})", self.last) from (
-                None
-            )
+            raise Failed(
+                f"the connection broke ({error or type(error).__name__})", self.last
+            ) from (None)
 
     def body(self, messages: Any, **fields: Any) -> Json:
         """Of a chat request: greedy and short, if nothing else is said. A None leaves one out."""

@@ -101,9 +101,7 @@ def image_read(e: Endpoint) -> None:
 @probe("images", "detail high costs more than detail low: the budget is honoured")
 def image_detail(e: Endpoint) -> None:
     _sees(e)
-    low, high = (
-        _costs(e, _image(picture(1024, 768), detail=word)) for word in ("low", "high")
-    )
+    low, high = (_costs(e, _image(picture(1024, 768), detail=word)) for word in ("low", "high"))
     need(low < high, f"low costs {low} tokens, high {high}")
 
 

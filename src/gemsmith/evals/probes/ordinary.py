@@ -20,7 +20,7 @@ CHAT = "/v1/chat/completions"
 
 def _long(words: int = 150) -> str:
     """A text that nobody has sent before, from its first word on."""
-    numbers = "one two three four five six seven eight nine ten".split()
+    numbers = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     return f"{uuid4().hex}: " + " ".join(numbers[i % 10] for i in range(words)) + "."
 
 

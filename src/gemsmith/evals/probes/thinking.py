@@ -144,7 +144,7 @@ def _object(reply: Reply, schema: Json = PERSON) -> Json:
 
 @probe("json", "json_schema: the answer is JSON that fits, and nothing else")
 def json_schema(e: Endpoint) -> None:
-    _object(e.ask("Who is it?", response_format=_format(PERSON), max_tokens=400))
+    _object(e.ask("Who is it?", response_format=_format(PERSON), max_tokens=800))
 
 
 @probe("json", "json_schema: the only value allowed comes to the letter")
@@ -152,7 +152,7 @@ def json_exact(e: Endpoint) -> None:
     text = 'He said: "caf\u00e9\\bar"\n\N{ROCKET}'
     schema = {"type": "object", "properties": {"t": {"type": "string", "enum": [text]}},
               "required": ["t"], "additionalProperties": False}  # fmt: skip
-    made = _object(e.ask("Say it.", response_format=_format(schema), max_tokens=400), schema)
+    made = _object(e.ask("Say it.", response_format=_format(schema), max_tokens=800), schema)
     need(made["t"] == text, f"{text!r} is the only value allowed")
 
 
@@ -163,18 +163,18 @@ def json_nested(e: Endpoint) -> None:
     schema = {"type": "object", "required": ["items"], "additionalProperties": False,
               "properties": {"items": {"type": "array", "items": item, "minItems": 2,
                                        "maxItems": 2}}}  # fmt: skip
-    _object(e.ask("List two.", response_format=_format(schema), max_tokens=400), schema)
+    _object(e.ask("List two.", response_format=_format(schema), max_tokens=800), schema)
 
 
 @probe("json", "json_schema with thinking: the thought is free, the answer fits")
 def json_thinking(e: Endpoint) -> None:
-    reply = e.thought("Who is it?", response_format=_format(PERSON), max_tokens=640)
+    reply = e.thought("Who is it?", response_format=_format(PERSON), max_tokens=900)
     _object(reply)
 
 
 @probe("json", "json_schema with thinking, streamed: the answer begins with its brace")
 def json_thinking_streamed(e: Endpoint) -> None:
-    reply = e.thought("Who is it?", response_format=_format(PERSON), max_tokens=640, stream=True)
+    reply = e.thought("Who is it?", response_format=_format(PERSON), max_tokens=900, stream=True)
     _object(reply)
     need(reply.content.lstrip().startswith("{"), "it begins with something else", reply.content)
 
