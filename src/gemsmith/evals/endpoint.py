@@ -289,7 +289,7 @@ class Endpoint:
         """Of a chat request: greedy and short, if nothing else is said. A None leaves one out."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        usual = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 48}
+        usual = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 32}
         return {name: value for name, value in (usual | fields).items() if value is not None}
 
     def chat(self, messages: Any, **fields: Any) -> Answer:

@@ -279,17 +279,17 @@ def n_none(e: Endpoint) -> None:
 # -- errors -----------------------------------------------------------------------------------
 
 
-def _refused(answer: Answer, *statuses: int) -> None:
+def _refused(answer: Answer) -> None:
     """Refused with a status of the 400s and a body of OpenAI's shape.
 
     Raises:
       Failed: it is not.
     """
-    good = answer.status in statuses if statuses else 400 <= answer.status < 500
-    need(good, f"status {answer.status}")
+    need(400 <= answer.status < 500, f"status {answer.status}")
     body = answer.json
-    error = body.get("error") if isinstance(body, dict) else None
-    need(isinstance(error, dict), "the body has no object `error`")
+    found = body.get("error") if isinstance(body, dict) else None
+    need(isinstance(found, dict), "the body has no object `error`")
+    error: Json = found or {}
     need(isinstance(error.get("message"), str) and error["message"], "error.message is no text")
     need(isinstance(error.get("type"), str), "error.type is no text")
 

@@ -67,8 +67,9 @@ TEXTS = {
 }
 
 
-def tool(name: str, properties: Json, required: list[str] | None = None, **more: Any) -> Json:
-    schema = {"type": "object", "properties": properties, **more}
+def tool(name: str, properties: Json, required: list[str] | None = None) -> Json:
+    """A declaration; if not said otherwise every property is required."""
+    schema: Json = {"type": "object", "properties": properties}
     if required := list(properties) if required is None else required:
         schema["required"] = required
     function = {"name": name, "description": f"Does {name}.", "parameters": schema}
@@ -83,8 +84,8 @@ def fits(reply: Reply, *tools: Json) -> None:
     """
     declared = {each["function"]["name"]: each for each in tools}
     need(reply.first.calls, "no tool was called", reply.answer.body)
-    clean_names = [call["function"]["name"] for call in reply.first.calls]
-    for place, name in enumerate(clean_names):
+    for place, call in enumerate(reply.first.calls):
+        name = call["function"]["name"]
         need(name in declared, f"{name!r} was called, which is not declared")
         arguments = reply.first.arguments(place)
         for problem in validate_arguments(ToolCall(name, arguments), declared[name]):
@@ -195,9 +196,8 @@ def tool_optional(e: Endpoint) -> None:
 
 @probe("tools", "$ref and $defs are followed")
 def tool_ref(e: Endpoint) -> None:
-    made = tool(
-        "paint", {"colour": {"$ref": "#/$defs/colour"}}, **{"$defs": {"colour": {"enum": ["red"]}}}
-    )
+    made = tool("paint", {"colour": {"$ref": "#/$defs/colour"}})
+    made["function"]["parameters"]["$defs"] = {"colour": {"enum": ["red"]}}
     need(_required(e, made).first.arguments() == {"colour": "red"}, "another value came")
 
 
