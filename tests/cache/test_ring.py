@@ -399,3 +399,35 @@ def test_cuda_cache_equals_cpu(size):
             ids = IDS[cache.length : cache.length + n].cuda()
             logits.append(model.logits(model(ids, positions, cache)))
     assert_close(torch.cat(logits).cpu(), whole(size, 31), 4 * LIMIT)
+
+
+def held(cache: RingCache) -> list[torch.Tensor]:
+    layers = cache._layers.values()
+    return [t[: cache.length].clone() for layer in layers for t in layer.tensors.values()]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("past", [3, 21])
+@pytest.mark.parametrize("kept", [0, 1, 4, 8, 11])
+@pytest.mark.parametrize("after", ["commit", "step", "trim"])
+def test_an_open_step_counts_as_far_as_it_is_committed(size, past, kept, after):
+    cache = new_cache(size)
+    feed(size, cache, past)
+    before, length = held(cache), 11
+    model = MODELS[size]
+    with cache.step(length, left_open=True) as positions:
+        ids = IDS[past : past + length].clone()
+        ids[kept:] = 3
+        model(ids, positions, cache)
+    assert cache.length == past
+    assert all(torch.equal(a, b) for a, b in zip(held(cache), before, strict=True))
+    if after == "commit":
+        cache.commit(kept)
+    elif after == "trim":
+        cache.trim(past)
+    count = 5 if after == "commit" else 9
+    logits = feed(size, cache, count)
+    assert cache.length == past + count + (kept if after == "commit" else 0)
+    assert_close(logits, whole(size, cache.length)[-count:], LIMIT)
+    with pytest.raises(AssertionError):
+        cache.commit(1)

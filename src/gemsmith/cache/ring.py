@@ -7,7 +7,8 @@ int8 with one float32 scale a token and head.
 
 A step either completes or leaves no trace: rings are written when the step ends (a single token
 at once, so that attention reads the ring itself; what it overwrote is put back if the step
-fails), and slabs are written beyond the length that counts.
+fails), and slabs are written beyond the length that counts. So a step may also be left open, until
+it is known how many of its tokens count: those that do not leave no trace either.
 
 Shapes: T tokens of the step, R rows asked for, S keys seen, N query heads, K key/value heads,
         H head_dim.
@@ -96,6 +97,7 @@ class RingCache:
         self._pending: dict[int, Slots] = {}
         self._overwritten: dict[int, tuple[int, dict[str, Tensor]]] = {}
         self._step_tokens = 0
+        self._open_tokens = 0
         self._blocks_T: Tensor | None = None
 
     def _empty(self, plan: LayerPlan, slots: int = 0) -> Slots:
@@ -175,30 +177,50 @@ class RingCache:
         return new
 
     @contextmanager
-    def step(self, tokens: int, blocks_T: Tensor | None = None) -> Iterator[Tensor]:
+    def step(
+        self, tokens: int, blocks_T: Tensor | None = None, *, left_open: bool = False
+    ) -> Iterator[Tensor]:
         """Run one forward pass of `tokens` new tokens inside; yields their positions [T].
 
         If the body raises, the cache is as it was before. blocks_T: tokens that see each other
         whole in sliding layers, see `ops.attention.causal_attention`; a block lies in one step.
+        left_open: nothing counts until `commit` says how much; for two tokens or more.
         """
+        assert tokens > 1 or not left_open, "a single token is written at once"
+        self._drop_open()
         self.reserve(self.length + tokens)
         self._step_tokens, self._blocks_T = tokens, blocks_T
         try:
             yield torch.arange(self.length, self.length + tokens, device=self.device)
-            for index, pending in self._pending.items():
-                self._write_ring(self._layers[index], pending)
-            self.length += tokens
+            self._open_tokens = tokens
+            if not left_open:
+                self.commit(tokens)
         except BaseException:
             for index, (slot, old) in self._overwritten.items():
                 for name, tensor in self._layers[index].slots.tensors.items():
                     tensor[slot] = old[name]
+            self._drop_open()
             raise
         finally:
             self._overwritten.clear()
             self._views.clear()
             self._queries.clear()
-            self._pending.clear()
             self._step_tokens, self._blocks_T = 0, None
+
+    def commit(self, tokens: int) -> None:
+        """Keep the first `tokens` of the step that was left open; the others never were.
+
+        Without it all of that step is dropped by the next one, or by `trim`.
+        """
+        assert 0 <= tokens <= self._open_tokens, f"{tokens} of {self._open_tokens} tokens"
+        for index, pending in self._pending.items():
+            self._write_ring(self._layers[index], pending, tokens)
+        self.length += tokens
+        self._drop_open()
+
+    def _drop_open(self) -> None:
+        self._pending.clear()
+        self._open_tokens = 0
 
     def attend(
         self,
@@ -283,15 +305,15 @@ class RingCache:
         spans = [*_turns(slots, start - past, start, window), (pending, 0, tokens)]
         return _View(spans, past + tokens), pending, 0
 
-    def _write_ring(self, layer: _Layer, pending: Slots) -> None:
+    def _write_ring(self, layer: _Layer, pending: Slots, tokens: int) -> None:
         window = layer.plan.window
         assert window is not None
-        stop = self.length + len(pending)
-        first = stop - min(len(pending), window)
+        at = max(0, tokens - window)
+        first, stop = self.length + at, self.length + tokens
         for slots, slot, count in _turns(layer.slots, first, stop, window):
             for name, tensor in slots.tensors.items():
-                tensor[slot : slot + count] = pending.tensors[name][first - stop :][:count]
-            first += count
+                tensor[slot : slot + count] = pending.tensors[name][at : at + count]
+            at += count
 
     def trim(self, length: int) -> None:
         """Forget the tokens after the first `length`; storage stays.
@@ -309,6 +331,7 @@ class RingCache:
                 f"cannot trim from {self.length} to {length} tokens: sliding layers keep the "
                 f"last {self.config.sliding_window} only. Fork or save before going on instead."
             )
+        self._drop_open()
         self.length = length
 
     def can_trim(self, length: int) -> bool:

@@ -41,16 +41,28 @@ class Next:
     A whole row of logits is a megabyte that several passes go over; most samplers need few of them.
     """
 
-    def __init__(self, model: TextModel, hidden_1D: Tensor, logits_V: Tensor | None = None) -> None:
-        """logits_V: where they are known already, as those of a batch are."""
+    def __init__(
+        self,
+        model: TextModel,
+        hidden_1D: Tensor,
+        logits_V: Tensor | None = None,
+        *,
+        together: "_Together | None" = None,
+        row: int = 0,
+    ) -> None:
+        """logits_V: where they are known already, as those of a batch are. together: the rows of
+        one pass, of which this is `row`."""
         self._model, self._hidden_1D = model, hidden_1D
         self._logits_V = logits_V
+        self._together, self._row = together, row
 
     @property
     @torch.inference_mode()
     def logits_V(self) -> Tensor:
         """All logits, float32 [V]."""
-        if self._logits_V is None:
+        if self._logits_V is None and self._together is not None:
+            self._logits_V = self._together.logits(self._row)
+        elif self._logits_V is None:
             self._logits_V = self._model.logits(self._hidden_1D)[0]
         return self._logits_V
 
@@ -59,6 +71,8 @@ class Next:
         """The greatest `count` logits and their ids, or None: see `TextModel.likeliest`."""
         if self._logits_V is not None:
             return None
+        if self._together is not None:
+            return self._together.likeliest(self._row, count, skipped)
         found = self._model.likeliest(self._hidden_1D, count, skipped)
         return None if found is None else (found[0][0], found[1][0])
 
@@ -68,6 +82,31 @@ class Next:
         allowed."""
         ids_n = torch.tensor(ids, device=self._hidden_1D.device)
         return self._model.logits_of(self._hidden_1D, ids_n)[0]
+
+
+class _Together:
+    """Rows of one pass, each asked for after the other: the head's weights are read once for what
+    all of them are likely to be asked."""
+
+    def __init__(self, model: TextModel, hidden_RD: Tensor) -> None:
+        self._model, self._hidden_RD = model, hidden_RD
+        self._logits_RV: Tensor | None = None
+        self._likeliest: dict[int, tuple[Tensor, Tensor] | None] = {}
+
+    def rows(self) -> list[Next]:
+        hidden = self._hidden_RD.split(1)
+        return [Next(self._model, h, together=self, row=row) for row, h in enumerate(hidden)]
+
+    def logits(self, row: int) -> Tensor:
+        if self._logits_RV is None:
+            self._logits_RV = self._model.logits(self._hidden_RD)
+        return self._logits_RV[row]
+
+    def likeliest(self, row: int, count: int, skipped: Tensor) -> tuple[Tensor, Tensor] | None:
+        if count not in self._likeliest:
+            self._likeliest[count] = self._model.likeliest(self._hidden_RD, count, skipped)
+        found = self._likeliest[count]
+        return None if found is None else (found[0][row], found[1][row])
 
 
 class Context:
@@ -81,6 +120,7 @@ class Context:
         """The tokens that K/V are held for: ids, and what else identifies a soft token."""
         self.whole = True
         """False once a pass was cut off; such a context is not to be used again."""
+        self._verified: list[int] = []
         self._cache = RingCache(
             model.config,
             dtype=kv or kv_format("auto", weight.dtype, weight.device),
@@ -158,6 +198,28 @@ class Context:
             )
         return Next(self.model, hidden_1D)
 
+    @torch.inference_mode()
+    def verify(self, ids: Sequence[int], drafts: Sequence[int]) -> list[Next]:
+        """Run over `ids` (at least one) and drafts (at least one) of what follows, in one pass.
+
+        Returns what the model says after the last of ids and after each draft. The context stays
+        as it was until `keep` tells how many of all these tokens are part of the text.
+        """
+        tokens = [*ids, *drafts]
+        rows_R = torch.arange(len(ids) - 1, len(tokens), device=self.device)
+        hidden_RD = self._pass(tokens, (), rows_R, None, None, left_open=True)
+        self._verified = tokens
+        return _Together(self.model, hidden_RD).rows()
+
+    @torch.inference_mode()
+    def keep(self, count: int) -> None:
+        """Append the first `count` tokens that `verify` ran over; the others never were."""
+        self.whole = False
+        self._cache.commit(count)
+        self.keys += self._verified[:count]
+        self._verified = []
+        self.whole = True
+
     @torch.no_grad()  # not inference mode: the caller may change what it gets
     def scan(
         self,
@@ -190,12 +252,15 @@ class Context:
         rows_R: Tensor | None,
         soft: Soft | None,
         blocks_T: Tensor | None,
+        *,
+        left_open: bool = False,
     ) -> Tensor:
         ids_T = torch.tensor(ids, device=self.device)
         self.whole = False
-        with self._cache.step(len(ids), blocks_T) as positions_T:
-            # A single token is its own last row.
-            rows_R = None if len(ids) == 1 else rows_R
+        with self._cache.step(len(ids), blocks_T, left_open=left_open) as positions_T:
+            # Where every row is asked for, a single token's, there is nothing to pick.
+            if rows_R is not None and len(rows_R) == len(ids):
+                rows_R = None
             hidden_RD = self.model(ids_T, positions_T, self._cache, rows_R=rows_R, soft=soft)
         self.keys += keys
         self.whole = True

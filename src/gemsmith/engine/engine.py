@@ -25,6 +25,7 @@ from gemsmith.engine.media import collect as collect_media
 from gemsmith.engine.reply import Event, Reply
 from gemsmith.engine.request import MIN_TEMPERATURE, Finished, Generation, SamplingParams
 from gemsmith.engine.sampler import Sampler
+from gemsmith.engine.speculative import Costs, Lookup, Speculation, accept
 from gemsmith.errors import ConfigError, MediaError, RequestError, TokenizerError
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
@@ -33,6 +34,7 @@ from gemsmith.text.grammar import ToolChoice
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
 from gemsmith.text.template import ChatTemplate
 from gemsmith.text.tokenizer import Tokenizer
+from gemsmith.weights.fuse import same_bits_in_any_pass
 from gemsmith.weights.generation import load_generation_config
 from gemsmith.weights.hub import resolve
 from gemsmith.weights.load import Advance, load_model, load_towers, quantized_values, silent
@@ -56,18 +58,21 @@ class LM:
         template: ChatTemplate | None = None,
         towers: Callable[[], Towers] | None = None,
         kv: str = "auto",
+        speculation: str = "auto",
         name: str = "model",
     ) -> None:
         """Put loaded parts together; see `load` for checkpoints.
 
         sampling: what a request gets that asks for nothing else. end_ids: tokens that end a reply,
         beside the config's. template: the checkpoint's own, used instead of `text.chat`. towers:
-        loads them when the first image or sound comes; None refuses these. kv: see `load`.
+        loads them when the first image or sound comes; None refuses these. kv, speculation: see
+        `load`.
 
         Raises:
           TokenizerError: the vocabulary has more tokens than the model.
-          ConfigError: kv is unknown.
+          ConfigError: kv or speculation is unknown.
         """
+        _check_speculation(speculation)
         vocab_size = config.text_config.vocab_size
         if tokenizer.vocab_size > vocab_size:
             raise TokenizerError(
@@ -106,6 +111,14 @@ class LM:
         self.device: torch.device = weight.device
         self.kv = kv_format(kv, weight.dtype, self.device)
         """How K/V are stored."""
+        self._costs: Costs | None = None
+        if speculation == "on" or (speculation == "auto" and same_bits_in_any_pass(model)):
+            self._costs = Costs()
+
+    @property
+    def speculates(self) -> bool:
+        """Whether replies are guessed ahead where that saves time."""
+        return self._costs is not None
 
     @classmethod
     def load(
@@ -117,6 +130,7 @@ class LM:
         towers: Literal["auto", "none"] = "auto",
         kv: str = "auto",
         quant: str | None = None,
+        speculation: str = "auto",
         progress: Callable[[int, int], None] | None = None,
         revision: str | None = None,
         offline: bool | None = None,
@@ -132,6 +146,10 @@ class LM:
         quant: "int8", "int4" or "int2" quantizes a checkpoint of floats while it is read, to what
         `gemsmith quantize --bits` would write; a large model takes minutes the first time, and is
         then kept in the user's cache folder (on the CPU).
+        speculation: "on" guesses replies ahead from the text before them, and lets the model verify
+        several tokens in one pass where measured times say that this is faster; see
+        `engine.speculative`. "auto" does so where replies stay the same to the bit, with low-bit
+        weights on the CPU; "off" never does.
         progress: told after each piece how many values are quantized, of how many.
 
         Raises:
@@ -141,6 +159,7 @@ class LM:
             raise ConfigError(f"towers {towers!r}: must be auto (loaded once needed) or none")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        _check_speculation(speculation)
         kv_format(kv, torch.float32, torch.device(device))  # refused before anything is read
         folder = resolve(name, revision=revision, offline=offline)
         tokenizer = Tokenizer.load(folder)
@@ -177,6 +196,7 @@ class LM:
                 quant=quant,
             ),
             kv=kv,
+            speculation=speculation,
             name=str(name),
         )
 
@@ -550,16 +570,33 @@ class LM:
             soft=self.soft(prompt, cached),
             blocks_T=self.blocks(prompt, cached),
         )
+        ahead = self._costs and Speculation(Lookup(), self._costs)
+        ids = list(prompt.ids)
         read = 0  # tokens of the reply
+        events = reply.take(following)
         while True:
-            yield from reply.take(following)
+            yield from events
             if reply.ended:
                 break
-            if reply.knows_next:
-                continue  # all that is known is read in one pass
+            if reply.knows_next:  # all that is known is read in one pass
+                events = reply.take(None)
+                continue
+            unread = reply.token_ids[read:]
+            ids += unread
+            drafts = ahead.propose(reply, ids, len(unread)) if ahead else []
+            started, written = time.perf_counter(), len(reply.token_ids)
             reply.prepare()
-            following = context.step(reply.token_ids[read:])
-            read = len(reply.token_ids)
+            if drafts:
+                events, accepted = accept(reply, context.verify(unread, drafts), drafts)
+                context.keep(len(unread) + accepted)
+            else:
+                events, accepted = reply.take(context.step(unread)), 0
+            ids += drafts[:accepted]
+            read += len(unread) + accepted
+            if ahead:
+                seconds = time.perf_counter() - started
+                rows = len(unread) + len(drafts)
+                ahead.observe(reply.token_ids[written:], rows, len(drafts), seconds)
         yield from reply.finish(cached)
 
     def reply(
@@ -649,6 +686,11 @@ def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     if name not in known:
         raise ConfigError(f"dtype {name!r}: must be one of {', '.join(known)}")
     return known[name]
+
+
+def _check_speculation(name: str) -> None:
+    if name not in ("auto", "on", "off"):
+        raise ConfigError(f"speculation {name!r}: must be auto, on or off")
 
 
 def _told(progress: Callable[[int, int], None] | None, folder: Path, quant: str | None) -> Advance:

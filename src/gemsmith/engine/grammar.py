@@ -291,6 +291,16 @@ class Constraint:
         """The tokens that must come next, in order; empty where there is a choice."""
         return list(self._forced)
 
+    def fitting(self, ids: Sequence[int]) -> int:
+        """How many of these tokens could come one after the other, as far as llguidance alone can
+        tell; where it does not rule, all."""
+        if self._state not in ("call", "answer") or self._matcher is None:
+            return len(ids)
+        if self._bits is not None:
+            self._bits.result()  # as in `accept`
+        known = next((n for n, id in enumerate(ids) if id >= self._vocabulary.size), len(ids))
+        return self._matcher.validate_tokens(list(ids[:known]))
+
     def allowed_mask(self) -> Tensor | None:
         """Bool [V], True where a token may come next; None where any may."""
         only, never = self._rule()

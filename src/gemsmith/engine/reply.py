@@ -55,6 +55,8 @@ class Reply:
         """The reply as the model wrote it, forced tokens and the end token included."""
         self.ended = False
         """Whether nothing more is to be computed."""
+        self.drafted = self.accepted = 0
+        """Guesses that the model verified, and those of them that it would have chosen."""
         self._end_ids = end_ids
         self._sampler = Sampler(
             params,
@@ -82,6 +84,10 @@ class Reply:
         if token is None and self._constraint:
             token = next(iter(self._constraint.forced()), None)
         return token
+
+    def fitting(self, ids: list[int]) -> int:
+        """How many of some guesses of the next tokens the grammar may let through."""
+        return self._constraint.fitting(ids) if self._constraint and ids else len(ids)
 
     def prepare(self) -> None:
         """Begin to work out what the grammar allows next, in a thread beside the model's pass."""
@@ -142,6 +148,8 @@ class Reply:
             image_tokens=prompt.soft_tokens("image"),
             audio_tokens=prompt.soft_tokens("audio"),
             video_tokens=prompt.soft_tokens("video"),
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
             time_to_first_token_s=self._first_token_s,
             total_s=time.perf_counter() - self.started,
         )

@@ -158,6 +158,10 @@ class Usage:
     """Those that stand for sound, a video's included."""
     video_tokens: int = 0
     """Those that stand for frames of videos."""
+    drafted_tokens: int = 0
+    """Guesses of tokens to come that the model verified, see `engine.speculative`."""
+    accepted_tokens: int = 0
+    """Those that were right: tokens of the reply that needed no pass of their own."""
     time_to_first_token_s: float
     total_s: float
 

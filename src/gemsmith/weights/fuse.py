@@ -168,3 +168,19 @@ def fuse(model: TextModel) -> None:
         PackedLayer(layer) if isinstance(layer, DecoderLayer) and takes(layer) else layer
         for layer in model.layers
     )
+
+
+def same_bits_in_any_pass(model: TextModel) -> bool:
+    """Whether a token's logits have the same bits whatever other tokens a pass runs over: products
+    of floats add up in an order that depends on their number, those of the extension do not."""
+
+    def packed(matrix: object) -> bool:
+        return isinstance(matrix, QuantModule) and isinstance(matrix.stored, Packed)
+
+    config = model.config
+    return (
+        packed(model.embed_tokens)
+        and (config.tie_word_embeddings or packed(model.lm_head))
+        and (not config.hidden_size_per_layer_input or packed(model.per_layer_model_projection))
+        and all(isinstance(layer, PackedLayer) for layer in model.layers)
+    )
