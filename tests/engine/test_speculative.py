@@ -41,13 +41,14 @@ def low_bit(tokenizer, tmp_path_factory) -> Callable[..., LM]:
     """Makes tiny models whose logits have the same bits in any pass."""
     models = {}
 
-    def make(size: str, **options) -> LM:
-        config = whole_groups(tiny_config(size, vocab_size=tokenizer.vocab_size))
-        if size not in models:
+    def make(size: str, window: int = 8, **options) -> LM:
+        config = tiny_config(size, vocab_size=tokenizer.vocab_size, sliding_window=window)
+        config = whole_groups(config)
+        if (size, window) not in models:
             folder = tmp_path_factory.mktemp(size)
             save_model(random_model(config, dtype=torch.bfloat16), config, folder)
-            models[size] = load_model(folder, quant="int4")[1]
-        return LM(models[size], tokenizer, config, **options)
+            models[size, window] = load_model(folder, quant="int4")[1]
+        return LM(models[size, window], tokenizer, config, **options)
 
     return make
 
@@ -393,6 +394,27 @@ def test_a_float_cache_holds_the_same_up_to_rounding(size, plan, prefill):
     theirs = stored(fresh)
     for name, tensor in stored(ours).items():
         torch.testing.assert_close(tensor, theirs[name], atol=1e-3, rtol=1e-3)
+
+
+@needs_extension
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("window", [8, 150])
+@pytest.mark.parametrize("past", [140, 250, 390])
+def test_logits_have_the_same_bits_in_a_pass_of_guesses_as_in_one_of_their_own(
+    size, window, past, low_bit
+):
+    lm = low_bit(size, window)
+    ids = random_ids(past + 14, lm.tokenizer.vocab_size)
+    one, many = Context(lm.model), Context(lm.model)
+    one.run(ids[:past])
+    many.run(ids[:past])
+    rows = many.verify(ids[past : past + 2], ids[past + 2 :])
+    one.run(ids[past : past + 1])
+    for id, row in zip(ids[past + 1 :], rows, strict=True):
+        assert torch.equal(one.run([id]), row.logits_V)
+    many.keep(len(ids) - past)
+    assert all(torch.equal(t, stored(many)[name]) for name, t in stored(one).items())
+    assert torch.equal(one.run([50]), many.run([50]))
 
 
 # -- the lookup -------------------------------------------------------------------------------

@@ -36,6 +36,10 @@ from gemsmith.ops.rotary import KeyRule
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """How K/V can be stored, by name."""
 
+ALIGNED = 256
+"""The extension adds up what a query sees in pieces that begin at multiples of this, counted from
+the first key it is given (`SPLIT` of native/attention.cpp)."""
+
 KFromV = Callable[[int], KeyRule]
 """Of a layer's number: how its keys follow from its values."""
 
@@ -54,10 +58,7 @@ class _Layer:
 
 @dataclass(slots=True)
 class _View:
-    """The S keys that a layer's queries look at this step, in order.
-
-    In a step of one token order does not matter: every key is visible.
-    """
+    """The S keys that a layer's queries look at this step, in order."""
 
     spans: list[Span]
     keys: int
@@ -298,12 +299,26 @@ class RingCache:
             if start >= window:
                 old = {name: tensor[slot].clone() for name, tensor in slots.tensors.items()}
                 self._overwritten[layer.plan.index] = (slot, old)
-            held = min(stop, window)
-            return _View([(slots, 0, held)], held), slots, slot
+            spans = self._past(slots, max(0, stop - window), stop, window)
+            return _View(spans, _keys(spans)), slots, slot
         pending = self._pending[layer.plan.index] = self._empty(layer.plan, tokens)
-        past = min(start, window - 1)
-        spans = [*_turns(slots, start - past, start, window), (pending, 0, tokens)]
-        return _View(spans, past + tokens), pending, 0
+        past = max(0, start - window + 1)
+        spans = [*self._past(slots, past, start, window), (pending, 0, tokens)]
+        return _View(spans, _keys(spans)), pending, 0
+
+    @staticmethod
+    def _past(ring: Slots, first: int, stop: int, window: int) -> list[Span]:
+        """Where positions first..stop-1 of a sliding layer lie, in order.
+
+        Before them as many slots as bring them to where they would stand if all keys from position
+        0 on were given. They lie outside of every window; but for them a query's bits would depend
+        on how many tokens a step has, as each step begins with another key.
+        """
+        before, spans = first % ALIGNED if ring._native is not None else 0, []
+        while before:
+            spans.append((ring, 0, min(before, len(ring))))
+            before -= spans[-1][2]
+        return [*spans, *_turns(ring, first, stop, window)]
 
     def _write_ring(self, layer: _Layer, pending: Slots, tokens: int) -> None:
         window = layer.plan.window
@@ -410,6 +425,10 @@ class RingCache:
     def _fingerprint(self) -> str:
         text = f"{self.config.layers}{self.config.sliding_window}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _keys(spans: list[Span]) -> int:
+    return sum(count for _, _, count in spans)
 
 
 def _turns(ring: Slots, first: int, stop: int, window: int) -> list[Span]:

@@ -265,8 +265,7 @@ def _block_ends(block_T: Tensor) -> Tensor:
 def stored_attention(q_RNH: Tensor, spans: Sequence[Span], queries: Queries) -> Tensor:
     """Attention over the keys of `spans`, one after the other; [R, N, H] in q's dtype.
 
-    Where one query sees every key their order does not matter, unless they are rebuilt: the first
-    of the spans is then that of position `queries.origin`, and so on.
+    Where keys are rebuilt, the first of the spans is that of position `queries.origin`, and so on.
     """
     if _goes_native(q_RNH, spans):
         natives = [(slots._native, first, n) for slots, first, n in spans if slots._native]
@@ -280,7 +279,7 @@ def stored_attention(q_RNH: Tensor, spans: Sequence[Span], queries: Queries) -> 
         k_SKH = rule.keys(v_SKH, queries.origin + torch.arange(len(v_SKH), device=v_SKH.device))
     else:
         k_SKH = (ks[0] if len(ks) == 1 else torch.cat(ks)).to(q_RNH.dtype)
-    if queries.tokens == 1:
+    if queries.tokens == 1 and (queries.window is None or queries.keys <= queries.window):
         return masked_attention(q_RNH, k_SKH, v_SKH, None)
     window, block_T, rows_R = queries.window, queries.block_T, queries.rows_R
     if rows_R is None:
