@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 from gemsmith.errors import RequestError, ToolError
 from gemsmith.testing import random_tool
-from gemsmith.text import grammar
+from gemsmith.text import lark
 from gemsmith.text.calls import CALL_CLOSE, CALL_OPEN, QUOTE, parse_calls
 from gemsmith.text.grammar import call_grammar, chosen_tools, response_grammar
 from gemsmith.text.tokenizer import SpecialIds
@@ -34,7 +34,7 @@ def of(schema: dict[str, Any], **root: Any) -> dict[str, Any]:
 
 
 def matcher(*tools: dict[str, Any]) -> Any:
-    made = grammar.matcher(grammar._bytes(), call_grammar(list(tools), BYTES))
+    made = lark.matcher(lark.byte_vocabulary(), call_grammar(list(tools), BYTES))
     assert not made.is_error(), made.get_error()
     return made
 

@@ -26,14 +26,8 @@ import torch
 from torch import Tensor
 
 from gemsmith.errors import RequestError, ToolError
-from gemsmith.text.grammar import (
-    ToolChoice,
-    call_grammar,
-    chosen_tools,
-    matcher,
-    reason,
-    response_grammar,
-)
+from gemsmith.text.grammar import ToolChoice, call_grammar, chosen_tools, response_grammar
+from gemsmith.text.lark import matcher, reason
 from gemsmith.text.stream import MARKERS
 from gemsmith.text.tokenizer import Tokenizer
 

@@ -7,95 +7,44 @@ before others. So a call that the model wrote and its history, written again, ar
 `response_grammar` does the same for a plain reply. What this is not: it knows no tokens but the
 markers and holds no state of a reply (see engine.grammar).
 
-A schema is kept to the letter: what no grammar can hold a call to (see `_Compiler.refuse`) is a
-ToolError with its place. A tool whose function says `"strict": False` is held to the syntax alone.
+A schema (schema.py) is kept to the letter: what no grammar can hold a call to is a ToolError with
+its place. A tool whose function says `"strict": False` is held to the syntax alone.
 
 What a schema leaves open is bounded where the parser or a client would fail: numbers have at most
 18 digits before and after the point, values of no declared shape at most FREE_DEPTH levels. Keys
 that `additionalProperties` allows may come twice; the last one counts.
-
-Source of the grammar's own syntax: guidance-ai/llguidance docs/syntax.md, docs/parametric.md.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from itertools import combinations, product
 from typing import Any, Literal
 
 from gemsmith.errors import RequestError, ToolError
-from gemsmith.text.calls import CALL_OPEN, QUOTE, ToolCall, show
+from gemsmith.text import lark
+from gemsmith.text.calls import CALL_OPEN, QUOTE, show
+from gemsmith.text.schema import BOUNDS, LOOSE, Schema, among, implied
 from gemsmith.text.tokenizer import SpecialIds
-from gemsmith.text.tools import (
-    _is_kind,
-    _resolve,
-    _same,
-    check_tool,
-    validate_arguments,
-    value_parts,
-)
+from gemsmith.text.tools import check_tool, value_parts
 
 ToolChoice = Literal["auto", "required", "none"] | str | Mapping[str, Any]
 """A word, a tool's name, or as OpenAI has it {"type": "function", "function": {"name": ...}}."""
 
 FREE_DEPTH = 8
 """Nesting of a value whose schema allows anything."""
-MAX_ALTERNATIVES = 256
-"""Most combinations of the branches of one schema (anyOf, oneOf and allOf multiply)."""
 MAX_GRAMMAR_CHARACTERS = 4_000_000
 MAX_UNIQUE = 64
 """Most values to choose from for an array of unique items: a bit each in the parser's state."""
-MOST = 1_000_000
-"""Longest text or list that a schema may ask for; beyond this, an upper bound bounds nothing."""
-MAX_PATTERN = 10_000
-"""Characters of a regular expression."""
 
 _NAME = re.compile(r"[\w.\-/:$@]{1,256}")
 _KEY = re.compile(r"[^\s{}\[\](),<:\"'=][^{}\[\](),<:\n]{0,254}(?<!\s)|[^\s{}\[\](),<:\"'=]")
 _INTEGER = r"/-?(0|[1-9][0-9]{0,17})/"
 _NUMBER = r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,18})?([eE][-+]?[0-9]{1,2})?/"
 _ANY_KEY = r"/[\p{L}\p{N}_$@][\p{L}\p{N}_.\-]{0,63}/"
-_FORMATS = {
-    "date": r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])",
-    "time": r"([01][0-9]|2[0-3])(:[0-5][0-9]){2}(\.[0-9]{1,9})?"
-    r"(Z|[-+]([01][0-9]|2[0-3]):[0-5][0-9])",
-    "uuid": r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
-}
-_FORMATS["date-time"] = f"{_FORMATS['date']}T{_FORMATS['time']}"
-"""Formats whose shape is beyond doubt; any other is a remark, as JSON Schema has it."""
-_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_LENGTHS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _REACH = 10**15
 """Where a number with one bound ends on its open side."""
-
-
-def _without(words: Sequence[str]) -> str:
-    """A regular expression of the texts that contain none of `words`.
-
-    Each word has one `<`, in front. Spelled out rather than negated: the parser takes such a string
-    in microseconds a token instead of milliseconds.
-    """
-
-    def rest(tails: set[str]) -> str:
-        following: dict[str, set[str]] = {}
-        for tail in tails:
-            following.setdefault(tail[0], set()).add(tail[1:])
-        no = "".join("\\" + char if char in '|"^-]\\' else char for char in sorted(following))
-        # The text ends here, or goes on with another letter, or with a word's letter but not on.
-        ways = [rf"[^<{no}][^<]*"]
-        ways += [
-            re.escape(char).replace('\\"', '"') + rest(tails)
-            for char, tails in sorted(following.items())
-            if "" not in tails
-        ]
-        return f"({'|'.join(ways)})?"
-
-    return f"[^<]*(<{rest({word[1:] for word in words})})*"
-
-
-STRING = _without([QUOTE, CALL_OPEN])
+STRING = lark.without([QUOTE, CALL_OPEN])
 """What can stand between quotes and come out again as it was (see `calls.CallParser.string`)."""
 
 
@@ -171,12 +120,12 @@ def response_grammar(response_format: Mapping[str, Any] | None) -> str | None:
             grammar = _json_grammar(schema)
         case "regex":
             pattern = given.get("pattern")
-            if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_PATTERN:
+            if not isinstance(pattern, str) or not 0 < len(pattern) <= lark.MAX_PATTERN:
                 raise RequestError(
-                    f"response_format regex needs a 'pattern' of 1 to {MAX_PATTERN} characters, "
-                    f"not {show(pattern)}"
+                    "response_format regex needs a 'pattern' of 1 to "
+                    f"{lark.MAX_PATTERN} characters, not {show(pattern)}"
                 )
-            grammar = LLMatcher.grammar_from_regex(_anchored(pattern))
+            grammar = LLMatcher.grammar_from_regex(lark.anchored(pattern))
         case "lark":
             text = given.get("grammar")
             if not isinstance(text, str) or not 0 < len(text) <= MAX_GRAMMAR_CHARACTERS:
@@ -190,7 +139,7 @@ def response_grammar(response_format: Mapping[str, Any] | None) -> str | None:
                 f"response_format {show(response_format)}: its 'type' must be text, json_object, "
                 "json_schema, regex or lark"
             )
-    if error := _complaint(grammar):
+    if error := lark.complaint(grammar):
         raise RequestError(f"response_format {kind} cannot be held to: {error}")
     return grammar
 
@@ -242,8 +191,8 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], special: SpecialIds) -> str
                 f"characters; at most {MAX_GRAMMAR_CHARACTERS} are compiled: declare fewer or "
                 "smaller tools at once"
             )
-        if error := _stumble(_text(rules, calls[-1:], quote=256, close=257)):
-            raise compiler.refuse("parameters", f"the schema cannot be held to: {error}")
+        if error := lark.stumble(_text(rules, calls[-1:], quote=256, close=257)):
+            raise compiler.schema.refuse("parameters", f"the schema cannot be held to: {error}")
     return _text(rules, calls, quote=special.quote, close=special.tool_call_close)
 
 
@@ -266,7 +215,7 @@ class _Compiler:
             try:
                 check_tool(tool)
             except ToolError as error:
-                raise ToolError(f"{error}; or {_LOOSE}") from None
+                raise ToolError(f"{error}; or {LOOSE}") from None
         else:
             check_tool({**tool, "function": {**tool["function"], "parameters": None}})
         function = tool["function"]
@@ -276,21 +225,18 @@ class _Compiler:
                 f"the tool's name {show(self.name)} cannot be written in a call; use at most 256 "
                 "letters, digits and _ . - / : $ @"
             )
-        self.root: Mapping[str, Any] = function.get("parameters") or {"type": "object"}
-
-    def refuse(self, path: str, reason: str) -> ToolError:
-        return ToolError(f"tool {self.name!r}, {path}: {reason}; or {_LOOSE}")
+        self.schema = Schema(self.name, function.get("parameters") or {"type": "object"})
 
     def call(self) -> str:
         if not self.strict:
-            return f'{_literal(self.name)} "{{" {self.pairs(FREE_DEPTH)} "}}"'
+            return f'{lark.literal(self.name)} "{{" {self.pairs(FREE_DEPTH)} "}}"'
         ways = [
             self.object(flat, "parameters", closed=True)
-            for flat in self.flat(self.root, "parameters")
+            for flat in self.schema.flat(self.schema.root, "parameters")
         ]
         if not (ways := [way for way in ways if way]):
-            raise self.refuse("parameters", "no arguments fit this schema")
-        return f"{_literal(self.name)} ({' | '.join(ways)})"
+            raise self.schema.refuse("parameters", "no arguments fit this schema")
+        return f"{lark.literal(self.name)} ({' | '.join(ways)})"
 
     def rule(self, body: str, *, terminal: bool = False) -> str:
         """The name of a rule with this body."""
@@ -300,175 +246,19 @@ class _Compiler:
             self.rules[name] = body
         return name
 
-    # Schemas without branches: `flat` makes them, `merge` joins two.
-
-    def flat(self, schema: Any, path: str) -> list[dict[str, Any]]:
-        """Schemas without $ref, anyOf, oneOf, allOf and nullable, one of which a value must fit."""
-        if isinstance(schema, bool):
-            return [{}] if schema else []
-        ways = [self.own(schema, path)]
-        if "$ref" in schema:
-            ways = self.joined(ways, self.flat(_resolve(self.root, schema["$ref"]), path), path)
-        for index, branch in enumerate(schema.get("allOf", [])):
-            where = f"{path}.allOf[{index}]"
-            ways = self.joined(ways, self.flat(branch, where), where)
-        for keyword in ("anyOf", "oneOf"):
-            if not (branches := schema.get(keyword)):
-                continue
-            flats = [self.flat(b, f"{path}.{keyword}[{i}]") for i, b in enumerate(branches)]
-            if keyword == "oneOf":
-                self.check_apart(flats, path)
-            ways = self.joined(ways, [way for flat in flats for way in flat], path)
-        if schema.get("nullable") is True:
-            ways = [way for way in ways if way.get("type") != ["null"]] + [{"type": ["null"]}]
-        return ways
-
-    def own(self, schema: Mapping[str, Any], path: str) -> dict[str, Any]:
-        """The keywords that say something of a value by themselves."""
-        flat: dict[str, Any] = {}
-        if kinds := schema.get("type", []):
-            kinds = [kinds] if isinstance(kinds, str) else kinds
-            flat["type"] = list(dict.fromkeys(kind.lower() for kind in kinds))
-        if schema.get("enum"):
-            flat["enum"] = list(schema["enum"])
-        if "const" in schema:
-            both = [schema["const"]]
-            flat["enum"] = _common(flat["enum"], both) if "enum" in flat else both
-        for keyword in (*_BOUNDS, *_LENGTHS):
-            if (bound := schema.get(keyword)) is None:
-                continue
-            whole = keyword in _LENGTHS
-            good = isinstance(bound, int | float) and not isinstance(bound, bool)
-            if not good or not math.isfinite(bound) or (whole and (bound < 0 or bound % 1)):
-                what = "a whole number from 0 on" if whole else "a number"
-                raise self.refuse(path, f"{keyword!r} is {show(bound)} but must be {what}")
-            if not whole or bound <= MOST or not keyword.startswith("max"):
-                flat[keyword] = int(bound) if whole else bound
-            if whole and bound > MOST and keyword.startswith("min"):
-                raise self.refuse(path, f"{keyword!r} is {bound}; at most {MOST} can be asked for")
-        if flat.get("multipleOf", 1) <= 0:
-            raise self.refuse(path, f"'multipleOf' is {show(flat['multipleOf'])}, not above 0")
-        if (pattern := schema.get("pattern")) is not None:
-            flat["patterns"] = [self.pattern(pattern, path)]
-        if isinstance(format := schema.get("format"), str) and format in _FORMATS:
-            flat.setdefault("patterns", []).append(_FORMATS[format])
-        for keyword in ("properties", "required", "additionalProperties", "items"):
-            if schema.get(keyword) is not None:
-                flat[keyword] = schema[keyword]
-        if schema.get("uniqueItems") is True:
-            flat["uniqueItems"] = True
-        return flat
-
-    def pattern(self, pattern: Any, path: str) -> str:
-        """A schema's regular expression as one of the whole string."""
-        if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN:
-            raise self.refuse(
-                path, f"'pattern' is {show(pattern)}, no text of at most {MAX_PATTERN} characters"
-            )
-        from llguidance import LLMatcher
-
-        whole = _anchored(pattern)
-        if error := _complaint(LLMatcher.grammar_from_regex(whole)):
-            raise self.refuse(path, f"the pattern {show(pattern)} cannot be held to: {error}")
-        return whole
-
-    def joined(
-        self, left: list[dict[str, Any]], right: list[dict[str, Any]], path: str
-    ) -> list[dict[str, Any]]:
-        """The schemas that fit one of both sides."""
-        if len(left) * len(right) > MAX_ALTERNATIVES:
-            raise self.refuse(
-                path, f"its branches combine in more than {MAX_ALTERNATIVES} ways; join some"
-            )
-        merged = (self.merge(a, b, path) for a, b in product(left, right))
-        return [flat for flat in merged if flat is not None]
-
-    def merge(self, a: dict[str, Any], b: dict[str, Any], path: str) -> dict[str, Any] | None:
-        """What fits both; None where that can be told to be nothing."""
-        if not a or not b:
-            return a or b
-        flat = {**a, **b}
-        if "type" in a and "type" in b:
-            flat["type"] = [kind for kind in a["type"] if kind in b["type"]]
-            if "integer" not in flat["type"] and "integer" in a["type"] + b["type"]:
-                flat["type"] += ["integer"] if "number" in a["type"] + b["type"] else []
-            if not flat["type"]:
-                return None
-        if "enum" in a and "enum" in b:
-            flat["enum"] = _common(a["enum"], b["enum"])
-            if not flat["enum"]:
-                return None
-        for keyword in (*_BOUNDS, *_LENGTHS):
-            if keyword in a and keyword in b and a[keyword] != b[keyword]:
-                if keyword == "multipleOf":
-                    if a[keyword] % 1 or b[keyword] % 1:
-                        raise self.refuse(path, "two values of 'multipleOf' meet; give one")
-                    flat[keyword] = math.lcm(int(a[keyword]), int(b[keyword]))
-                else:
-                    tighter = max if keyword.lower().find("min") >= 0 else min
-                    flat[keyword] = tighter(a[keyword], b[keyword])
-        if "patterns" in a and "patterns" in b:
-            flat["patterns"] = list(dict.fromkeys(a["patterns"] + b["patterns"]))
-        if "items" in a and "items" in b and a["items"] != b["items"]:
-            flat["items"] = {"allOf": [a["items"], b["items"]]}
-        if "required" in a and "required" in b:
-            flat["required"] = list(dict.fromkeys(a["required"] + b["required"]))
-        if "properties" in a or "properties" in b:
-            keys = list(dict.fromkeys([*a.get("properties", {}), *b.get("properties", {})]))
-            flat["properties"] = {key: _both(_of(a, key), _of(b, key)) for key in keys}
-        if "additionalProperties" in a and "additionalProperties" in b:
-            flat["additionalProperties"] = _both(
-                a["additionalProperties"], b["additionalProperties"]
-            )
-        return flat
-
-    def check_apart(self, branches: list[list[dict[str, Any]]], path: str) -> None:
-        """Refuse a oneOf that a value might fit twice."""
-        for (i, left), (j, right) in combinations(enumerate(branches), 2):
-            if not all(self.apart(a, b, path) for a, b in product(left, right)):
-                raise self.refuse(
-                    path,
-                    f"branches {i} and {j} of 'oneOf' may both fit; use anyOf, or tell them apart "
-                    "by a required property with a const in each",
-                )
-
-    def apart(self, a: dict[str, Any], b: dict[str, Any], path: str) -> bool:
-        """Whether surely no value fits both."""
-        if not _kinds(a) & _kinds(b):
-            return True
-        if "enum" in a and "enum" in b:
-            return not _common(a["enum"], b["enum"])
-        if _kinds(a) & _kinds(b) != {"object"}:
-            return False
-        for x, y in ((a, b), (b, a)):
-            alien = set(x.get("required", [])) - set(y.get("properties", {}))
-            if alien and y.get("additionalProperties") is False:
-                return True
-        keys = set(a.get("required", [])) & set(b.get("required", []))
-        return any(
-            all(
-                self.apart(x, y, path)
-                for x, y in product(
-                    self.flat(a.get("properties", {}).get(key, True), path),
-                    self.flat(b.get("properties", {}).get(key, True), path),
-                )
-            )
-            for key in sorted(keys)
-        )
-
     # Values.
 
     def value(self, schema: Any, path: str) -> str | None:
         """A rule of the values that fit a schema; None if none does."""
-        ways = [way for flat in self.flat(schema, path) for way in self.ways(flat, path)]
+        ways = [way for flat in self.schema.flat(schema, path) for way in self.ways(flat, path)]
         return self.rule(" | ".join(dict.fromkeys(ways))) if ways else None
 
     def ways(self, flat: dict[str, Any], path: str) -> list[str]:
         if "enum" in flat:
-            return self.literals([v for v in flat["enum"] if self.fits(v, flat)], path)
+            return self.literals([v for v in flat["enum"] if self.schema.fits(v, flat)], path)
         if not flat:
             return [self.anything(FREE_DEPTH)]
-        kinds = flat.get("type") or _implied(flat)
+        kinds = flat.get("type") or implied(flat)
         ways: list[str | None] = []
         for kind in kinds:
             match kind:
@@ -487,26 +277,6 @@ class _Compiler:
                     ways.append(self.object(flat, path))
         return [way for way in ways if way]
 
-    def fits(self, value: Any, flat: Mapping[str, Any]) -> bool:
-        """Whether a listed value keeps to the schema's other keywords."""
-        kinds = flat.get("type")
-        if kinds and not any(_is_kind(value, kind) for kind in kinds):
-            return False
-        if isinstance(value, str) and not all(
-            re.fullmatch(pattern, value, re.DOTALL) for pattern in flat.get("patterns", [])
-        ):
-            return False
-        ignored = ("type", "enum", "patterns")
-        schema = {key: value for key, value in flat.items() if key not in ignored}
-        if not schema:
-            return True
-        inner = {"type": "object", "properties": {"v": schema}}
-        for key in ("$defs", "definitions"):
-            if key in self.root:
-                inner[key] = self.root[key]
-        tool = {"function": {"name": "t", "parameters": inner}}
-        return not validate_arguments(ToolCall("t", {"v": value}), tool)
-
     def literals(self, values: list[Any], path: str) -> list[str]:
         """Rules of values that a schema lists."""
         texts: list[str] = []
@@ -518,12 +288,12 @@ class _Compiler:
             elif isinstance(value, bool) or value is None or isinstance(value, list | Mapping):
                 others.append(self.written(value, path))
             elif isinstance(value, int | float) and math.isfinite(value):
-                others.append(_literal(str(value)))
+                others.append(lark.literal(str(value)))
             else:
-                raise self.refuse(path, f"the listed value {show(value)} is not JSON")
+                raise self.schema.refuse(path, f"the listed value {show(value)} is not JSON")
         ways = list(others)
         if any(texts):
-            words = " | ".join(_literal(text) for text in dict.fromkeys(texts) if text)
+            words = " | ".join(lark.literal(text) for text in dict.fromkeys(texts) if text)
             empty = "?" if "" in texts else ""
             ways.append(f"quote {self.rule(words, terminal=True)}{empty} quote")
         elif texts:
@@ -536,40 +306,44 @@ class _Compiler:
         text = ""
         for part, is_markup in value_parts(value):
             if is_markup and part == QUOTE:
-                pieces += [_literal(text)] * bool(text) + ["quote"]
+                pieces += [lark.literal(text)] * bool(text) + ["quote"]
                 text = ""
             else:
                 self.check_writable(part, path)
                 text += part
-        return " ".join(pieces + [_literal(text)] * bool(text))
+        return " ".join(pieces + [lark.literal(text)] * bool(text))
 
     def check_writable(self, text: str, path: str) -> None:
         if QUOTE in text or CALL_OPEN in text:
-            raise self.refuse(path, f"the listed value {show(text)} holds a marker of the format")
+            raise self.schema.refuse(
+                path, f"the listed value {show(text)} holds a marker of the format"
+            )
 
     def string(self, flat: Mapping[str, Any], path: str) -> str | None:
-        terms = [f"/{_escaped(STRING)}/"]
+        terms = [f"/{lark.escaped(STRING)}/"]
         low, high = flat.get("minLength", 0), flat.get("maxLength")
         if high is not None and high < low:
             return None
         if low or high is not None:
             terms.append(f"/(?s:.{{{low},{'' if high is None else high}}})/")
-        terms += [f"/{_escaped(pattern)}/" for pattern in flat.get("patterns", [])]
+        terms += [f"/{lark.escaped(pattern)}/" for pattern in flat.get("patterns", [])]
         term = self.rule(" & ".join(terms), terminal=True)
         if len(terms) > 1:
             from llguidance import LLMatcher
 
             grammar = LLMatcher.grammar_from_lark(f"start: T\nT: {' & '.join(terms)}\n")
-            tried = matcher(_bytes(), grammar)
+            tried = lark.matcher(lark.byte_vocabulary(), grammar)
             tried.compute_bitmask()
-            if tried.is_error() and reason(tried).startswith("NoExtension"):
+            if tried.is_error() and lark.reason(tried).startswith("NoExtension"):
                 return None  # no text fits
             if tried.is_error():
-                raise self.refuse(path, f"its strings cannot be held to: {reason(tried)}")
+                raise self.schema.refuse(
+                    path, f"its strings cannot be held to: {lark.reason(tried)}"
+                )
         return f"quote {term} quote"
 
     def number(self, kind: str, flat: Mapping[str, Any], path: str) -> str | None:
-        bounds = {key: flat[key] for key in _BOUNDS if key in flat}
+        bounds = {key: flat[key] for key in BOUNDS if key in flat}
         if not bounds:
             return self.rule(_INTEGER if kind == "integer" else _NUMBER, terminal=True)
         from llguidance import LLMatcher
@@ -583,8 +357,8 @@ class _Compiler:
         if not highs:
             bounds["maximum"] = max(_REACH, *(abs(10 * low) for low in lows), 0)
         schema = json.dumps({"type": kind, **bounds})
-        if error := _complaint(LLMatcher.grammar_from_json_schema(schema)):
-            raise self.refuse(path, f"its numbers cannot be held to: {error}")
+        if error := lark.complaint(LLMatcher.grammar_from_json_schema(schema)):
+            raise self.schema.refuse(path, f"its numbers cannot be held to: {error}")
         options = '{"x-guidance": {"whitespace_flexible": false}, '
         return self.rule(f"%json {options}{schema[1:]}")
 
@@ -598,25 +372,27 @@ class _Compiler:
         item = self.value(schema, f"{path}.items") if high != 0 else None
         if item is None:
             return '"[" "]"' if low == 0 else None
-        more = _times(f'("," {item})', max(0, low - 1), None if high is None else high - 1)
+        more = lark.times(f'("," {item})', max(0, low - 1), None if high is None else high - 1)
         return f'"[" ({item} {more}){"?" if low == 0 else ""} "]"'
 
     def unique(self, schema: Any, low: int, high: int | None, path: str) -> str | None:
         """An array of listed values, each at most once: a bit of the parser's state for each."""
-        flats = self.flat(schema, f"{path}.items")
+        flats = self.schema.flat(schema, f"{path}.items")
         listed: list[Any] = []
         for flat in flats:
             if "enum" not in flat and flat.get("type") in (["boolean"], ["null"]):
                 flat["enum"] = [True, False] if flat["type"] == ["boolean"] else [None]
             if "enum" not in flat:
-                raise self.refuse(
+                raise self.schema.refuse(
                     path,
                     "'uniqueItems' can be held to only where the items are listed in an enum; "
                     "leave it out and drop repeats when the call comes",
                 )
-            listed += [v for v in flat["enum"] if self.fits(v, flat) and not _in(v, listed)]
+            listed += [
+                v for v in flat["enum"] if self.schema.fits(v, flat) and not among(v, listed)
+            ]
         if len(listed) > MAX_UNIQUE:
-            raise self.refuse(
+            raise self.schema.refuse(
                 path,
                 f"'uniqueItems' over {len(listed)} values; at most {MAX_UNIQUE} can be held to",
             )
@@ -645,13 +421,15 @@ class _Compiler:
         if flat.get("type", ["object"]) != ["object"] and "object" not in flat["type"]:
             return None
         if "enum" in flat:
-            listed = [v for v in flat["enum"] if isinstance(v, Mapping) and self.fits(v, flat)]
+            listed = [
+                v for v in flat["enum"] if isinstance(v, Mapping) and self.schema.fits(v, flat)
+            ]
             return " | ".join(self.literals(listed, path)) or None
         declared: Mapping[str, Any] = flat.get("properties", {})
         others = flat.get("additionalProperties", not (declared or closed))
         required = dict.fromkeys(flat.get("required", []))
         if others is False and (unknown := [key for key in required if key not in declared]):
-            raise self.refuse(
+            raise self.schema.refuse(
                 path, f"the required key {show(unknown[0])} is not among its properties"
             )
         schemas = {**dict.fromkeys(required, others), **declared}
@@ -660,7 +438,7 @@ class _Compiler:
         pairs: list[tuple[str, bool]] = []
         for key in keys:
             if not isinstance(key, str) or not _KEY.fullmatch(key):
-                raise self.refuse(
+                raise self.schema.refuse(
                     path,
                     f"the key {show(key)} cannot be written in a call, whose keys stand without "
                     "quotes; rename it",
@@ -669,7 +447,7 @@ class _Compiler:
             if value is None and key in required:
                 return None
             if value is not None:
-                pairs.append((f"{_literal(key + ':')} {value}", key in required))
+                pairs.append((f"{lark.literal(key + ':')} {value}", key in required))
         low, high = flat.get("minProperties", 0), flat.get("maxProperties")
         other = self.other(others, keys, path)
         if high is not None and other is None and high >= len(pairs):
@@ -684,7 +462,7 @@ class _Compiler:
         value = self.value(others, f"{path}.additionalProperties")
         if value is None:
             return None
-        taken = " | ".join(_literal(key) for key in keys)
+        taken = " | ".join(lark.literal(key) for key in keys)
         key = f"{_ANY_KEY} & ~({taken})" if taken else _ANY_KEY
         return f'{self.rule(key, terminal=True)} ":" {value}'
 
@@ -718,8 +496,8 @@ class _Compiler:
                 return '""' if missing == 0 else None
             more = f'("," {other})'
             if count:
-                return _times(more, missing, left)
-            more = _times(more, max(0, missing - 1), None if left is None else left - 1)
+                return lark.times(more, missing, left)
+            more = lark.times(more, max(0, missing - 1), None if left is None else left - 1)
             return f"({other} {more}){'?' if missing == 0 else ''}"
         pair, required = pairs[index]
         ways: list[str] = []
@@ -736,7 +514,7 @@ class _Compiler:
 
     def anything(self, depth: int) -> str:
         """Any value, nested at most `depth` levels."""
-        string = f"quote {self.rule(f'/{_escaped(STRING)}/', terminal=True)} quote"
+        string = f"quote {self.rule(f'/{lark.escaped(STRING)}/', terminal=True)} quote"
         ways = [string, self.rule(_NUMBER, terminal=True), '"true"', '"false"', '"null"']
         if depth:
             inner = self.anything(depth - 1)
@@ -747,162 +525,3 @@ class _Compiler:
         """Any keys, with values of `depth` - 1 levels."""
         pair = f'{self.rule(_ANY_KEY, terminal=True)} ":" {self.anything(depth - 1)}'
         return f'({pair} ("," {pair})*)?'
-
-
-_LOOSE = "give the function 'strict': False to hold its calls to the syntax alone"
-_KINDS = frozenset({"string", "number", "boolean", "array", "object", "null"})
-
-
-def _kinds(flat: Mapping[str, Any]) -> set[str]:
-    """Types that a value of this schema can have; integers are numbers."""
-    if "enum" in flat:
-        return {kind for value in flat["enum"] for kind in _KINDS if _is_kind(value, kind)}
-    kinds = flat.get("type") or _implied(flat)
-    return {"number" if kind == "integer" else kind for kind in kinds}
-
-
-def _implied(flat: Mapping[str, Any]) -> list[str]:
-    """Types meant by a schema that names none: those its keywords speak of."""
-    for kind, keywords in (
-        ("object", ("properties", "required", "additionalProperties", *_LENGTHS[4:])),
-        ("array", ("items", "uniqueItems", *_LENGTHS[2:4])),
-        ("string", ("patterns", *_LENGTHS[:2])),
-        ("number", _BOUNDS),
-    ):
-        if any(keyword in flat for keyword in keywords):
-            return [kind]
-    return sorted(_KINDS)
-
-
-def _of(flat: Mapping[str, Any], key: str) -> Any:
-    """What a schema without branches says of one key; absent keywords say nothing."""
-    return flat.get("properties", {}).get(key, flat.get("additionalProperties", True))
-
-
-def _both(a: Any, b: Any) -> Any:
-    if a is True or b is True or a == b:
-        return b if a is True else a
-    return False if a is False or b is False else {"allOf": [a, b]}
-
-
-def _common(left: Sequence[Any], right: Sequence[Any]) -> list[Any]:
-    return [value for value in left if _in(value, right)]
-
-
-def _in(value: Any, values: Iterable[Any]) -> bool:
-    return any(_same(value, other) for other in values)
-
-
-# -- the grammar's own syntax -----------------------------------------------------------------
-
-
-def _times(body: str, low: int, high: int | None) -> str:
-    """`body` from `low` to `high` times."""
-    return '""' if high == 0 else f"{body}{{{low},{'' if high is None else high}}}"
-
-
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _escaped(pattern: str) -> str:
-    """A regular expression between slashes."""
-    return re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", pattern, flags=re.DOTALL).replace(
-        "\n", r"\n"
-    )
-
-
-def _anchored(pattern: str) -> str:
-    """A JSON schema's pattern, which matches anywhere, as one that matches the whole text.
-
-    Letters, digits and spaces are ASCII's, which every reading of `\\w`, `\\d` and `\\s` takes in.
-    """
-    from llguidance import regex_to_lark
-
-    # regex_to_lark escapes slashes for Lark; the grammar here does so itself.
-    pattern = regex_to_lark(pattern, "dws").replace(r"\/", "/")
-    ways = []
-    for way in _branches(pattern):
-        start, end = way.startswith("^"), bool(re.search(r"(?<!\\)(\\\\)*\$$", way))
-        way = way[start : len(way) - end]
-        ways.append(f"{'' if start else '(?s:.*)'}({way}){'' if end else '(?s:.*)'}")
-    return "|".join(ways) if len(ways) == 1 else f"({'|'.join(ways)})"
-
-
-def _branches(pattern: str) -> list[str]:
-    """The alternatives of an expression, cut at each | outside groups and classes."""
-    ways, start, depth, in_class, at = [], 0, 0, False, 0
-    while at < len(pattern):
-        char = pattern[at]
-        if char == "\\":
-            at += 1
-        elif in_class:
-            in_class = char != "]"
-        elif char == "[":
-            in_class = True
-            at += pattern[at + 1 : at + 2] == "^"
-            at += pattern[at + 1 : at + 2] == "]"
-        elif char == "(":
-            depth += 1
-        elif char == ")":
-            depth -= 1
-        elif char == "|" and depth == 0:
-            ways.append(pattern[start:at])
-            start = at + 1
-        at += 1
-    return [*ways, pattern[start:]]
-
-
-@cache
-def _bytes() -> Any:
-    """A vocabulary of the 256 bytes, to try a grammar with."""
-    from llguidance import LLTokenizer
-
-    return LLTokenizer("byte")
-
-
-def _complaint(grammar: str) -> str:
-    """The first line of what llguidance finds wrong with a grammar; "" if nothing is."""
-    from llguidance import LLMatcher
-
-    lines = [line.strip() for line in LLMatcher.validate_grammar(grammar).splitlines()]
-    reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (reasons or [line for line in lines if line] or [""])[0]
-
-
-def matcher(vocabulary: Any, grammar: str) -> Any:
-    """An `llguidance.LLMatcher` within the bounds that a request of anybody's may take up.
-
-    Whatever goes wrong shows in its `is_error`. One mask takes tens of milliseconds at most, what
-    it remembers 100 MB.
-    """
-    from llguidance import LLMatcher, LLParserLimits
-
-    limits = LLParserLimits(max_items_in_row=10_000, max_lexer_states=50_000, verbose_errors=False)
-    return LLMatcher(vocabulary, grammar, limits=limits, log_level=0)
-
-
-def reason(failed: Any) -> str:
-    """Why a matcher can go no further, in a line."""
-    return (failed.get_error().strip().splitlines() or ["unknown"])[0]
-
-
-def _stumble(grammar: str) -> str:
-    """What goes wrong when a call is written by this grammar, as short as it goes; "" if nothing.
-
-    Some grammars are too large only once their parser gets to work: this is found before a reply.
-    """
-    tried = matcher(_bytes(), grammar)
-    for _ in range(_TRIED):
-        bits = tried.compute_bitmask()
-        if tried.is_error() or tried.is_stopped():
-            break
-        may = [id for id in (257, 256, *_CLOSING, *range(256)) if bits[id // 8] >> id % 8 & 1]
-        if not may or not tried.consume_token(may[0]):
-            break
-    return reason(tried) if tried.is_error() else ""
-
-
-_TRIED = 64
-"""Bytes of a call that are written to try its grammar."""
-_CLOSING = b"}],:"

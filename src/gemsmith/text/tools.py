@@ -422,7 +422,7 @@ class _SchemaWalk:
                 raise self.error(
                     where, f"{show(reference)} leads back to itself; the format has no recursion"
                 )
-            target = _resolve(self.root, reference)
+            target = resolve(self.root, reference)
             if target is None:
                 raise self.error(
                     where, f"{show(reference)} is not found; only '#/...' inside the schema is"
@@ -441,7 +441,8 @@ class _SchemaWalk:
                 self.check(branch, f"{where}.{keyword}[{index}]", depth + 1, references)
 
 
-def _resolve(root: Mapping[str, Any], reference: Any) -> Any:
+def resolve(root: Mapping[str, Any], reference: Any) -> Any:
+    """The schema that a `$ref` of `root` names; None if it is not there."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
     node: Any = root
@@ -478,7 +479,7 @@ def _mismatches(value: Any, schema: Any, root: Mapping[str, Any], where: str) ->
     if schema is False:
         return [f"{where} is not allowed"]
     if "$ref" in schema:
-        target = _resolve(root, schema["$ref"])
+        target = resolve(root, schema["$ref"])
         wrong = _mismatches(value, target, root, where)
         if wrong:
             return wrong
@@ -486,12 +487,12 @@ def _mismatches(value: Any, schema: Any, root: Mapping[str, Any], where: str) ->
         return []
     kinds = schema.get("type", [])
     kinds = [kind.lower() for kind in ([kinds] if isinstance(kinds, str) else kinds)]
-    if kinds and not any(_is_kind(value, kind) for kind in kinds):
+    if kinds and not any(is_kind(value, kind) for kind in kinds):
         return [f"{where} is {show(value)}, not of type {' or '.join(kinds)}"]
     found: list[str] = []
-    if schema.get("enum") and not any(_same(value, item) for item in schema["enum"]):
+    if schema.get("enum") and not any(same(value, item) for item in schema["enum"]):
         found.append(f"{where} is {show(value)}, not one of {show(schema['enum'])}")
-    if "const" in schema and not _same(value, schema["const"]):
+    if "const" in schema and not same(value, schema["const"]):
         found.append(f"{where} is {show(value)}, not {show(schema['const'])}")
     found += _out_of_bounds(value, schema, where)
     if isinstance(value, Mapping):
@@ -562,7 +563,8 @@ def _out_of_bounds(value: Any, schema: Mapping[str, Any], where: str) -> list[st
     return found
 
 
-def _is_kind(value: Any, kind: str) -> bool:
+def is_kind(value: Any, kind: str) -> bool:
+    """Whether a value is of this JSON Schema type; 1.0 is an integer."""
     if isinstance(value, bool):
         return kind == "boolean"
     if kind == "integer" and isinstance(value, float):
@@ -570,6 +572,6 @@ def _is_kind(value: Any, kind: str) -> bool:
     return isinstance(value, _PLAIN_TYPES[kind])
 
 
-def _same(value: Any, other: Any) -> bool:
+def same(value: Any, other: Any) -> bool:
     """Equality as JSON sees it: true is not 1."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
