@@ -32,7 +32,7 @@ from gemsmith.config import Gemma4Config
 from gemsmith.engine.context import Context
 from gemsmith.engine.engine import LM
 from gemsmith.fit import Target
-from gemsmith.ops import cpu
+from gemsmith.ops import native
 from gemsmith.weights.hub import POCKET, resolve
 
 BITS = {"bfloat16": None, "int8": "8", "int4": "4", "mobile": "mobile"}
@@ -82,7 +82,7 @@ def worker(folder: str, quant: str | None, context: int, users: int) -> dict[str
             first.run([id])
         decode.append(STEPS / (time.perf_counter() - start))
     peak = peak_bytes()
-    rates = probe.measure(cpu.threads())
+    rates = probe.measure(native.threads())
     return {
         "weights": lm.memory()["weights"],
         "kv": sum(each.nbytes for each in held),

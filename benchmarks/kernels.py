@@ -27,7 +27,7 @@ from benchmarks import measure
 from gemsmith import sizing
 from gemsmith.cache.ring import RingCache
 from gemsmith.config import PRESETS
-from gemsmith.ops import cpu
+from gemsmith.ops import cpu, native
 
 INPUTS = 1536
 """hidden_size of E2B: the inputs of most of its weights."""
@@ -40,7 +40,7 @@ CHECKED = 4
 def fill(gib: float) -> Tensor:
     """A buffer of random bytes."""
     buffer = torch.empty(int(gib * 2**30) // 2**21 * 2**21, dtype=torch.uint8)
-    cpu.advise_hugepages(buffer)
+    native.advise_hugepages(buffer)
     return buffer.random_(0, 256, generator=torch.Generator().manual_seed(0))
 
 
@@ -119,14 +119,14 @@ def main() -> None:
     measure.add_record(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if not cpu.available():
+    if not native.available():
         sys.exit("the C++ extension is not built: there are no kernels to measure")
     about = measure.machine()
 
     buffer = fill(options.gib)
     weights = [weight(buffer, bits, group) for bits, group in KINDS]
     generator = torch.Generator().manual_seed(2)
-    runs: dict[str, Callable[[], object]] = {"read": lambda: cpu.read_memory(buffer)}
+    runs: dict[str, Callable[[], object]] = {"read": lambda: native.read_memory(buffer)}
     sizes: dict[str, int] = {"read": buffer.nbytes}
     for rows in ROWS:
         given = cpu.quantize_rows(torch.randn(rows, INPUTS, generator=generator))
@@ -144,7 +144,7 @@ def main() -> None:
     seconds = measure.interleaved(runs, repeats=options.repeats)
     rates = {name: [sizes[name] / s / 1e9 for s in found] for name, found in seconds.items()}
     ceiling = max(rates["read"])
-    print(f"{cpu.isa()}, {cpu.threads()} threads, {buffer.nbytes / 2**30:.2f} GiB of weights")
+    print(f"{native.isa()}, {native.threads()} threads, {buffer.nbytes / 2**30:.2f} GiB of weights")
     results: dict[str, dict[str, Any]] = {}
     for name, values in rates.items():
         found = results[name] = {**measure.summary(values), "ceiling": ceiling}
@@ -158,8 +158,8 @@ def main() -> None:
         {
             "model": "any",
             "dtype": "low-bit",
-            "isa": cpu.isa(),
-            "threads": cpu.threads(),
+            "isa": native.isa(),
+            "threads": native.threads(),
             "inputs": INPUTS,
             "bytes": buffer.nbytes,
             "unit": "GB/s",

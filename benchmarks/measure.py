@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from gemsmith import hardware
-from gemsmith.ops import cpu
+from gemsmith.ops import native
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUMBERS = REPOSITORY / "docs" / "numbers"
@@ -172,14 +172,14 @@ class Reader:
 
     def __init__(self, nbytes: int) -> None:
         self._buffer = torch.empty(max(1, nbytes // 64) * 16)
-        if cpu.available():
-            cpu.advise_hugepages(self._buffer)
+        if native.available():
+            native.advise_hugepages(self._buffer)
         self._buffer.fill_(1.0)
         self.nbytes = self._buffer.nbytes
 
     def read(self) -> None:
-        if cpu.available():
-            cpu.read_memory(self._buffer)
+        if native.available():
+            native.read_memory(self._buffer)
         else:
             self._buffer.sum()
 

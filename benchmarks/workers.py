@@ -21,7 +21,7 @@ from benchmarks.measure import Reader
 from benchmarks.prefill import transformers_model
 from gemsmith.engine.context import Context
 from gemsmith.engine.engine import LM
-from gemsmith.ops import cpu
+from gemsmith.ops import native
 from gemsmith.weights.load import load_model
 
 
@@ -132,7 +132,7 @@ def main(kind: str) -> None:
     engine = Gemsmith(job["model"]) if kind == "gemsmith" else Transformers(job["model"])
     loaded = time.perf_counter() - start
     done = {"load": loaded, "tasks": llama_worker.work(engine, job["tasks"])}
-    print(json.dumps(done | {"about": cpu.isa(), "version": ""}))
+    print(json.dumps(done | {"about": native.isa(), "version": ""}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 // Python's view of kernels.h. Tensors come as addresses: an integer costs a twentieth of what an
-// array argument does. src/gemsmith/ops/cpu.py is the only caller and checks everything; no
-// function here holds the GIL while it works.
+// array argument does. src/gemsmith/ops is the only caller of kernels and checks everything;
+// no function here holds the GIL while it works.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>

@@ -2,7 +2,7 @@
 // over stored keys and values.
 //
 // Plain C++ on pointers and sizes: no Python, no torch, no exceptions. Callers check every length
-// (src/gemsmith/ops/cpu.py); here sizes are trusted.
+// (src/gemsmith/ops); here sizes are trusted.
 //
 // Letters, all at least 1 but M, which may be 0: N outputs (rows of the weight), K inputs, M rows of activations (tokens), G groups
 //   along K that share a scale (1 = one scale per output), b bits, f = 8 / b fields in a byte.

@@ -1,6 +1,6 @@
 // A decoder layer of low-bit weights, for M rows of float32 hidden states: before attention, after
 // it, and several layers on end with their attention. src/gemsmith/model/text.py, DecoderLayer, is
-// the definition; names are its. Sizes are checked by the caller (src/gemsmith/ops/cpu.py).
+// the definition; names are its. Sizes are checked by the caller (src/gemsmith/ops/cpu_layers.py).
 #pragma once
 #include <cstdint>
 #include <vector>

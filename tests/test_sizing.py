@@ -12,7 +12,7 @@ from gemsmith.config import PRESETS, Gemma4Config
 from gemsmith.engine import context
 from gemsmith.errors import ConfigError
 from gemsmith.model.text import TextModel
-from gemsmith.ops import cpu
+from gemsmith.ops import native
 from gemsmith.quant.formats import Format
 from gemsmith.quant.packed import Packed
 from gemsmith.quant.quantize import quantize
@@ -223,7 +223,7 @@ def test_weight_bytes_are_those_of_every_file_that_can_be_written(name: str, tmp
         assert payload(target) == sum(sizing.weight_bytes(config, format).values()), format
 
 
-@pytest.mark.skipif(not cpu.available(), reason="sizes are of the extension's layout")
+@pytest.mark.skipif(not native.available(), reason="sizes are of the extension's layout")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weight_bytes_are_those_in_memory(name: str, tmp_path: Path):
     config = CONFIGS[name]
@@ -238,7 +238,7 @@ def test_weight_bytes_are_those_in_memory(name: str, tmp_path: Path):
         assert held(config, tmp_path / "mobile", None) == said
 
 
-@pytest.mark.skipif(not cpu.available(), reason="sizes are of the extension's layout")
+@pytest.mark.skipif(not native.available(), reason="sizes are of the extension's layout")
 @pytest.mark.parametrize("shape", [(16, 64), (101, 96), (1, 96), (112, 160), (3, 17, 32)])
 @pytest.mark.parametrize("format", [Format(8), Format(4, 32), Format(2, 32), Format(4)])
 def test_a_low_bit_weight_has_the_bytes_of_its_place(shape: tuple[int, ...], format: Format):

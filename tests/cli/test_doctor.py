@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from gemsmith.cli.main import app
 from gemsmith.config import PRESETS, text_only
-from gemsmith.ops import cpu
+from gemsmith.ops import native
 
 NEARLY = (
     "{{ bos_token }}{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n"
@@ -33,25 +33,27 @@ def test_the_machine_and_the_versions_are_told():
     assert facts["machine"]["cores"] >= 1
     assert facts["versions"]["torch"]
     told = facts["paths"]["attention"]
-    assert told.startswith("own kernels on the CPU") == cpu.available()
+    assert told.startswith("own kernels on the CPU") == native.available()
     assert "scaled_dot_product_attention" in told
     assert facts["machine"]["cpu"] in doctor()
 
 
-@pytest.mark.skipif(not cpu.available(), reason="the extension is not built")
+@pytest.mark.skipif(not native.available(), reason="the extension is not built")
 def test_the_instruction_set_in_use_is_told():
-    cpu.force_isa("generic")
+    native.force_isa("generic")
     try:
         assert "own kernels" in doctor()
         told = json.loads(doctor("--json"))["paths"]["own kernels"]
         assert told.startswith("generic (of generic")
     finally:
-        cpu.force_isa(None)
-    assert json.loads(doctor("--json"))["paths"]["own kernels"].startswith(f"{cpu.isas()[-1]} (of")
+        native.force_isa(None)
+    assert json.loads(doctor("--json"))["paths"]["own kernels"].startswith(
+        f"{native.isas()[-1]} (of"
+    )
 
 
 def test_the_absence_of_the_extension_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu, "_native", lambda: None)
+    monkeypatch.setattr(native, "extension", lambda: None)
     told = json.loads(doctor("--json"))["paths"]["own kernels"]
     assert told == "not built: torch does their work, slower"
 

@@ -14,7 +14,7 @@ from gemsmith.engine.media import Prompt
 from gemsmith.engine.reply import Reply
 from gemsmith.engine.request import Finished, FinishReason, Generation, Request, SamplingParams
 from gemsmith.errors import CapacityError, ConfigError, QueueFullError, RequestError, WeightsError
-from gemsmith.ops import cpu
+from gemsmith.ops import native
 from gemsmith.testing import (
     SIZES,
     media_ids,
@@ -238,7 +238,7 @@ def lm_encode(lm: LM, tokenizer, content) -> Prompt:
     return lm.encode([{"role": "user", "content": content}])
 
 
-needs_extension = pytest.mark.skipif(not cpu.available(), reason="needs the C++ extension")
+needs_extension = pytest.mark.skipif(not native.available(), reason="needs the C++ extension")
 
 
 @needs_extension

@@ -26,13 +26,13 @@ from gemsmith.engine.speculative import (
     accept,
 )
 from gemsmith.errors import ConfigError
-from gemsmith.ops import cpu
+from gemsmith.ops import native
 from gemsmith.testing import SIZES, random_model, tiny_config, whole_groups
 from gemsmith.text.tokenizer import Tokenizer
 from gemsmith.weights.load import load_model
 from gemsmith.weights.save import save_model
 
-needs_extension = pytest.mark.skipif(not cpu.available(), reason="needs the C++ extension")
+needs_extension = pytest.mark.skipif(not native.available(), reason="needs the C++ extension")
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
 

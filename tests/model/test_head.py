@@ -8,7 +8,7 @@ from gemsmith.engine.request import SamplingParams
 from gemsmith.engine.sampler import MAX_REACH, Sampler
 from gemsmith.errors import WeightsError
 from gemsmith.model.text import TextModel
-from gemsmith.ops import cpu
+from gemsmith.ops import native
 from gemsmith.quant.formats import Format
 from gemsmith.quant.linear import QuantEmbedding
 from gemsmith.quant.packed import Packed
@@ -27,10 +27,10 @@ def floats() -> TextModel:
 @pytest.fixture(params=["extension", "torch"])
 def model(floats: TextModel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """A head of 4 bits in which some tokens are equal."""
-    if request.param == "extension" and not cpu.available():
+    if request.param == "extension" and not native.available():
         pytest.skip("the extension is not built")
     if request.param == "torch":
-        monkeypatch.setattr(cpu, "_native", lambda: None)
+        monkeypatch.setattr(native, "extension", lambda: None)
     made = random_model(tiny_config("E2B", vocab_size=VOCAB)).requires_grad_(False)
     codes = quantize(floats.embed_tokens.weight, Format(4))
     codes.packed[1000:1100] = codes.packed[:100]

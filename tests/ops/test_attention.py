@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gemsmith.errors import WeightsError
-from gemsmith.ops import attention, cpu
+from gemsmith.ops import attention, cpu, cpu_attention, native
 from gemsmith.ops.attention import Queries, Slots, Span, stored_attention
+from gemsmith.ops.cpu_attention import Readers, StoredKV
 from gemsmith.ops.rotary import KeyRule, Turns
 from gemsmith.testing import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 CPU = torch.device("cpu")
-needs_extension = pytest.mark.skipif(not cpu.available(), reason="the extension is not built")
+needs_extension = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(params=["extension", "torch"])
 def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "extension" and not cpu.available():
+    if request.param == "extension" and not native.available():
         pytest.skip("the extension is not built")
     if request.param == "torch":
         monkeypatch.setattr(attention, "_goes_native", lambda *_: False)
@@ -42,8 +43,8 @@ def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def every_isa() -> Iterator[tuple[str, ...]]:
-    yield cpu.isas()
-    cpu.force_isa(None)
+    yield native.isas()
+    native.force_isa(None)
 
 
 def stored(count: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int = 1) -> Slots:
@@ -173,12 +174,12 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(
     natives = [(s._native, first, count) for s, first, count in spans if s._native]
     with pytest.MonkeyPatch.context() as patch:
         results: list[Tensor] = []
-        for isa in cpu.isas():
-            cpu.force_isa(isa)
+        for isa in native.isas():
+            native.force_isa(isa)
             for threads in (1, 2):
-                patch.setattr(cpu, "threads", lambda threads=threads: threads)
-                results.append(cpu.attention(q, natives, asked.ranges_R2))
-    cpu.force_isa(None)
+                patch.setattr(native, "threads", lambda threads=threads: threads)
+                results.append(cpu_attention.attention(q, natives, asked.ranges_R2))
+    native.force_isa(None)
     assert all(torch.equal(result, results[0]) for result in results)
     assert_close(results[0], plainly(q, spans, asked.ranges_R2), limit(dtype, head_dim))
 
@@ -195,14 +196,16 @@ def test_a_row_has_the_same_bits_alone_as_among_any_others(dtype: torch.dtype, d
     slots = stored(keys, kv_heads, 32, dtype)
     kv, q = slots._native, queries_of(rows, kv_heads * group, 32)
     assert kv is not None
-    together = cpu.attention(q, [(kv, 0, keys)], Queries(rows, keys, window).ranges_R2)
+    together = cpu_attention.attention(q, [(kv, 0, keys)], Queries(rows, keys, window).ranges_R2)
     for row in {0, rows // 2, rows - 1}:
         last = keys - rows + row + 1
         # Of the keys before it only those that it sees, or some more, are given.
         seen = 0 if window is None else max(0, last - window)
         start = data.draw(st.integers(0, seen))
         ranges = torch.tensor([[seen - start, last - start]])
-        alone = cpu.attention(q[row : row + 1], [(kv, start, last - start)], ranges, origin=start)
+        alone = cpu_attention.attention(
+            q[row : row + 1], [(kv, start, last - start)], ranges, origin=start
+        )
         assert torch.equal(alone[0], together[row])
 
 
@@ -215,10 +218,10 @@ def test_several_sequences_at_once_get_the_bits_of_each_alone(dtype: torch.dtype
     runs = [[(0, 300), (640, 20)], [(320, 1)], [(500, 64), (400, 64)]]
     asked = [Queries(9, 320, None, origin=0), Queries(1, 1, None), Queries(30, 128, 40, origin=77)]
     q = queries_of(40, 8, 32)
-    readers = cpu.Readers(runs, [a.ranges_R2 for a in asked], [a.origin for a in asked])
-    together = cpu.attention_of_many(q, kv, readers)
+    readers = Readers(runs, [a.ranges_R2 for a in asked], [a.origin for a in asked])
+    together = cpu_attention.attention_of_many(q, kv, readers)
     alone = [
-        cpu.attention(part, [(kv, *run) for run in each], a.ranges_R2, origin=a.origin)
+        cpu_attention.attention(part, [(kv, *run) for run in each], a.ranges_R2, origin=a.origin)
         for part, each, a in zip(q.split([9, 1, 30]), runs, asked, strict=True)
     ]
     assert torch.equal(together, torch.cat(alone))
@@ -230,17 +233,17 @@ def test_what_several_sequences_cannot_ask_is_refused():
     ranges = torch.tensor([[0, 4]])
     assert kv is not None
     with pytest.raises(WeightsError, match="attention needs keys"):
-        cpu.Readers([[]], [ranges], [0])
+        Readers([[]], [ranges], [0])
     with pytest.raises(WeightsError, match=r"ranges is .* must be contiguous torch\.int64"):
-        cpu.Readers([[(0, 4)]], [ranges.int()], [0])
-    outside = cpu.Readers([[(60, 5)]], [ranges], [0])
+        Readers([[(0, 4)]], [ranges.int()], [0])
+    outside = Readers([[(60, 5)]], [ranges], [0])
     with pytest.raises(WeightsError, match="slots 0 to 65 of 64"):
-        cpu.attention_of_many(torch.zeros(1, 2, 32), kv, outside)
-    inside = cpu.Readers([[(60, 4)]], [ranges], [0])
+        cpu_attention.attention_of_many(torch.zeros(1, 2, 32), kv, outside)
+    inside = Readers([[(60, 4)]], [ranges], [0])
     with pytest.raises(WeightsError, match=r"q is .* must be contiguous"):
-        cpu.attention_of_many(torch.zeros(2, 2, 32), kv, inside)
+        cpu_attention.attention_of_many(torch.zeros(2, 2, 32), kv, inside)
     with pytest.raises(WeightsError, match="3 query heads do not share 2"):
-        cpu.attention_of_many(torch.zeros(1, 3, 32), kv, inside)
+        cpu_attention.attention_of_many(torch.zeros(1, 3, 32), kv, inside)
 
 
 @needs_extension
@@ -320,8 +323,10 @@ def test_ranges_beyond_the_keys_are_cut():
     beyond = torch.tensor([[-7, 900], [10, 50]])
     within = torch.tensor([[0, 50], [10, 50]])
     spans = [(slots._native, 0, 50)]
-    assert torch.equal(cpu.attention(q, spans, beyond), cpu.attention(q, spans, within))
-    assert cpu.attention(q, spans, torch.tensor([[0, 50], [20, 20]]))[1].isnan().all()
+    assert torch.equal(
+        cpu_attention.attention(q, spans, beyond), cpu_attention.attention(q, spans, within)
+    )
+    assert cpu_attention.attention(q, spans, torch.tensor([[0, 50], [20, 20]]))[1].isnan().all()
 
 
 @needs_extension
@@ -333,28 +338,36 @@ def test_what_the_kernel_cannot_take_is_refused():
     def kv(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    good = cpu.StoredKV(kv(8, 2, 32), kv(8, 2, 32))
+    good = StoredKV(kv(8, 2, 32), kv(8, 2, 32))
     q, ranges = kv(3, 4, 32), torch.zeros(3, 2, dtype=torch.int64)
-    refused(r"keys \[8, 2, 24\].*multiple of 16", lambda: cpu.StoredKV(kv(8, 2, 24), kv(8, 2, 24)))
-    refused(r"keys \[8, 2, 528\]", lambda: cpu.StoredKV(kv(8, 2, 528), kv(8, 2, 528)))
-    refused(r"keys \[8, 32\]", lambda: cpu.StoredKV(kv(8, 32), kv(8, 32)))
-    refused(r"v is torch.float32 \[7, 2, 32\]", lambda: cpu.StoredKV(kv(8, 2, 32), kv(7, 2, 32)))
-    refused("not contiguous", lambda: cpu.StoredKV(kv(2, 8, 32).transpose(0, 1), kv(8, 2, 32)))
+    refused(r"keys \[8, 2, 24\].*multiple of 16", lambda: StoredKV(kv(8, 2, 24), kv(8, 2, 24)))
+    refused(r"keys \[8, 2, 528\]", lambda: StoredKV(kv(8, 2, 528), kv(8, 2, 528)))
+    refused(r"keys \[8, 32\]", lambda: StoredKV(kv(8, 32), kv(8, 32)))
+    refused(r"v is torch.float32 \[7, 2, 32\]", lambda: StoredKV(kv(8, 2, 32), kv(7, 2, 32)))
+    refused("not contiguous", lambda: StoredKV(kv(2, 8, 32).transpose(0, 1), kv(8, 2, 32)))
     eight = kv(8, 2, 32, dtype=torch.int8)
-    refused("int8 has scales, no other type does", lambda: cpu.StoredKV(eight, eight))
-    refused(r"k_scale is torch.float32 \[8\]", lambda: cpu.StoredKV(eight, eight, kv(8), kv(8, 2)))
+    refused("int8 has scales, no other type does", lambda: StoredKV(eight, eight))
+    refused(r"k_scale is torch.float32 \[8\]", lambda: StoredKV(eight, eight, kv(8), kv(8, 2)))
     half = kv(8, 2, 32, dtype=torch.float16)
-    refused("k is torch.float16; it must be one of", lambda: cpu.StoredKV(half, half))
-    refused("no spans were given", lambda: cpu.attention(q, [], ranges))
-    refused(r"slots 5 to 9 of 8", lambda: cpu.attention(q, [(good, 5, 4)], ranges))
-    refused(r"slots -1 to 2 of 8", lambda: cpu.attention(q, [(good, -1, 3)], ranges))
-    refused(r"q is torch.float64", lambda: cpu.attention(q.double(), [(good, 0, 8)], ranges))
+    refused("k is torch.float16; it must be one of", lambda: StoredKV(half, half))
+    refused("no spans were given", lambda: cpu_attention.attention(q, [], ranges))
+    refused(r"slots 5 to 9 of 8", lambda: cpu_attention.attention(q, [(good, 5, 4)], ranges))
+    refused(r"slots -1 to 2 of 8", lambda: cpu_attention.attention(q, [(good, -1, 3)], ranges))
     refused(
-        r"3 query heads do not share 2", lambda: cpu.attention(kv(3, 3, 32), [(good, 0, 8)], ranges)
+        r"q is torch.float64", lambda: cpu_attention.attention(q.double(), [(good, 0, 8)], ranges)
     )
-    refused(r"ranges is .* \[2, 2\]", lambda: cpu.attention(q, [(good, 0, 8)], ranges[:2]))
-    other = cpu.StoredKV(eight, eight, kv(8, 2), kv(8, 2))
-    refused("different formats", lambda: cpu.attention(q, [(good, 0, 8), (other, 0, 8)], ranges))
+    refused(
+        r"3 query heads do not share 2",
+        lambda: cpu_attention.attention(kv(3, 3, 32), [(good, 0, 8)], ranges),
+    )
+    refused(
+        r"ranges is .* \[2, 2\]", lambda: cpu_attention.attention(q, [(good, 0, 8)], ranges[:2])
+    )
+    other = StoredKV(eight, eight, kv(8, 2), kv(8, 2))
+    refused(
+        "different formats",
+        lambda: cpu_attention.attention(q, [(good, 0, 8), (other, 0, 8)], ranges),
+    )
     refused("only int8 slots are written", lambda: good.write(0, kv(1, 2, 32), kv(1, 2, 32)))
     refused(r"slots 7 to 9 of 8", lambda: other.write(7, kv(2, 2, 32), kv(2, 2, 32)))
     refused(r"v is .* \[2, 1, 32\]", lambda: other.write(0, kv(2, 2, 32), kv(2, 1, 32)))
@@ -420,7 +433,7 @@ def test_far_positions_turn_by_the_rounded_angles_of_the_definition():
     q = queries_of(1, 2, 32)
     ranges = torch.tensor([[keys - 90, keys]])
     assert slots._native
-    found = cpu.attention(q, [(slots._native, 0, keys)], ranges)
+    found = cpu_attention.attention(q, [(slots._native, 0, keys)], ranges)
     _, v = slots.widened(keys - 90, keys, torch.float32)
     assert slots.rule is not None
     exact = Slots(v.contiguous(), slots.rule.keys(v, torch.arange(keys - 90, keys)))
@@ -437,12 +450,14 @@ def test_rebuilt_keys_have_the_same_bits_on_every_instruction_set(dtype: torch.d
     q = queries_of(9, 16, 512)
     with pytest.MonkeyPatch.context() as patch:
         results: list[Tensor] = []
-        for isa in cpu.isas():
-            cpu.force_isa(isa)
+        for isa in native.isas():
+            native.force_isa(isa)
             for threads in (1, 2):
-                patch.setattr(cpu, "threads", lambda threads=threads: threads)
-                results.append(cpu.attention(q, [(slots._native, 0, 700)], asked.ranges_R2))
-    cpu.force_isa(None)
+                patch.setattr(native, "threads", lambda threads=threads: threads)
+                results.append(
+                    cpu_attention.attention(q, [(slots._native, 0, 700)], asked.ranges_R2)
+                )
+    native.force_isa(None)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -460,18 +475,18 @@ def test_values_alone_are_attended_by_the_extension_and_their_keys_never_made(
 def test_rules_that_do_not_fit_are_refused():
     rule, v = rule_of(32, 4), torch.zeros(8, 2, 32)
     with pytest.raises(WeightsError, match="either stored or rebuilt by a rule: give one of the"):
-        cpu.StoredKV(None, v)
+        StoredKV(None, v)
     with pytest.raises(WeightsError, match="either stored or rebuilt by a rule: give one of the"):
-        cpu.StoredKV(v, v, rule=rule)
+        StoredKV(v, v, rule=rule)
     with pytest.raises(WeightsError, match=r"norm is torch.float32 \[48\] .* \[32\] on cpu"):
-        cpu.StoredKV(None, v, rule=rule_of(48, 4))
+        StoredKV(None, v, rule=rule_of(48, 4))
     with pytest.raises(WeightsError, match="17 pairs of a head of 32 cannot turn"):
-        cpu.StoredKV(None, v, rule=KeyRule(torch.ones(32), Turns(torch.ones(17))))
-    kv = cpu.StoredKV(None, v, rule=rule)
+        StoredKV(None, v, rule=KeyRule(torch.ones(32), Turns(torch.ones(17))))
+    kv = StoredKV(None, v, rule=rule)
     q, ranges = torch.zeros(1, 2, 32), torch.tensor([[0, 4]])
-    for other in (cpu.StoredKV(v, v), cpu.StoredKV(None, v, rule=rule_of(32, 4))):
+    for other in (StoredKV(v, v), StoredKV(None, v, rule=rule_of(32, 4))):
         with pytest.raises(WeightsError, match="keys follow other rules cannot be attended"):
-            cpu.attention(q, [(kv, 0, 4), (other, 4, 4)], ranges)
+            cpu_attention.attention(q, [(kv, 0, 4), (other, 4, 4)], ranges)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

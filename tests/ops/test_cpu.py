@@ -3,14 +3,7 @@
 Without the extension the same tests hold torch's own code to plain Python arithmetic.
 """
 
-import os
-import shutil
-import subprocess
-import sys
-import textwrap
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,25 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gemsmith.errors import WeightsError
-from gemsmith.ops import cpu
+from gemsmith.ops import cpu, native
 
-ROOT = Path(__file__).parents[2]
 BITS = (2, 4, 8)
-needs_extension = pytest.mark.skipif(not cpu.available(), reason="the extension is not built")
-
-
-@pytest.fixture(params=cpu.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpu.force_isa(request.param)
-    yield request.param
-    cpu.force_isa(None)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Whatever the machine grants: the pool must be right on shared cores too."""
-    monkeypatch.setattr(cpu, "threads", lambda: request.param)
-    return request.param
+needs_extension = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
 
 def random_codes(outputs: int, inputs: int, bits: int, seed: int = 0) -> Tensor:
@@ -200,10 +178,10 @@ def test_any_shape_gives_the_defined_bits(data: st.DataObject):
     w = Weight(data.draw(st.integers(1, 50)), inputs, bits, group)
     x8, sx = activations(data.draw(st.integers(1, 30)), inputs)
     expected = w.plainly(x8, sx)
-    for name in cpu.isas():
-        cpu.force_isa(name)
+    for name in native.isas():
+        native.force_isa(name)
         assert torch.equal(w.times(x8, sx), expected), name
-    cpu.force_isa(None)
+    native.force_isa(None)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -319,59 +297,8 @@ def test_a_row_that_is_not_finite_makes_its_products_nan(isa: str):
 
 
 @needs_extension
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_computes_too():
-    """The pool's threads do not survive a fork; the child makes its own."""
-    done = run_python("""
-        import os, torch
-        from gemsmith.ops import cpu
-        cpu.threads = lambda: 3
-        packed = torch.randint(0, 256, (4096, 256), dtype=torch.uint8)
-        w = cpu.PackedWeight.pack(packed, torch.ones(4096, 1), inputs=512, bits=4)
-        x = torch.randn(2, 512)
-        product = lambda: cpu.linear(w, x)
-        expected = product()
-        children = []
-        for _ in range(3):
-            child = os.fork()
-            if not child:
-                same = all(torch.equal(product(), expected) for _ in range(20))
-                tasks = "/proc/self/task"  # where there is one, this thread and the pool's
-                shared = not os.path.isdir(tasks) or len(os.listdir(tasks)) == 3
-                os._exit(0 if same and shared else 1)
-            children.append(child)
-        assert all(os.waitpid(child, 0)[1] == 0 for child in children)
-        assert torch.equal(product(), expected)
-        print("as it should be")
-    """)
-    assert done == "as it should be\n"
-
-
-@needs_extension
-def test_the_process_ends_while_workers_sleep():
-    done = run_python("""
-        import threading, time, torch
-        from gemsmith.ops import cpu
-        cpu.threads = lambda: 4
-        packed = torch.zeros(65536, 256, dtype=torch.uint8)
-        w = cpu.PackedWeight.pack(packed, torch.ones(65536, 1), inputs=512, bits=4)
-        x, y = torch.zeros(2, 512), torch.empty(2, 65536)
-        cpu.linear(w, x)
-        # One that still computes, and asks for the GIL, when the interpreter goes. torch itself
-        # aborts there, so the extension is called directly.
-        addresses = x.data_ptr(), 2, y.data_ptr()
-        def product():
-            cpu._native().linear(*w._arguments, *addresses)
-        threading.Thread(target=lambda: [product() for _ in range(10**6)], daemon=True).start()
-        time.sleep(0.1)
-        print("end")
-    """)
-    assert done == "end\n"
-
-
-@needs_extension
 def test_python_threads_can_compute_at_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu, "threads", lambda: 2)
+    monkeypatch.setattr(native, "threads", lambda: 2)
     w = Weight(8, 512, 4, repeat=4096)  # long enough for threads of one core to cut in
     given = [activations(rows, 512, seed=rows) for rows in (1, 2, 3)]
     expected = [w.plainly(*each) for each in given]
@@ -383,63 +310,24 @@ def test_python_threads_can_compute_at_once(monkeypatch: pytest.MonkeyPatch):
         assert all(pool.map(repeatedly, range(3)))
 
 
-def run_python(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, check=True, timeout=120,
-    ).stdout  # fmt: skip
-
-
-@needs_extension
-def test_all_of_a_memory_is_read(isa: str, threads: int):
-    words = torch.randint(-(2**62), 2**62, (3 * 2**16 + 8 * 5,))
-    assert cpu.read_memory(words) == int(words.sum()) % 2**64
-    assert cpu.read_memory(words[:0]) == 0
-    with pytest.raises(WeightsError, match=r"memory is .*, not contiguous"):
-        cpu.read_memory(words[::2])
-
-
-@needs_extension
-@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked of Linux")
-def test_large_pages_are_asked_for_whole_pages_alone():
-    """A kernel without them refuses the first too."""
-    there = Path("/sys/kernel/mm/transparent_hugepage").exists()
-    assert cpu.advise_hugepages(torch.empty(1 << 22)) == there
-    assert not cpu.advise_hugepages(torch.empty(16))
-
-
 def test_without_the_extension_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch):
     w = Weight(37, 96, 4, 32)
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(5))
     expected = w.times(*cpu.quantize_rows(x))
     assert torch.equal(cpu.linear(w.packed, x), expected)
-    monkeypatch.setattr(cpu, "_native", lambda: None)
-    assert not cpu.available()
-    assert cpu.isa() == "torch"
-    assert cpu.isas() == ("torch",)
+    monkeypatch.setattr(native, "extension", lambda: None)
+    assert not native.available()
+    assert native.isa() == "torch"
+    assert native.isas() == ("torch",)
     assert torch.equal(cpu.pack_lines(packed_codes(w.q, 4), 96, 4), w.packed.lines)
     assert torch.equal(w.times(*cpu.quantize_rows(x)), expected)
     assert torch.equal(cpu.linear(w.packed, x), expected)
-    assert not cpu.advise_hugepages(torch.empty(1 << 22))
+    assert not native.advise_hugepages(torch.empty(1 << 22))
     with pytest.raises(RuntimeError, match="_native is not built, and torch cannot read memory"):
-        cpu.read_memory(x)
-    cpu.force_isa("torch")
+        native.read_memory(x)
+    native.force_isa("torch")
     with pytest.raises(ValueError, match="instruction set 'avx2' cannot be used here; torch can"):
-        cpu.force_isa("avx2")
-
-
-@needs_extension
-def test_an_instruction_set_that_is_not_here_is_refused():
-    with pytest.raises(ValueError, match=r"instruction set 'mmx' cannot be used here; generic"):
-        cpu.force_isa("mmx")
-
-
-def test_no_more_threads_than_torch_or_the_machine_has(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(cpu, "_cores", lambda: 2)
-    assert cpu.threads() == 2
-    monkeypatch.setattr(cpu, "_cores", lambda: 8)
-    assert cpu.threads() == 3
+        native.force_isa("avx2")
 
 
 @pytest.mark.parametrize(
@@ -586,7 +474,7 @@ def test_the_head_without_the_extension(monkeypatch: pytest.MonkeyPatch):
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(3))
     ids = torch.tensor([7, 190, 3])
     found = *cpu.top(w.packed, x, 12, ids.sort().values), cpu.linear_of(w.packed, x, ids)
-    monkeypatch.setattr(cpu, "_native", lambda: None)
+    monkeypatch.setattr(native, "extension", lambda: None)
     again = *cpu.top(w.packed, x, 12, ids.sort().values), cpu.linear_of(w.packed, x, ids)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
@@ -609,57 +497,3 @@ def test_a_head_asked_for_what_it_lacks_is_refused():
     for id in (-1, 20):
         with pytest.raises(WeightsError, match=f"output {id} of a weight of 20"):
             cpu.linear_of(w, x, torch.tensor([0, id]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_the_kernels_run_clean_under_sanitizers(tmp_path: Path, sanitizers: str):
-    built = build_check(tmp_path, sanitizers, "-DGEMSMITH_EMULATE_AMX=ON")
-    told = built.stdout + built.stderr
-    if built.returncode and "cannot find" in told and "san" in told:
-        pytest.skip(f"the compiler lacks the libraries of -fsanitize={sanitizers}")
-    assert built.returncode == 0, told
-    # Looking for leaks needs ptrace, which containers may forbid.
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    ran = subprocess.run(
-        [tmp_path / "gemsmith_check"], capture_output=True, text=True, env=environment
-    )
-    if "unexpected memory mapping" in ran.stderr:
-        pytest.skip("this compiler's thread sanitizer cannot run on this kernel")
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "amx-emulated: " in ran.stdout
-    assert "3 callers of 3 threads: as they should be" in ran.stdout
-
-
-@pytest.mark.slow
-def test_the_kernels_for_arm_run_clean_under_emulation(tmp_path: Path):
-    compiler = shutil.which("aarch64-linux-gnu-g++")
-    emulator = shutil.which("qemu-aarch64-static")
-    if compiler is None or emulator is None:
-        pytest.skip("no aarch64-linux-gnu-g++ or no qemu-aarch64-static here")
-    built = build_check(
-        tmp_path, "undefined", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-        f"-DCMAKE_CXX_COMPILER={compiler}",
-    )  # fmt: skip
-    assert built.returncode == 0, built.stdout + built.stderr
-    system = ["-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
-    ran = subprocess.run(
-        [emulator, *system, tmp_path / "gemsmith_check"], capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "neon: " in ran.stdout
-
-
-def build_check(folder: Path, sanitizers: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """native/'s gemsmith_check, built in `folder`; skips where nothing can build it."""
-    cmake = shutil.which("cmake")
-    if cmake is None or not (shutil.which("ninja") or shutil.which("make")):
-        pytest.skip("no CMake here, or nothing for it to drive")
-    ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
-    where = ["-S", str(ROOT / "native"), "-B", str(folder), f"-DGEMSMITH_SANITIZE={sanitizers}"]
-    configured = subprocess.run([cmake, *ninja, *where, *options], capture_output=True, text=True)
-    if configured.returncode and "CXX" in configured.stderr:
-        pytest.skip("no C++ compiler here")
-    assert configured.returncode == 0, configured.stderr
-    build = [cmake, "--build", str(folder), "--target", "gemsmith_check"]
-    return subprocess.run(build, capture_output=True, text=True)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from tests.weights.test_convert import floats, logits
 
-from gemsmith.ops import cpu
+from gemsmith.ops import native
 from gemsmith.quant.packed import Packed
 from gemsmith.weights import cached, load
 from gemsmith.weights.convert import Recipe, quantize_checkpoint
 from gemsmith.weights.load import load_model, load_towers, quantized_values
 from gemsmith.weights.names import PLE_TABLE
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="the extension is not built")
+pytestmark = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ from gemsmith.cache.ring import RingCache
 from gemsmith.config import Gemma4Config
 from gemsmith.errors import WeightsError
 from gemsmith.model.text import Experts, Layers, TextModel
-from gemsmith.ops import attention, cpu
+from gemsmith.ops import attention, cpu, cpu_layers, native
+from gemsmith.ops.cpu_attention import StoredKV
+from gemsmith.ops.cpu_layers import Layer, Place
 from gemsmith.ops.rotary import KeyRule
 from gemsmith.quant.formats import Format
 from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
@@ -21,14 +23,14 @@ from gemsmith.quant.quantize import quantize
 from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
 from gemsmith.weights.fuse import PackedLayer, fuse
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="the extension is not built")
+pytestmark = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
 
-@pytest.fixture(params=cpu.isas())
+@pytest.fixture(params=native.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpu.force_isa(request.param)
+    native.force_isa(request.param)
     yield request.param
-    cpu.force_isa(None)
+    native.force_isa(None)
 
 
 def packed_model(config: Gemma4Config, format: Format) -> TextModel:
@@ -104,12 +106,12 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(isa, mo
     config = tiny_config(size, vocab_size=320)
     model = packed_model(config, Format(4))
     fuse(model)
-    cpu.force_isa("generic")
-    monkeypatch.setattr(cpu, "threads", lambda: 1)
+    native.force_isa("generic")
+    monkeypatch.setattr(native, "threads", lambda: 1)
     wanted = logits(model, config, 300)
-    cpu.force_isa(isa)
+    native.force_isa(isa)
     for threads in (1, 2):
-        monkeypatch.setattr(cpu, "threads", lambda threads=threads: threads)
+        monkeypatch.setattr(native, "threads", lambda threads=threads: threads)
         assert torch.equal(logits(model, config, 300), wanted)
 
 
@@ -134,8 +136,8 @@ def test_layers_in_one_call_give_the_same_bits_as_one_by_one(monkeypatch, size):
     fuse(model)
     lengths = (5, 1, 1, 1, 1, 1, 3, 1, 12, 2, 1)  # the window is 8
     calls: list[int] = []
-    run = cpu.run_layers
-    monkeypatch.setattr(cpu, "run_layers", lambda a, *b: calls.append(len(a)) or run(a, *b))
+    run = cpu_layers.run_layers
+    monkeypatch.setattr(cpu_layers, "run_layers", lambda a, *b: calls.append(len(a)) or run(a, *b))
     found = steps(model, config, lengths)
     layers = len(model.layers)
     assert max(calls) == layers if size == "E2B" else 1 < max(calls) < layers
@@ -170,18 +172,18 @@ def test_a_failed_step_in_one_call_leaves_no_trace():
 
 
 def test_places_that_do_not_belong_to_the_layers_are_refused():
-    layer = cpu.Layer(*weights_and_norms(), heads=4, head_dim=16, eps=1e-6, scalar=1.0)
+    layer = Layer(*weights_and_norms(), heads=4, head_dim=16, eps=1e-6, scalar=1.0)
     x, ranges = torch.zeros(1, 64), torch.tensor([[0, 2]])
     turn = torch.zeros(1, 8), torch.zeros(1, 8)
 
-    def stored(heads: int = 1, head_dim: int = 16, dtype: torch.dtype = torch.int8) -> cpu.StoredKV:
+    def stored(heads: int = 1, head_dim: int = 16, dtype: torch.dtype = torch.int8) -> StoredKV:
         values, scales = torch.zeros(3, heads, head_dim, dtype=dtype), torch.ones(3, heads)
         extra = (scales, scales) if dtype == torch.int8 else (None, None)
-        return cpu.StoredKV(values, values, *extra)
+        return StoredKV(values, values, *extra)
 
-    def run(kv: cpu.StoredKV, count: int = 2, into: cpu.StoredKV | None = None) -> Tensor:
-        place = cpu.Place(into, 0, [(kv, 0, count)], ranges)
-        return cpu.run_layers([layer], [place], [turn], x, None)
+    def run(kv: StoredKV, count: int = 2, into: StoredKV | None = None) -> Tensor:
+        place = Place(into, 0, [(kv, 0, count)], ranges)
+        return cpu_layers.run_layers([layer], [place], [turn], x, None)
 
     assert run(stored()).shape == (1, 64)
     with pytest.raises(WeightsError, match="slots 0 to 4 of 3"):
@@ -194,11 +196,11 @@ def test_places_that_do_not_belong_to_the_layers_are_refused():
         run(stored(heads=3))
     with pytest.raises(WeightsError, match="a layer of 0 key/value heads was given"):
         run(stored(), into=stored())
-    place, turns = cpu.Place(None, 0, [(stored(), 0, 2)], ranges), torch.zeros(2, 8)
+    place, turns = Place(None, 0, [(stored(), 0, 2)], ranges), torch.zeros(2, 8)
     with pytest.raises(WeightsError, match=r"ranges is torch.int64 \[1, 2\]"):
-        cpu.run_layers([layer], [place], [(turns, turns)], torch.zeros(2, 64), None)
+        cpu_layers.run_layers([layer], [place], [(turns, turns)], torch.zeros(2, 64), None)
     with pytest.raises(WeightsError, match="no spans were given"):
-        cpu.run_layers([layer], [cpu.Place(None, 0, [], ranges)], [turn], x, None)
+        cpu_layers.run_layers([layer], [Place(None, 0, [], ranges)], [turn], x, None)
 
 
 def test_layers_keep_their_names_and_those_with_floats_stay():
@@ -229,19 +231,19 @@ def weights_and_norms() -> tuple[dict[str, cpu.PackedWeight], dict[str, Tensor]]
 def test_weights_that_do_not_belong_together_are_refused():
     weights, norms = weights_and_norms()
     sizes = {"heads": 4, "head_dim": 16, "eps": 1e-6, "scalar": 1.0}
-    cpu.Layer(weights, norms, **sizes)
+    Layer(weights, norms, **sizes)
     with pytest.raises(WeightsError, match=r"weight up of the layer is None, not \(48, 64\)"):
-        cpu.Layer({n: w for n, w in weights.items() if n != "up"}, norms, **sizes)
+        Layer({n: w for n, w in weights.items() if n != "up"}, norms, **sizes)
     with pytest.raises(WeightsError, match=r"weight o of the layer is \(64, 48\), not \(64, 64\)"):
-        cpu.Layer(weights | {"o": weights["down"]}, norms, **sizes)
+        Layer(weights | {"o": weights["down"]}, norms, **sizes)
     with pytest.raises(WeightsError, match=r"norm q is torch.float32 \[64\]"):
-        cpu.Layer(weights, norms | {"q": torch.ones(64)}, **sizes)
+        Layer(weights, norms | {"q": torch.ones(64)}, **sizes)
     with pytest.raises(WeightsError, match=r"norm input is torch.bfloat16"):
-        cpu.Layer(weights, norms | {"input": torch.ones(64).bfloat16()}, **sizes)
+        Layer(weights, norms | {"input": torch.ones(64).bfloat16()}, **sizes)
 
 
 def test_rows_of_the_wrong_size_are_refused():
-    layer = cpu.Layer(*weights_and_norms(), heads=4, head_dim=16, eps=1e-6, scalar=1.0)
+    layer = Layer(*weights_and_norms(), heads=4, head_dim=16, eps=1e-6, scalar=1.0)
     angles = torch.zeros(3, 8)
     x, o = torch.zeros(3, 64), torch.zeros(3, 4, 16)
     assert layer.after(x, o, None).shape == (3, 64)
@@ -260,11 +262,11 @@ def test_experts_that_do_not_belong_to_the_layer_are_refused():
         D, F, E = (sizes.get(n, v) for n, v in (("D", 64), ("F", 32), ("E", 3)))
         made = Packed.of(quantize(torch.ones(2 * F, D), Format(8))).weight
         down = Packed.of(quantize(torch.ones(D, F), Format(8))).weight
-        arrays = {name: torch.ones(64) for name in cpu.Layer.EXPERTS}
+        arrays = {name: torch.ones(64) for name in Layer.EXPERTS}
         arrays |= {"router": torch.ones(E, 64), "scale": torch.ones(E)}
         return {"gate_up": [made] * 3, "down": [down] * 3, "arrays": arrays}
 
-    layer = cpu.Layer(*weights_and_norms(), heads=4, head_dim=16, eps=1e-6, scalar=1.0)
+    layer = Layer(*weights_and_norms(), heads=4, head_dim=16, eps=1e-6, scalar=1.0)
     with pytest.raises(WeightsError, match=r"each must be \[2F, 64\] and \[64, F\] with one F"):
         layer.add_experts(**experts(D=48), top_k=2)
     with pytest.raises(WeightsError, match="3 and 3 experts, 4 at a time"):

@@ -29,8 +29,8 @@ from torch import Tensor
 from gemsmith import hardware, sizing
 from gemsmith.config import LayerPlan, TextConfig
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
-from gemsmith.ops import cpu
 from gemsmith.ops.attention import Queries, Slots, Span, stored_attention
+from gemsmith.ops.cpu_layers import Place
 from gemsmith.ops.rotary import KeyRule
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -252,7 +252,7 @@ class RingCache:
             spans = _turns(slots, first, self.length, window)
         return stored_attention(q_BNH, spans, Queries(1, self.length - first, None, origin=first))
 
-    def place(self, layer: int, rows_R: Tensor | None) -> cpu.Place | None:
+    def place(self, layer: int, rows_R: Tensor | None) -> Place | None:
         """Where the extension itself stores and finds K/V of a layer this step, in the stead of
         `attend`; None where it cannot. Once a layer and step, in order."""
         plan, own = self.config.layers[layer], self._layers.get(layer)
@@ -269,7 +269,7 @@ class RingCache:
         if view is None or any(slots._native is None for slots, _, _ in view.spans):
             return None
         spans = [(slots._native, first, n) for slots, first, n in view.spans if slots._native]
-        return cpu.Place(into, slot, spans, self._asking(view.keys, plan.window, rows_R).ranges_R2)
+        return Place(into, slot, spans, self._asking(view.keys, plan.window, rows_R).ranges_R2)
 
     def _asking(self, keys: int, window: int | None, rows_R: Tensor | None) -> Queries:
         """The same for all layers of a kind in a step."""

@@ -63,7 +63,7 @@ def _paths(gpus: list[hardware.Gpu]) -> dict[str, str]:
         return {"device": "none: torch is not installed"}
     import torch
 
-    from gemsmith.ops import cpu
+    from gemsmith.ops import native
 
     libraries = [
         name
@@ -82,12 +82,12 @@ def _paths(gpus: list[hardware.Gpu]) -> dict[str, str]:
         ),
         "attention": (
             "own kernels on the CPU (int8 K/V, short steps), scaled_dot_product_attention elsewhere"
-            if cpu.available()
+            if native.available()
             else "torch.nn.functional.scaled_dot_product_attention"
         ),
         "own kernels": (
-            f"{cpu.isa()} (of {', '.join(cpu.isas())}), {cpu.threads()} threads"
-            if cpu.available()
+            f"{native.isa()} (of {', '.join(native.isas())}), {native.threads()} threads"
+            if native.available()
             else "not built: torch does their work, slower"
         ),
     }

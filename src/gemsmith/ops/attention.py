@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemsmith.ops import cpu
+from gemsmith.ops import cpu, cpu_attention, native
+from gemsmith.ops.cpu_attention import MAX_HEAD, Readers, StoredKV
 from gemsmith.ops.rotary import KeyRule
 
 NATIVE_ROWS = 32
@@ -138,7 +139,7 @@ class Slots:
         self.v, self.k, self.v_scale, self.k_scale, self.rule = v, k, v_scale, k_scale, rule
         self._native = None
         if (k is not None or rule is not None) and _native_head(v):
-            self._native = cpu.StoredKV(k, v, k_scale, v_scale, rule=rule)
+            self._native = StoredKV(k, v, k_scale, v_scale, rule=rule)
 
     @classmethod
     def empty(
@@ -270,7 +271,9 @@ def stored_attention(q_RNH: Tensor, spans: Sequence[Span], queries: Queries) -> 
     if _goes_native(q_RNH, spans):
         natives = [(slots._native, first, n) for slots, first, n in spans if slots._native]
         q_RNH, dtype = q_RNH.contiguous(), q_RNH.dtype
-        return cpu.attention(q_RNH.float(), natives, queries.ranges_R2, queries.origin).to(dtype)
+        return cpu_attention.attention(
+            q_RNH.float(), natives, queries.ranges_R2, queries.origin
+        ).to(dtype)
     parts = [slots.widened(first, first + count, q_RNH.dtype) for slots, first, count in spans]
     ks, vs = zip(*parts, strict=True)
     v_SKH = (vs[0] if len(vs) == 1 else torch.cat(vs)).to(q_RNH.dtype)
@@ -306,10 +309,10 @@ class Reading:
         return [q.tokens if q.rows_R is None else len(q.rows_R) for q in self.queries]
 
     @cached_property
-    def readers(self) -> cpu.Readers:
+    def readers(self) -> Readers:
         """The same for the extension."""
         ranges = [queries.ranges_R2 for queries in self.queries]
-        return cpu.Readers(self.runs, ranges, [queries.origin for queries in self.queries])
+        return Readers(self.runs, ranges, [queries.origin for queries in self.queries])
 
 
 def batched_attention(q_RNH: Tensor, slots: Slots, reading: Reading) -> Tensor:
@@ -318,7 +321,7 @@ def batched_attention(q_RNH: Tensor, slots: Slots, reading: Reading) -> Tensor:
     if slots._native is not None and faster:
         dtype = q_RNH.dtype
         q = q_RNH.float().contiguous()
-        return cpu.attention_of_many(q, slots._native, reading.readers).to(dtype)
+        return cpu_attention.attention_of_many(q, slots._native, reading.readers).to(dtype)
     outs = [
         stored_attention(q, [(slots, *run) for run in runs], queries)
         for q, runs, queries in zip(
@@ -337,5 +340,5 @@ def _goes_native(q_RNH: Tensor, spans: Sequence[Span]) -> bool:
 
 
 def _native_head(v: Tensor) -> bool:
-    fits = v.shape[-1] % 16 == 0 and v.shape[-1] <= cpu.MAX_HEAD
-    return v.device.type == "cpu" and fits and cpu.available()
+    fits = v.shape[-1] % 16 == 0 and v.shape[-1] <= MAX_HEAD
+    return v.device.type == "cpu" and fits and native.available()

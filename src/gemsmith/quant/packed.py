@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemsmith.errors import WeightsError
-from gemsmith.ops import cpu
+from gemsmith.ops import cpu, native
 from gemsmith.quant.formats import Format, Quantized
 
 
@@ -34,7 +34,7 @@ class Packed:
     def takes(format: Format, shape: tuple[int, ...]) -> bool:
         """Whether the kernels can multiply with such a weight; others stay with torch."""
         group, K = format.group, shape[-1]
-        return cpu.available() and K <= cpu.MAX_INPUTS and (group is None or group % 32 == 0)
+        return native.available() and K <= cpu.MAX_INPUTS and (group is None or group % 32 == 0)
 
     @classmethod
     def of(cls, weight: Quantized) -> Self:
@@ -44,7 +44,7 @@ class Packed:
             lines = cpu.pack_lines(weight.packed.contiguous(), K, bits)
             return cls(weight.format, weight.shape, lines, cpu.pack_scales(weight.scales))
         lines = torch.empty((weight.shape[0], *cpu.lines_shape(N, K, bits)), dtype=torch.uint8)
-        cpu.advise_hugepages(lines)
+        native.advise_hugepages(lines)
         for place, codes in zip(lines, weight.packed, strict=True):
             place.copy_(cpu.pack_lines(codes.contiguous(), K, bits))
         scales = torch.stack([cpu.pack_scales(scales_NG) for scales_NG in weight.scales])

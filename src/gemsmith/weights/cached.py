@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gemsmith import hardware
 from gemsmith.errors import WeightsError
-from gemsmith.ops import cpu
+from gemsmith.ops import cpu, native
 from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.packed import Packed
 
@@ -150,7 +150,7 @@ def _write(path: Path, fingerprint: bytes, weights: Iterator[tuple[str, Quantize
                 widths.append(packed.scales.itemsize)
                 for tensor in (packed.lines, packed.scales):
                     file.write(tensor.view(torch.uint8).numpy().data)
-                    checksums.append(cpu.checksum(tensor))
+                    checksums.append(native.checksum(tensor))
                     total += tensor.nbytes
             file.write(widths)
             file.write(TRAILER.pack(MAGIC, fingerprint, _digest(bytes(widths), checksums), total))
@@ -185,7 +185,7 @@ def _read(path: Path, fingerprint: bytes, layout: Layout) -> dict[str, Packed] |
     except (OSError, ValueError, struct.error):
         return None
     data = torch.frombuffer(mapping, dtype=torch.uint8)
-    cpu.advise_hugepages(data)
+    native.advise_hugepages(data)
     found = {name: place.of(data) for name, place in places.items()}
     tensors = (tensor for packed in found.values() for tensor in (packed.lines, packed.scales))
-    return found if _digest(widths, map(cpu.checksum, tensors)) == digest else None
+    return found if _digest(widths, map(native.checksum, tensors)) == digest else None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gemsmith.model.text import DecoderLayer, Experts, KVStore, Layers, Tables, TextModel
-from gemsmith.ops import cpu
+from gemsmith.ops import cpu, cpu_layers, native
+from gemsmith.ops.cpu_layers import Layer, Place
 from gemsmith.quant.linear import QuantModule
 from gemsmith.quant.packed import Packed
 
@@ -34,7 +35,7 @@ NORMS = {
     "after_mlp": "post_feedforward_layernorm",
     "ple": "post_per_layer_input_norm",
 }
-"""What ops/cpu.py calls each, and where the layer has it."""
+"""What ops/cpu_layers.py calls each, and where the layer has it."""
 
 
 class PackedLayer(DecoderLayer):
@@ -51,7 +52,7 @@ class PackedLayer(DecoderLayer):
         norms: dict[str, Any] = {
             name: modules[at].weight.detach() for name, at in NORMS.items() if at in modules
         }
-        self._native = cpu.Layer(
+        self._native = Layer(
             weights,
             norms,
             heads=layer.self_attn.q_proj.out_features // layer.plan.head_dim,
@@ -94,7 +95,7 @@ class PackedLayer(DecoderLayer):
 
 def takes(layer: DecoderLayer) -> bool:
     """Whether `PackedLayer` can stand in: its matrices packed, all else float32 on the CPU."""
-    if not cpu.available():
+    if not native.available():
         return False
     for name, module in layer.named_modules():
         if name == "router.proj":
@@ -117,7 +118,7 @@ between them a signal is heard."""
 class Places(Protocol):
     """A `KVStore` whose K/V the extension can store and find by itself."""
 
-    def place(self, layer: int, rows_R: Tensor | None) -> cpu.Place | None:
+    def place(self, layer: int, rows_R: Tensor | None) -> Place | None:
         """None where it cannot. Asked once a layer and step, in order, in the stead of `attend`."""
         ...
 
@@ -140,8 +141,8 @@ class PackedLayers(Layers):
         angles = {key: (c.flatten(1), s.flatten(1)) for key, (c, s) in tables.items()}
         done = first
         while done < stop:
-            layers: list[cpu.Layer] = []
-            places: list[cpu.Place] = []
+            layers: list[Layer] = []
+            places: list[Place] = []
             turns: list[tuple[Tensor, Tensor]] = []
             for index in range(done, stop):
                 layer: Any = self._modules[str(index)]
@@ -154,7 +155,7 @@ class PackedLayers(Layers):
             after = done + len(layers)
             part = None if ple_TLP is None else ple_TLP[:, done - first : after - first]
             if layers:
-                x_TD = cpu.run_layers(layers, places, turns, x_TD.contiguous(), part)
+                x_TD = cpu_layers.run_layers(layers, places, turns, x_TD.contiguous(), part)
             if after < stop:  # one that cannot
                 part = None if ple_TLP is None else ple_TLP[:, after - first :]
                 x_TD = super().run(after, after + 1, x_TD, part, tables, kv, rows_R)
