@@ -188,12 +188,12 @@ def test_data_is_read_until_there_is_enough(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no conversations; a line is"),
-        ("\n{", "line 2: not valid JSON"),
-        ("[1]", "line 1: no messages; a line is"),
-        ('{"messages": 3}', "line 1: no messages; a line is"),
-        ('{"messages": [{"role": "king", "content": "x"}]}', "line 1: .*king"),
-        ("\udc80", "cannot be read"),
+        ("", "is empty; give at least one conversation, .*messages"),
+        ("\n{", "talks.jsonl:2: not JSON"),
+        ("[1]", "talks.jsonl:1: no messages; a line is"),
+        ('{"messages": 3}', "talks.jsonl:1: no messages; a line is"),
+        ('{"messages": [{"role": "king", "content": "x"}]}', "talks.jsonl:1: .*king"),
+        ("\udc80", "not a text file"),
     ],
 )
 def test_data_that_holds_no_conversations_is_refused_by_line(tmp_path, monkeypatch, text, message):
@@ -202,7 +202,7 @@ def test_data_that_holds_no_conversations_is_refused_by_line(tmp_path, monkeypat
     path.write_text(text, "utf-8", errors="surrogateescape")
     with pytest.raises(RequestError, match=message):
         worker.read_tokens(str(path), POCKET)
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match="absent does not exist; --data takes a JSON-lines file"):
         worker.read_tokens(str(tmp_path / "absent"), POCKET)
     with pytest.raises(RequestError, match=r"pocket: .*gemsmith brings no conversations to calib"):
         worker.read_tokens("pocket", POCKET)

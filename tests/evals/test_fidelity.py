@@ -325,8 +325,6 @@ def test_a_limit_is_of_each_category(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"talks.jsonl:2: not JSON \("),
-        ("[" * 10**5, r"talks.jsonl:2: not JSON \("),
         ([1], 'talks.jsonl:2: must be an object with "messages", not list'),
         ({"prompt": "x"}, 'talks.jsonl:2: needs "messages": a list of objects'),
         ({"messages": ["x"]}, 'talks.jsonl:2: needs "messages": a list of objects'),
@@ -365,11 +363,6 @@ def test_files_without_lines_are_refused(tmp_path: Path) -> None:
         read_cases(empty)
     with pytest.raises(RequestError, match=r"gone.jsonl does not exist"):
         read_cases(tmp_path / "gone.jsonl")
-    with pytest.raises(RequestError, match="not a text file"):
-        read_cases(tmp_path)
-    (tmp_path / "noise.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RequestError, match=r"noise.jsonl: not a text file"):
-        read_cases(tmp_path / "noise.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from rich.table import Table
 from gemsmith.cli.info import size
 from gemsmith.config import Gemma4Config
 from gemsmith.errors import GemsmithError, RequestError, WeightsError
+from gemsmith.evals.lines import read_lines
 from gemsmith.text import chat
 from gemsmith.text.template import ChatTemplate
 from gemsmith.text.tokenizer import Tokenizer
@@ -162,39 +163,31 @@ def read_tokens(path: str, folder: Path) -> list[list[int]]:
     are MAX_TOKENS.
 
     Raises:
-      RequestError: the file cannot be read, or a line is no conversation; by number.
+      RequestError: as `read_lines`, or a line is no conversation; by number.
     """
     tokenizer, template = Tokenizer.load(folder), ChatTemplate.load(folder)
     text = Gemma4Config.load(folder).text_config
     variant = "edge" if text.hidden_size_per_layer_input else "large"
     encode = template.encode if template else partial(chat.encode, variant=variant)
-    tokens: list[list[int]] = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                ids = _encoded(encode, line, f"{path}, line {number}", tokenizer)
-                room = MAX_TOKENS - sum(map(len, tokens))
-                tokens.append(ids[: min(room, MAX_SEQUENCE)])
-                if room <= len(ids):
-                    break
-    except (OSError, UnicodeDecodeError) as error:
+    if path == POCKET and not Path(path).exists():
         # The only ones in the package are those that evaluations ask: they would flatter the build.
-        none = "; gemsmith brings no conversations to calibrate on" if path == POCKET else ""
-        raise RequestError(f"{path}: cannot be read ({error}){none}") from None
-    if not tokens:
-        raise RequestError(f"{path} holds no conversations; a line is {EXAMPLE}")
+        raise RequestError(
+            f"--data {path}: gemsmith brings no conversations to calibrate on; give a file, a line "
+            f"of which is {EXAMPLE}"
+        )
+    tokens: list[list[int]] = []
+    for where, data in read_lines(path, option="--data", kind=f"conversation, {EXAMPLE}"):
+        ids = _encoded(encode, data, where, tokenizer)
+        room = MAX_TOKENS - sum(map(len, tokens))
+        tokens.append(ids[: min(room, MAX_SEQUENCE)])
+        if room <= len(ids):
+            break
     return tokens
 
 
 def _encoded(
-    encode: Callable[..., list[int]], line: str, where: str, tokenizer: Tokenizer
+    encode: Callable[..., list[int]], data: Any, where: str, tokenizer: Tokenizer
 ) -> list[int]:
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where}: not valid JSON ({error}); a line is {EXAMPLE}") from None
     if not isinstance(data, dict) or not isinstance(data.get("messages"), list):
         raise RequestError(f"{where}: no messages; a line is {EXAMPLE}")
     try:

@@ -42,6 +42,7 @@ from gemsmith.engine.request import Generation
 from gemsmith.errors import GemsmithError, RequestError, WeightsError
 from gemsmith.evals.divergence import Divergence, Positions, at_positions
 from gemsmith.evals.items import Item, held_out
+from gemsmith.evals.lines import read_lines
 from gemsmith.evals.pocket import reply_of
 from gemsmith.evals.scoring import MAX_TOKENS, Reply, judge
 from gemsmith.text.calls import ToolCall
@@ -116,30 +117,14 @@ def read_cases(path: str | Path, limit: int | None = None) -> list[Case]:
     Raises:
       RequestError: no such file, no line in it, or one that is no conversation, by its number.
     """
-    path = Path(path)
-    cases: list[Case] = []
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    cases.append(_case(line, f"{path}:{number}", path.stem))
-    except FileNotFoundError:
-        raise RequestError(f"{path} does not exist; --data takes a JSON-lines file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: not a text file ({error})") from None
-    if not cases:
-        raise RequestError(f"{path} is empty; give at least one conversation, one a line")
-    return _limited(cases, limit)
+    lines = read_lines(path, option="--data", kind="conversation")
+    return _limited([_case(data, where, Path(path).stem) for where, data in lines], limit)
 
 
-def _case(line: str, where: str, category: str) -> Case:
+def _case(data: Any, where: str, category: str) -> Case:
     def bad(what: str) -> RequestError:
         return RequestError(f"{where}: {what}")
 
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise bad(f"not JSON ({error})") from None
     if not isinstance(data, dict):
         raise bad(f'must be an object with "messages", not {type(data).__name__}')
     messages, tools = data.get("messages"), data.get("tools")

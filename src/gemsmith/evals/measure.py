@@ -40,6 +40,7 @@ from typing import Any
 from gemsmith import hardware
 from gemsmith.errors import GemsmithError, RequestError
 from gemsmith.evals.items import Item
+from gemsmith.evals.lines import read_lines
 from gemsmith.evals.scoring import Reply, judge, wilson
 from gemsmith.text.tools import check_tool
 from gemsmith.weights import hub
@@ -81,28 +82,16 @@ def read_tasks(path: str | Path) -> list[Task]:
       RequestError: no such file, none in it, or a line that is none, by its number.
     """
     path = Path(path)
-    try:
-        if path.stat().st_size > MAX_TASKS_BYTES:
-            raise RequestError(f"{path}: larger than {MAX_TASKS_BYTES >> 20} MiB of tasks")
-        lines = path.read_text("utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise RequestError(f"{path} does not exist; --measure takes a JSON-lines file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: not a text file ({error})") from None
-    tasks = [_task(line, f"{path}:{n}", str(n)) for n, line in enumerate(lines, 1) if line.strip()]
-    if not tasks:
-        raise RequestError(f"{path} is empty; give at least one task, one a line")
-    return tasks
+    if path.is_file() and path.stat().st_size > MAX_TASKS_BYTES:
+        raise RequestError(f"{path}: larger than {MAX_TASKS_BYTES >> 20} MiB of tasks")
+    lines = read_lines(path, option="--measure", kind="task")
+    return [_task(data, where) for where, data in lines]
 
 
-def _task(line: str, where: str, number: str) -> Task:
+def _task(data: Any, where: str) -> Task:
     def bad(what: str) -> RequestError:
         return RequestError(f"{where}: {what}")
 
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise bad(f"not JSON ({error})") from None
     if not isinstance(data, dict):
         raise bad(f'must be an object with "prompt" and "expected", not {type(data).__name__}')
     if unknown := sorted(data.keys() - KEYS):
@@ -129,9 +118,8 @@ def _task(line: str, where: str, number: str) -> Task:
     except (GemsmithError, TypeError, AttributeError) as error:
         raise bad(str(error)) from None
     how, wanted = _expected(data.get("expected"), bad)
-    return Task(
-        str(data.get("id", number)), messages, tools or None, data.get("think") is True, how, wanted
-    )
+    id = str(data.get("id", where.rpartition(":")[2]))
+    return Task(id, messages, tools or None, data.get("think") is True, how, wanted)
 
 
 def _expected(expected: Any, bad: Callable[[str], RequestError]) -> tuple[str, Any]:
