@@ -35,8 +35,8 @@ def write(path: Path, *lines: Any) -> Path:
 
 
 def task(**expected: Any) -> Task:
-    line = json.dumps({"prompt": "Say.", "tools": [TOOL], "expected": expected})
-    return module._task(line, "here", "1")
+    data = {"prompt": "Say.", "tools": [TOOL], "expected": expected}
+    return module._task(data, "here:1")
 
 
 # -- tasks ------------------------------------------------------------------------------------

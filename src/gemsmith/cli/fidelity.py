@@ -21,6 +21,7 @@ from gemsmith import __version__
 from gemsmith.engine.engine import LM
 from gemsmith.errors import RequestError
 from gemsmith.evals import fidelity
+from gemsmith.evals.cases import pocket_cases, read_cases
 from gemsmith.evals.divergence import TOP, Divergence
 from gemsmith.evals.fidelity import Gate, Outcome, Pairs, Report
 from gemsmith.weights.hub import FIDELITY, POCKET
@@ -57,9 +58,9 @@ def run(
     a, b = (LM.load(name, **how) for name, how in zip(names, loading, strict=True))
     fidelity.check_builds(a, b)
     if data is None:
-        cases, source = fidelity.pocket_cases(a, b, limit), "pocket's held-out items"
+        cases, source = pocket_cases(a, b, limit), "pocket's held-out items"
     else:
-        cases, source = fidelity.read_cases(data, limit), Path(data).name
+        cases, source = read_cases(data, limit), Path(data).name
     gate.check(cases)
     asides = Console(stderr=True)
     with _progress(asides, len(cases)) as advance:

@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gemsmith import hardware
 from gemsmith.errors import GemsmithError, RequestError
@@ -349,13 +349,21 @@ class Kept:
             os.fsync(file.fileno())
 
 
+class Asked(Protocol):
+    """A loaded candidate, wherever it runs."""
+
+    def ask(self, task: Task) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
 def measure(
     tasks: Sequence[Task],
     candidates: Sequence[Candidate],
     kept: Kept,
     on_row: Callable[[Candidate, dict[str, Any]], None] | None = None,
     *,
-    model: "Callable[[Candidate, int], Asked] | None" = None,
+    model: Callable[[Candidate, int], Asked] | None = None,
 ) -> Report:
     """Ask every candidate every task that it was not asked before. Ctrl-C ends it; what was
     answered is kept. `model` stands for the process of a candidate, in tests.
@@ -375,7 +383,7 @@ def _measure_one(
     tasks: Sequence[Task],
     kept: Kept,
     on_row: Callable[[Candidate, dict[str, Any]], None] | None,
-    model: "Callable[[Candidate, int], Asked]",
+    model: Callable[[Candidate, int], Asked],
 ) -> None:
     process: Asked | None = None
     try:
@@ -400,17 +408,11 @@ def ask(lm: Any, task: Task, max_tokens: int) -> dict[str, Any]:
 
     An error that the engine raises on purpose is a wrong reply.
     """
-    from gemsmith.evals.pocket import reply_of
+    from gemsmith.evals.pocket import greedy, reply_of
 
     first, total, tokens, speed = 0.0, 0.0, 0, 0.0
     try:
-        made = lm.generate(
-            task.messages,
-            tools=task.tools,
-            enable_thinking=task.think,
-            temperature=0.0,
-            max_tokens=max_tokens,
-        )
+        made = greedy(lm, task.messages, task.tools, task.think, max_tokens=max_tokens)
         reply, usage = reply_of(made), made.usage
         first, total = usage.time_to_first_token_s, usage.total_s
         tokens, speed = usage.completion_tokens, usage.decode_tokens_per_s
@@ -432,17 +434,7 @@ def ask(lm: Any, task: Task, max_tokens: int) -> dict[str, Any]:
     }
 
 
-class Asked:
-    """A loaded candidate, wherever it runs."""
-
-    def ask(self, task: Task) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-
-class _Process(Asked):
+class _Process:
     """A candidate in a process of its own.
 
     Raises:

@@ -174,16 +174,29 @@ def ask(lm: LanguageModel, item: Item) -> Reply:
     try:
         if item.expected["type"] == "reading":
             return _listen(lm, item)
-        made = lm.generate(
-            item.messages,
-            tools=item.tools,
-            enable_thinking=item.enable_thinking,
-            temperature=0.0,
-            max_tokens=MAX_TOKENS,
-        )
+        made = greedy(lm, item.messages, item.tools, item.enable_thinking)
     except GemsmithError as error:
         return Reply(problems=(f"{type(error).__name__}: {error}",), finish_reason="error")
     return reply_of(made)
+
+
+def greedy(
+    lm: LanguageModel,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None,
+    thinking: bool,
+    max_tokens: int = MAX_TOKENS,
+    **options: Any,
+) -> Any:
+    """The engine's Generation, of the likeliest token at each step."""
+    return lm.generate(
+        messages,
+        tools=tools,
+        enable_thinking=thinking,
+        temperature=0.0,
+        max_tokens=max_tokens,
+        **options,
+    )
 
 
 def reply_of(made: Any) -> Reply:
