@@ -113,3 +113,15 @@ def test_caches_go_where_the_environment_says_or_the_system_keeps_them(
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert hardware.cache_folder() == tmp_path / "xdg" / "gemsmith"
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch):
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in ("GEMSMITH_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    assert hardware.cache_folder() is None
+    monkeypatch.setenv("GEMSMITH_CACHE", "~nobody-of-this-name/cache")
+    assert hardware.cache_folder() is None

@@ -74,21 +74,22 @@ def machine() -> Machine:
     )
 
 
-def cache_folder() -> Path:
+def cache_folder() -> Path | None:
     """Where files that can be made again are kept: GEMSMITH_CACHE, or the user's place for caches.
 
-    Raises:
-      RuntimeError: the user has no home folder and the environment names no other.
+    None: the user has no home folder and the environment names no other. Nothing is kept then.
     """
-    chosen = os.environ.get("GEMSMITH_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        if chosen := os.environ.get("GEMSMITH_CACHE"):
+            return Path(chosen).expanduser()
+        if sys.platform == "win32":
+            base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        else:
+            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return None
     return Path(base) / "gemsmith"
 
 

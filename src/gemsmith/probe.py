@@ -112,10 +112,8 @@ def _native() -> ModuleType | None:
 
 
 def _file() -> Path | None:
-    try:
-        return hardware.cache_folder() / "probe.json"
-    except RuntimeError:
-        return None
+    folder = hardware.cache_folder()
+    return folder and folder / "probe.json"
 
 
 def _read(path: Path, key: str) -> Rates | None:

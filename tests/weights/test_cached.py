@@ -28,6 +28,12 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path / "low"
 
 
+def cached_file(folder: Path) -> Path:
+    file = cached.cached_file(folder)
+    assert file is not None
+    return file
+
+
 @pytest.fixture
 def packings(monkeypatch) -> list[str]:
     """Grows by one with every weight that is packed."""
@@ -48,14 +54,14 @@ def test_the_second_start_packs_nothing_and_computes_the_same(folder, packings):
     packings.clear()
     assert torch.equal(logits(load_model(folder)[1]), first)
     assert not packings
-    file = cached.cached_file(folder)
+    file = cached_file(folder)
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_small_checkpoints_leave_nothing_behind(folder, monkeypatch):
     monkeypatch.setattr(cached, "LEAST_BYTES", 1 << 30)
     load_model(folder)
-    assert not cached.cached_file(folder).exists()
+    assert not cached_file(folder).exists()
 
 
 def flip(file: Path, at: int) -> None:
@@ -86,7 +92,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_made_anew(folder, packings, damage):
     first = logits(load_model(folder)[1])
-    file = cached.cached_file(folder)
+    file = cached_file(folder)
     whole = file.read_bytes()
     DAMAGES[damage](file)
     packings.clear()
@@ -111,7 +117,7 @@ def test_without_room_on_the_disk_it_works_and_says_so(folder, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.warns(RuntimeWarning, match=r"No space left on device.: the weights"):
         _, model = load_model(folder)
-    assert list(cached.cached_file(folder).parent.iterdir()) == []
+    assert list(cached_file(folder).parent.iterdir()) == []
     monkeypatch.undo()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -127,6 +133,13 @@ def test_a_cache_that_cannot_be_made_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("GEMSMITH_CACHE", str(tmp_path / "file"))
     with pytest.warns(RuntimeWarning, match="Not a directory"):
         load_model(folder)
+
+
+def test_without_a_place_for_caches_it_works_and_says_so(folder, monkeypatch):
+    expected = logits(load_model(folder)[1])
+    monkeypatch.setattr(cached.hardware, "cache_folder", lambda: None)
+    with pytest.warns(RuntimeWarning, match="no home folder .* set GEMSMITH_CACHE to a folder"):
+        assert torch.equal(logits(load_model(folder)[1]), expected)
 
 
 # -- quantized while loading ------------------------------------------------------------------
@@ -153,7 +166,7 @@ def source(folder) -> Path:
 
 
 def files() -> list[Path]:
-    return sorted(cached.cached_file(Path()).parent.glob("*"))
+    return sorted(cached_file(Path()).parent.glob("*"))
 
 
 def test_the_second_start_quantizes_nothing_and_computes_the_same(source, roundings):

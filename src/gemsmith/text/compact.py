@@ -203,11 +203,8 @@ def obtain(
 
 
 def _folder() -> Path | None:
-    native = _native()
-    try:
-        return native and hardware.cache_folder() / f"vocabulary-{native.VOCABULARY_VERSION}"
-    except RuntimeError:  # a user without a home
-        return None
+    native, folder = _native(), hardware.cache_folder()
+    return native and folder and folder / f"vocabulary-{native.VOCABULARY_VERSION}"
 
 
 def _open(folder: Path | None, digest: bytes) -> CompactVocabulary | None:

@@ -85,6 +85,8 @@ def packed_weights(
     if total < LEAST_BYTES:
         return {name: Packed.of(weight) for name, weight in weights()}
     path = cached_file(folder, part)
+    if path is None:
+        return _packed_anew("there is no home folder to keep packed weights in", weights)
     fingerprint = _fingerprint(files, layout, part)
     found = _read(path, fingerprint, layout)
     if found is not None:
@@ -92,23 +94,31 @@ def packed_weights(
     try:
         _write(path, fingerprint, weights())
     except OSError as error:
-        warnings.warn(
-            f"{path} cannot be written ({error.strerror or error}): the weights are packed anew at "
-            "each start; set GEMSMITH_CACHE to a folder with room",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return {name: Packed.of(weight) for name, weight in weights()}
+        return _packed_anew(f"{path} cannot be written ({error.strerror or error})", weights)
     found = _read(path, fingerprint, layout)
     if found is None:
         raise WeightsError(f"{path} does not read as it was written; is the disk failing?")
     return found
 
 
-def cached_file(folder: Path, part: str = "") -> Path:
-    """Where the packed weights of a checkpoint folder, or a part of them, are kept."""
+def _packed_anew(
+    reason: str, weights: Callable[[], Iterator[tuple[str, Quantized]]]
+) -> dict[str, Packed]:
+    warnings.warn(
+        f"{reason}: the weights are packed anew at each start; set GEMSMITH_CACHE to a folder with "
+        "room",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return {name: Packed.of(weight) for name, weight in weights()}
+
+
+def cached_file(folder: Path, part: str = "") -> Path | None:
+    """Where the packed weights of a checkpoint folder, or a part of them, are kept; None: nowhere,
+    see `hardware.cache_folder`."""
+    cache = hardware.cache_folder()
     name = hashlib.sha256(f"{folder.resolve()}\n{part}".encode()).hexdigest()[:24]
-    return hardware.cache_folder() / "packed" / f"{name}.bin"
+    return cache and cache / "packed" / f"{name}.bin"
 
 
 def _places(layout: Layout, scale_bytes: Iterable[int]) -> tuple[dict[str, _Place], int]:
