@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from gemsmith.cache.block_pool import Blocks, Pages, Table
-from gemsmith.cache.ring import FORMATS, KFromV
+from gemsmith.cache.ring import KFromV, check_format, empty_slots
 from gemsmith.config import TextConfig
-from gemsmith.errors import CapacityError, ConfigError
+from gemsmith.errors import CapacityError
 from gemsmith.ops.attention import (
     Queries,
     Reading,
@@ -61,8 +61,7 @@ class PagedCache:
           ConfigError: another dtype.
           CapacityError: no memory for the plan.
         """
-        if dtype not in FORMATS.values():
-            raise ConfigError(f"K/V cannot be stored as {dtype}; {', '.join(FORMATS)} can be")
+        check_format(dtype)
         self.config, self.plan = config, plan
         self.dtype, self.device = dtype, torch.device(device)
         self.blocks = Blocks(plan)
@@ -73,14 +72,9 @@ class PagedCache:
                 if layer.owns_kv:
                     sliding = layer.window is not None
                     blocks = plan.sliding_blocks if sliding else plan.full_blocks
-                    self.slots[layer.index] = Slots.empty(
-                        blocks * plan.block_tokens,
-                        layer.num_key_value_heads,
-                        layer.head_dim,
-                        dtype=dtype,
-                        device=self.device,
-                        keys=not layer.k_eq_v,
-                        rule=k_from_v(layer.index) if layer.k_eq_v and k_from_v else None,
+                    rule = k_from_v(layer.index) if layer.k_eq_v and k_from_v else None
+                    self.slots[layer.index] = empty_slots(
+                        layer, blocks * plan.block_tokens, dtype, self.device, rule
                     )
         except (RuntimeError, MemoryError) as error:
             raise CapacityError(

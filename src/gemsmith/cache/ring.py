@@ -44,6 +44,29 @@ KFromV = Callable[[int], KeyRule]
 """Of a layer's number: how its keys follow from its values."""
 
 
+def check_format(dtype: torch.dtype) -> None:
+    """Raises:
+    ConfigError: K/V cannot be stored so.
+    """
+    if dtype not in FORMATS.values():
+        raise ConfigError(f"K/V cannot be stored as {dtype}; {', '.join(FORMATS)} can be")
+
+
+def empty_slots(
+    plan: LayerPlan, count: int, dtype: torch.dtype, device: torch.device, rule: KeyRule | None
+) -> Slots:
+    """Storage of `count` tokens in a layer that owns K/V; rule: for a K = V layer."""
+    return Slots.empty(
+        count,
+        plan.num_key_value_heads,
+        plan.head_dim,
+        dtype=dtype,
+        device=device,
+        keys=not plan.k_eq_v,
+        rule=rule,
+    )
+
+
 @dataclass(slots=True)
 class _Layer:
     """Storage of a layer that owns K/V."""
@@ -79,8 +102,7 @@ class RingCache:
         device: torch.device | str = "cpu",
         k_from_v: KFromV | None = None,
     ) -> None:
-        if dtype not in FORMATS.values():
-            raise ConfigError(f"K/V cannot be stored as {dtype}; {', '.join(FORMATS)} can be")
+        check_format(dtype)
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.length = 0
         """Tokens held."""
@@ -102,15 +124,7 @@ class RingCache:
         self._blocks_T: Tensor | None = None
 
     def _empty(self, plan: LayerPlan, slots: int = 0) -> Slots:
-        return Slots.empty(
-            slots,
-            plan.num_key_value_heads,
-            plan.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-            keys=not plan.k_eq_v,
-            rule=self._rules.get(plan.index),
-        )
+        return empty_slots(plan, slots, self.dtype, self.device, self._rules.get(plan.index))
 
     @property
     def nbytes(self) -> int:
