@@ -21,6 +21,7 @@ from typing import Any
 import av
 from PIL import Image
 from recipes.pocket import pictures, speech
+from recipes.pocket.films import reel
 from recipes.pocket.pictures import Thing, thousandths
 from recipes.pocket.words import Draw
 
@@ -76,16 +77,12 @@ def _say(d: Draw, path: Path) -> dict[str, str]:
 
 def _film(d: Draw, path: Path) -> list[Thing]:
     """Shapes one after another, alone in the picture."""
-    while True:
-        made = [_scene(d, 1) for _ in range(3)]
-        things = [thing for _, [thing] in made]
-        if len({t.color for t in things}) == len({t.name for t in things}) == len(things):
-            break
+    frames, things = reel(d, 3, SIZE)
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=FPS, options={"crf": "20", "threads": "1"})
         stream.width, stream.height = SIZE
         stream.pix_fmt = "yuv420p"
-        for image, _ in made:
+        for image in frames:
             for _ in range(FPS * SECONDS_EACH):
                 file.mux(stream.encode(av.VideoFrame.from_image(image)))
         file.mux(stream.encode(None))

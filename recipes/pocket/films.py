@@ -42,15 +42,19 @@ def generate(split: Split, seed: int, index: int) -> Conversation:
     return Conversation("film", messages, None, False, tuple(checks))
 
 
-def reel(d: Draw, count: int) -> tuple[list[Image.Image], list[Thing]]:
-    """Frames of one size with one shape each; all differ in color and in shape."""
+def reel(
+    d: Draw, count: int, size: tuple[int, int] | None = None
+) -> tuple[list[Image.Image], list[Thing]]:
+    """Frames of one size, the first one's if none is given, with one shape each; all differ in
+    color and in shape."""
     made: list[tuple[Image.Image, Thing]] = []
     while len(made) < count:
         image, [thing] = pictures._scene(d, lambda: [(None, None)], 0.2)
         others = [t for _, t in made]
         if thing.color in [t.color for t in others] or thing.name in [t.name for t in others]:
             continue
-        if not made or image.size == made[0][0].size:
+        size = size or image.size
+        if image.size == size:
             made.append((image, thing))
     return [image for image, _ in made], [thing for _, thing in made]
 
