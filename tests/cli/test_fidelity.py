@@ -187,7 +187,7 @@ def test_a_chart_that_cannot_be_drawn_is_refused_at_once(
     assert "must end in one of .png, .svg, .pdf" in run(folder, "b", "--plot", "chart.gif").stderr
     nowhere = str(folder / "none" / "chart.png")
     assert "there is no folder" in run(folder, "b", "--plot", nowhere).stderr
-    monkeypatch.setattr(worker, "find_spec", lambda name: None)
+    monkeypatch.setattr("gemsmith.cli.plot.find_spec", lambda name: None)
     result = run(folder, "b", "--plot", str(folder / "chart.png"))
     assert result.exit_code == 2
     assert "--plot needs matplotlib; install gemsmith[train]" in result.stderr

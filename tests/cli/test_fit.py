@@ -210,7 +210,7 @@ def test_memory_by_context_is_drawn(tmp_path: Path, suffix: str):
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_printed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(worker, "find_spec", lambda name: None)
+    monkeypatch.setattr("gemsmith.cli.plot.find_spec", lambda name: None)
     text = ask("E2B", "--plot", str(tmp_path / "a.png"), code=2)
     assert text == "error: --plot needs matplotlib; install gemsmith[train], or leave it out\n"
 

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gemsmith import __version__
+from gemsmith.cli.plot import drawable
 from gemsmith.engine.engine import LM
 from gemsmith.errors import RequestError
 from gemsmith.evals import fidelity
@@ -26,7 +26,6 @@ from gemsmith.evals.divergence import TOP, Divergence
 from gemsmith.evals.fidelity import Gate, Outcome, Pairs, Report
 from gemsmith.weights.hub import FIDELITY, POCKET
 
-FORMATS = (".png", ".svg", ".pdf")
 FEW = 30
 """Texts below which a category's figures are hardly more than an anecdote."""
 
@@ -53,7 +52,7 @@ def run(
     """
     gate = Gate(**bounds)
     folder = _writable(names[1]) if save else None
-    target = _drawable(plot) if plot else None
+    target = drawable(plot) if plot else None
     # A build is a checkpoint and how it is loaded: the same folder twice, loaded otherwise, is two.
     a, b = (LM.load(name, **how) for name, how in zip(names, loading, strict=True))
     fidelity.check_builds(a, b)
@@ -102,17 +101,6 @@ def _writable(name: str) -> Path:
             "report elsewhere"
         ) from None
     return folder
-
-
-def _drawable(plot: str) -> Path:
-    path = Path(plot)
-    if path.suffix.lower() not in FORMATS:
-        raise RequestError(f"--plot {plot}: must end in one of {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"--plot {plot}: there is no folder {path.absolute().parent}")
-    if find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib; install gemsmith[train], or leave it out")
-    return path
 
 
 def _write(facts: dict[str, Any], folder: Path) -> None:

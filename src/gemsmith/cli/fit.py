@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from gemsmith import fit, shapes, sizing
+from gemsmith.cli.plot import drawable
 from gemsmith.config import PRESETS, Gemma4Config, preset
 from gemsmith.errors import ConfigError, RequestError
 from gemsmith.fit import Plan, Range, Target, gib
 
 FORMATS = ("bfloat16", "int8", "int4", "mobile")
 """Shown where none was asked for."""
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 DEFAULT_CONTEXT = 8192
 HERE = ("auto", "cpu", "gpu")
 # Parts as a reader knows them, and those of `shapes.Tensor.part` in each.
@@ -377,22 +376,6 @@ def show_published(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 # -- the picture ----------------------------------------------------------------------------------
-
-
-def drawable(plot: str) -> Path:
-    """The file to draw to.
-
-    Raises:
-      RequestError: it cannot be written, or there is nothing to draw with.
-    """
-    path = Path(plot)
-    if path.suffix.lower() not in PLOT_SUFFIXES:
-        raise RequestError(f"--plot {plot}: must end in one of {', '.join(PLOT_SUFFIXES)}")
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"--plot {plot}: there is no folder {path.absolute().parent}")
-    if find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib; install gemsmith[train], or leave it out")
-    return path
 
 
 def draw(plans: list[Plan], model: Model, path: Path, *, media: bool, drafter: bool) -> None:
