@@ -174,14 +174,12 @@ class CompletionRequest(Sampled):
     best_of: Annotated[int | None, only(1)] = None
 
 
-class ResponsesTool(Strict):
+class ResponsesTool(Function):
     """A function tool of the Responses API; no other kind can run here."""
 
+    model_config = ConfigDict(extra="forbid")
+
     type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: Ignored = None
 
 
 class ResponsesNamedTool(Strict):
