@@ -135,7 +135,7 @@ def test_the_table_has_no_cycle():
 @pytest.mark.parametrize(
     ("where", "source", "message"),
     [
-        ("config.py", "import numpy", "standard library only"),
+        ("config/text.py", "import numpy", "standard library only"),
         ("sizing.py", "def f():\n    import torch", "standard library only"),
         ("text/chat.py", "import torch.nn as nn", "text runs without torch"),
         ("agent/loop.py", "from gemsmith.engine import LM", "agent may use"),
