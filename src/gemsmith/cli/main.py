@@ -9,70 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from gemsmith import __version__
-from gemsmith.errors import GemsmithError
+from gemsmith.cli.errors import Commands
+from gemsmith.cli.options import KV, Budget, Device, Dtype, Json, Model, Out, Quant, System, Think
 
 POCKET = "pocket"
-
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="pocket (built in), a folder, or a hub id.")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto.")]
-KV = Annotated[
-    str,
-    typer.Option(
-        help="How keys and values are kept: float32, bfloat16, int8, or auto (int8 on the CPU)."
-    ),
-]
-Quant = Annotated[
-    str | None,
-    typer.Option(help="Quantize while loading: int8, int4 or int2; large ones: see quantize."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Think = Annotated[bool, typer.Option("--think", help="Let the model think first.")]
-Out = Annotated[str | None, typer.Option(help="Where to save the drawing.")]
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        help="Soft tokens a picture may cost: 70, 140, 280, 560, 1120, or auto; if not given, what "
-        "the checkpoint says."
-    ),
-]
-System = Annotated[str | None, typer.Option(help="A system message to begin with.")]
-
-
-class Commands(TyperGroup):
-    """Every error ends here: as one line, or with --debug as a traceback."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take --debug wherever it stands before a `--`."""
-        end = args.index("--") if "--" in args else len(args)
-        if "--debug" in args[:end]:
-            args.remove("--debug")
-            args.insert(0, "--debug")
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo(err=True)  # what was being written ends its line
-            raise typer.Exit(130) from None
-        except Exception as error:
-            # The command line's own exceptions know their exit code; a closed pipe is no error.
-            quiet = isinstance(error, BrokenPipeError) or hasattr(error, "exit_code")
-            if quiet or ctx.params["debug"]:
-                raise
-            if isinstance(error, GemsmithError | OSError):
-                typer.echo(f"error: {error}", err=True)
-                raise typer.Exit(2) from None
-            kind = type(error).__name__
-            typer.echo(f"internal error: {kind}: {error}\nSee where with --debug.", err=True)
-            raise typer.Exit(1) from None
-
 
 app = typer.Typer(
     cls=Commands,
