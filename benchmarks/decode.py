@@ -26,13 +26,13 @@ import torch
 
 from benchmarks import measure, random_checkpoint
 from benchmarks.llama_worker import ids_of, peak_bytes
-from gemsmith import sizing
+from gemsmith import sizing, work
 from gemsmith.config import Gemma4Config
 from gemsmith.engine.context import Context
 from gemsmith.engine.engine import LM
 from gemsmith.weights import layouts
-from gemsmith.weights.load import DTYPES, read_checkpoint
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE, expected_shapes, written_key
+from gemsmith.weights.tensors import DTYPES, read_checkpoint
 
 CONTEXTS = (128, 1024, 8192)
 ROWS = (1, 4, 8)
@@ -70,7 +70,7 @@ def weight_bytes(folder: Path) -> int:
 def kv_bytes(config: Gemma4Config, context: Context, tokens: int, reserved: int) -> int:
     """Bytes of K/V that the token after so many reads from a context as it stores them."""
     text = config.text_config
-    values = sizing.decode_bytes(text, tokens, 1) - sizing.decode_bytes(text, 0, 1)
+    values = work.decode_bytes(text, tokens, 1) - work.decode_bytes(text, 0, 1)
     return int(values * context.nbytes / sizing.kv_bytes(text, reserved, 1))
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from gemsmith import sizing
+from gemsmith import work
 from gemsmith.cache.ring import RingCache
 from gemsmith.config import PRESETS
 from gemsmith.ops import cpu, native
@@ -101,7 +101,7 @@ class Attending:
                 slots = self.cache._layers[plan.index].slots
                 slots.write(0, past[: len(slots)], past[: len(slots)])
         self.start, self.tokens = context - tokens, tokens
-        self.nbytes = sizing.decode_bytes(self.config, context, 0, dtype.itemsize)
+        self.nbytes = work.decode_bytes(self.config, context, 0, dtype.itemsize)
 
     def step(self) -> None:
         self.cache.length = self.start

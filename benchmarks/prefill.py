@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from benchmarks import measure, random_checkpoint
-from gemsmith import sizing
+from gemsmith import sizing, work
 from gemsmith.cache.ring import RingCache
 from gemsmith.config import TextConfig
 from gemsmith.model.text import TextModel
@@ -101,7 +101,7 @@ def ceiling(config: TextConfig, tokens: int, *, skip: bool, rate: float, bandwid
             if not plan.owns_kv:
                 parts = sizing.layer_parameters(config, plan)
                 single += sum(parts.values())
-    flops = sizing.prefill_flops(config, tokens, 1, skip=skip) - 2 * single
+    flops = work.prefill_flops(config, tokens, 1, skip=skip) - 2 * single
     return flops / rate + 2 * single / bandwidth
 
 
@@ -175,8 +175,8 @@ def main() -> None:
         "skip_over_transformers": to_peer,
         "logit_distance": distances,
         "flops_per_token": {
-            "skip": sizing.prefill_flops(config, tokens, 1) / tokens,
-            "no_skip": sizing.prefill_flops(config, tokens, 1, skip=False) / tokens,
+            "skip": work.prefill_flops(config, tokens, 1) / tokens,
+            "no_skip": work.prefill_flops(config, tokens, 1, skip=False) / tokens,
         },
         "gflops_measured": {name: r / 1e9 for name, r in rates.items()},
         "gb_s_measured": bandwidth / 1e9,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gemsmith import fit, sizing
+from gemsmith import fit, sizing, work
 from gemsmith.choose import (
     BENCHMARKS,
     Decision,
@@ -104,7 +104,7 @@ def test_the_first_token_is_held_against_half_the_peak_rate() -> None:
     option = examine("12B", "int8", "int8", Needs(context=4096, first=1e-3), HUGE)
     bound = option.rates.ttft_bound
     assert bound is not None
-    assert bound >= sizing.prefill_flops(PRESETS["12B"].text_config, 4096, 1) / 1e15
+    assert bound >= work.prefill_flops(PRESETS["12B"].text_config, 4096, 1) / 1e15
     assert option.first == pytest.approx(2 * bound)
     assert "s to the first token of a full context" in option.missing[0]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gemsmith import fit, hardware, probe, sizing
+from gemsmith import fit, hardware, probe, sizing, work
 from gemsmith.config import PRESETS
 from gemsmith.errors import CapacityError, ConfigError
 from gemsmith.fit import GIB, Target
@@ -55,7 +55,7 @@ def test_decoding_is_bounded_by_what_it_reads():
     text = PRESETS["E2B"].text_config
     found = fit.plan("E2B", PRESETS["E2B"], "bfloat16", CPU, context=4096, kv="bfloat16")
     weights = sizing.weight_bytes(PRESETS["E2B"], "bfloat16", "cpu", towers=False)
-    reads = sum(weights.values()) + sizing.decode_kv_bytes(text, 4096)
+    reads = sum(weights.values()) + work.decode_kv_bytes(text, 4096)
     assert found.speed.decode_bound == pytest.approx(20e9 / reads)
     assert found.speed.limit == "memory bandwidth"
 
@@ -74,7 +74,7 @@ def test_many_users_wait_for_computing_and_share_the_weights():
 def test_a_prompt_takes_its_operations_or_the_reading_of_the_weights():
     config = PRESETS["E2B"]
     found = fit.plan("E2B", config, "bfloat16", CPU, context=4096, prompt=512)
-    flops = sizing.prefill_flops(config.text_config, 512, 1)
+    flops = work.prefill_flops(config.text_config, 512, 1)
     assert found.speed.ttft_bound == pytest.approx(flops / 300e9)
     fast = replace(CPU, rates={"float": 1e18, "low": 1e18})
     read = sizing.weight_bytes(config, "bfloat16", "cpu", towers=False)

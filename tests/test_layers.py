@@ -13,13 +13,14 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "gemsmith"
 
-BASE = {"errors", "config", "shapes", "sizing", "devices"}
+BASE = {"errors", "config", "shapes", "sizing", "work", "devices"}
 LOW = BASE | {"hardware", "ops"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "shapes": {"config"},
     "sizing": {"errors", "config", "shapes"},
+    "work": {"config", "sizing"},
     "devices": {"errors"},
     "choose": BASE | {"fit"},
     "hardware": BASE,

@@ -23,7 +23,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from gemsmith import hardware, probe, sizing
+from gemsmith import hardware, probe, sizing, work
 from gemsmith.config import PRESETS, Gemma4Config
 from gemsmith.devices import Device, device_of
 from gemsmith.errors import CapacityError, ConfigError
@@ -301,16 +301,16 @@ def speed_of(
     passes = math.ceil(prompt / sizing.CHUNK_TOKENS)
     limit = "not known"
     if bandwidth:
-        reads = sizing.decode_weight_bytes(text, weights, users)
-        reads += users * sizing.decode_kv_bytes(text, context, sizing.KV_VALUES[kv])
+        reads = work.decode_weight_bytes(text, weights, users)
+        reads += users * work.decode_kv_bytes(text, context, sizing.KV_VALUES[kv])
         step, limit = reads / bandwidth, "memory bandwidth"
-        computing = users * sizing.decode_flops(text, context) / rate if rate else 0.0
+        computing = users * work.decode_flops(text, context) / rate if rate else 0.0
         if computing > step:
             step, limit = computing, "computing"
         if rate:
-            every = sizing.decode_weight_bytes(text, weights, min(prompt, sizing.CHUNK_TOKENS))
-            work = sizing.prefill_flops(text, prompt, 1) / rate
-            prefill = max(work, passes * every / bandwidth)
+            every = work.decode_weight_bytes(text, weights, min(prompt, sizing.CHUNK_TOKENS))
+            working = work.prefill_flops(text, prompt, 1) / rate
+            prefill = max(working, passes * every / bandwidth)
     layers = text.num_hidden_layers
     return Speed(
         decode_bound=1 / step if step else None,

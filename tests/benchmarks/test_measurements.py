@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import decode, measure, memory, musts, prefill, random_checkpoint, report
-from gemsmith import sizing
+from gemsmith import sizing, work
 from gemsmith.config import PRESETS, text_only
 from gemsmith.testing import tolerance
 from gemsmith.weights.load import load_model
@@ -70,7 +70,7 @@ def test_ceiling_counts_every_weight_once() -> None:
     config = text_only(PRESETS["E2B"]).text_config
     compute_only = prefill.ceiling(config, 512, skip=False, rate=1e12, bandwidth=float("inf"))
     head = 2 * config.vocab_size * config.hidden_size
-    expected = sizing.prefill_flops(config, 512, 1, skip=False) - head
+    expected = work.prefill_flops(config, 512, 1, skip=False) - head
     assert compute_only == pytest.approx(expected / 1e12)
     # Of E2B's 2.28 B weights outside the table 1.30 B serve one row only: layers 15-34.
     read_only = prefill.ceiling(config, 512, skip=True, rate=float("inf"), bandwidth=1e9)
@@ -233,7 +233,7 @@ def test_a_dry_run_of_decode_writes_a_record(
     assert made == json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made["contexts"].keys() == {"8", "64"}
     for tokens, run in made["contexts"].items():
-        kv = sizing.decode_bytes(PRESET.text_config, int(tokens), 1) - sizing.decode_bytes(
+        kv = work.decode_bytes(PRESET.text_config, int(tokens), 1) - work.decode_bytes(
             PRESET.text_config, 0, 1
         )
         assert (run["bytes"] - decode.weight_bytes(tmp_path / "folder")) % kv == 0
