@@ -28,7 +28,7 @@ from benchmarks.decode import weight_bytes
 from gemsmith import sizing
 from gemsmith.cache.ring import RingCache
 from gemsmith.config import Gemma4Config
-from gemsmith.weights.load import read_checkpoint
+from gemsmith.weights.tensors import read_checkpoint
 
 BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1, "I8": 1, "I64": 8}
 MOST_OVER_FLOOR = 1.15

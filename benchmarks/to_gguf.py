@@ -37,8 +37,8 @@ from gemsmith.errors import CapacityError
 from gemsmith.quant.formats import unpack
 from gemsmith.weights import layouts
 from gemsmith.weights.layouts import LowBit
-from gemsmith.weights.load import StoredTensor, read_checkpoint
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE, expected_shapes, written_key
+from gemsmith.weights.tensors import StoredTensor, read_checkpoint
 
 BITS = {Kind.Q4_0: 4, Kind.Q6_K: 6, Kind.Q8_0: 8}
 VOCABULARY = "GEMSMITH_GEMMA4_VOCAB"

@@ -24,7 +24,7 @@ from gemsmith.headers import parse_header, read_headers
 from gemsmith.testing import tiny_config
 from gemsmith.weights.files import INDEX, SINGLE
 from gemsmith.weights.hub import resolve
-from gemsmith.weights.load import read_checkpoint
+from gemsmith.weights.tensors import read_checkpoint
 
 REPO = "someone/gemma-4-tiny"
 TENSORS = {

@@ -11,7 +11,8 @@ from gemsmith.config import PRESETS
 from gemsmith.errors import CapacityError, ConfigError
 from gemsmith.text.tokenizer import Tokenizer
 from gemsmith.weights.convert import Recipe, left_as_floats, quantize_checkpoint
-from gemsmith.weights.load import load_model, read_checkpoint
+from gemsmith.weights.load import load_model
+from gemsmith.weights.tensors import read_checkpoint
 
 
 def test_a_random_checkpoint_loads_and_reads_any_text(tmp_path: Path) -> None:

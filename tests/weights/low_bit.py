@@ -51,8 +51,8 @@ def growth_with_the_table(folder: Path, work: str) -> int:
     code = (
         "import sys, torch\n"
         "torch.set_num_threads(1)\n"
-        "from gemsmith.weights import convert, load\n"
-        "load.PIECE_BYTES = 1 << 20\n"
+        "from gemsmith.weights import convert, load, tensors\n"
+        "tensors.PIECE_BYTES = 1 << 20\n"
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return int(next(l for l in lines if l.startswith('VmHWM')).split()[1])\n"

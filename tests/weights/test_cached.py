@@ -11,7 +11,7 @@ from tests.weights.test_convert import floats, logits
 
 from gemsmith.ops import native
 from gemsmith.quant.packed import Packed
-from gemsmith.weights import cached, load
+from gemsmith.weights import cached, load, rounding
 from gemsmith.weights.convert import Recipe, quantize_checkpoint
 from gemsmith.weights.load import load_model, load_towers, quantized_values
 from gemsmith.weights.names import PLE_TABLE
@@ -149,13 +149,13 @@ def test_without_a_place_for_caches_it_works_and_says_so(folder, monkeypatch):
 def roundings(monkeypatch) -> list[str]:
     """Grows by one with every piece that is quantized."""
     seen: list[str] = []
-    real = load.quantize
+    real = rounding.quantize
 
     def quantize(weight, format, **options):
         seen.append(str(format))
         return real(weight, format, **options)
 
-    monkeypatch.setattr(load, "quantize", quantize)
+    monkeypatch.setattr(rounding, "quantize", quantize)
     return seen
 
 

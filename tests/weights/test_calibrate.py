@@ -25,10 +25,11 @@ from gemsmith.testing import assert_close, random_model, tolerance
 from gemsmith.weights import calibrate, streaming
 from gemsmith.weights.calibrate import Calibration
 from gemsmith.weights.convert import PROGRESS, quantize_checkpoint
-from gemsmith.weights.load import load_model, read_checkpoint
+from gemsmith.weights.load import load_model
 from gemsmith.weights.names import module_name
 from gemsmith.weights.recipe import Recipe
 from gemsmith.weights.save import save_model
+from gemsmith.weights.tensors import read_checkpoint
 
 SIZES = ["E2B", "12B", "26B-A4B", "31B"]
 

@@ -24,10 +24,11 @@ from gemsmith.quant.packed import Packed
 from gemsmith.quant.quantize import quantize
 from gemsmith.testing import assert_close, random_model, random_towers, tolerance
 from gemsmith.weights.convert import PROGRESS, Recipe, left_as_floats, quantize_checkpoint
-from gemsmith.weights.load import load_model, load_towers, read_checkpoint
+from gemsmith.weights.load import load_model, load_towers
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE, expected_shapes
 from gemsmith.weights.ple import QuantPLEStore
 from gemsmith.weights.save import save_model
+from gemsmith.weights.tensors import read_checkpoint
 
 IDS = torch.tensor([5, 9, 5, 31, 2, 77, 95, 0, 5, 64, 12, 3])
 

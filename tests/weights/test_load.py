@@ -17,10 +17,11 @@ from gemsmith.config import Gemma4Config
 from gemsmith.errors import CapacityError, ConfigError, GemsmithError, WeightsError
 from gemsmith.model.text import TextModel
 from gemsmith.testing import SIZES, random_model, tiny_config, whole_groups
-from gemsmith.weights.load import load_model, read_checkpoint
+from gemsmith.weights.load import load_model
 from gemsmith.weights.names import PREFIXES, unused_shapes
 from gemsmith.weights.ple import PLEStore
 from gemsmith.weights.save import save_model
+from gemsmith.weights.tensors import read_checkpoint
 
 IDS = torch.tensor([5, 9, 5, 31, 2, 77, 95, 0, 5, 64, 12, 3])
 

@@ -15,11 +15,12 @@ from gemsmith.quant.formats import Format
 from gemsmith.quant.linear import QuantLinear, QuantModule
 from gemsmith.quant.quantize import quantize
 from gemsmith.testing import random_model
-from gemsmith.weights import load
+from gemsmith.weights import rounding, tensors
 from gemsmith.weights.convert import quantize_checkpoint
-from gemsmith.weights.load import load_model, load_towers, quantized_values, read_checkpoint
+from gemsmith.weights.load import load_model, load_towers, quantized_values
 from gemsmith.weights.recipe import Recipe, recipe_on_load
 from gemsmith.weights.save import save_model
+from gemsmith.weights.tensors import read_checkpoint
 
 IDS = torch.tensor([5, 9, 5, 31, 2, 77, 95, 0, 5, 64, 12, 3])
 
@@ -37,7 +38,7 @@ def logits(model: TextModel) -> torch.Tensor:
 def test_the_result_computes_exactly_what_the_quantized_folder_does(
     tmp_path, monkeypatch, size, quant, ple
 ):
-    monkeypatch.setattr(load, "PIECE_BYTES", 1024)  # many pieces to a weight
+    monkeypatch.setattr(tensors, "PIECE_BYTES", 1024)  # many pieces to a weight
     source = floats(tmp_path / "floats", size)
     quantize_checkpoint(source, tmp_path / "low", recipe_on_load(quant))
     config, ours = load_model(source, quant=quant, ple=ple)
@@ -55,7 +56,7 @@ def test_the_result_computes_exactly_what_the_quantized_folder_does(
 
 def test_weights_trained_for_a_grid_keep_it(tmp_path, monkeypatch):
     """Piece by piece and, of the table on disk, row by row: one decision for the whole weight."""
-    monkeypatch.setattr(load, "PIECE_BYTES", 512)
+    monkeypatch.setattr(tensors, "PIECE_BYTES", 512)
     config = low_config()
     model = random_model(config)
     formats = Recipe("4").formats(config)
@@ -159,7 +160,7 @@ def test_a_file_cut_short_while_it_is_read_is_named(tmp_path):
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[: stored[key].offset + 100])
     with pytest.raises(WeightsError, match=r"model.safetensors was cut short while it was read"):
-        list(load.rounded(key, stored[key], Format(4, 32)))
+        list(rounding.rounded(key, stored[key], Format(4, 32)))
 
 
 def test_values_at_odd_bytes_of_a_file_are_read_as_they_are(tmp_path):

@@ -30,10 +30,11 @@ from gemsmith.text.tokenizer import Tokenizer
 from gemsmith.weights import mixed, sensitivity
 from gemsmith.weights.convert import PROGRESS, Row, quantize_checkpoint
 from gemsmith.weights.hub import resolve
-from gemsmith.weights.load import load_model, read_checkpoint
+from gemsmith.weights.load import load_model
 from gemsmith.weights.mixed import MEASURED, Option, choose, hull
 from gemsmith.weights.recipe import Recipe
 from gemsmith.weights.save import save_model
+from gemsmith.weights.tensors import read_checkpoint
 
 FORMATS = (Format(2, 32), Format(4, 64), Format(4, 32), Format(8))
 ROOM = 300_000

@@ -16,10 +16,11 @@ from gemsmith.model.text import TextModel
 from gemsmith.sizing import parameters, text_parameters
 from gemsmith.testing import SIZES, random_model, tiny_config
 from gemsmith.weights import save
-from gemsmith.weights.load import load_model, read_header
+from gemsmith.weights.load import load_model
 from gemsmith.weights.names import WRITTEN_PREFIX
 from gemsmith.weights.ple import PLEStore
 from gemsmith.weights.save import save_model
+from gemsmith.weights.tensors import read_header
 
 IDS = torch.tensor([5, 9, 5, 31, 2, 77, 95, 0, 5, 64, 12, 3])
 

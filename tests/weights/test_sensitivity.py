@@ -10,12 +10,13 @@ from gemsmith.errors import RequestError, WeightsError
 from gemsmith.model.text import TextModel
 from gemsmith.testing import random_model
 from gemsmith.weights import load, sensitivity
-from gemsmith.weights.load import load_model, read_checkpoint
+from gemsmith.weights.load import load_model
 from gemsmith.weights.mixed import units_of
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE, module_name
 from gemsmith.weights.recipe import Recipe
 from gemsmith.weights.save import save_model
 from gemsmith.weights.sensitivity import probe_tokens, sensitivities
+from gemsmith.weights.tensors import read_checkpoint
 
 TOKENS = [[5, 9, 5, 31, 2, 77, 95, 0, 5, 64, 12, 3], [1, 5, 2, 40, 41, 42]]
 

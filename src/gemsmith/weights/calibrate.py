@@ -26,8 +26,9 @@ from gemsmith.model.text import Experts
 from gemsmith.quant.calibrate import gptq, gram
 from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.quantize import quantize
-from gemsmith.weights.load import StoredTensor, lies_on_grid
+from gemsmith.weights.rounding import lies_on_grid
 from gemsmith.weights.streaming import STAGES, Streamed
+from gemsmith.weights.tensors import StoredTensor
 
 MIN_EXPERT_TOKENS = 0.25
 """Of its K inputs: an expert that saw fewer tokens is not calibrated."""

@@ -33,18 +33,7 @@ from gemsmith.weights import layouts
 from gemsmith.weights.calibrate import Calibration
 from gemsmith.weights.files import INDEX, SINGLE
 from gemsmith.weights.hub import FIDELITY
-from gemsmith.weights.load import (
-    DTYPES,
-    Advance,
-    StoredTensor,
-    read_checkpoint,
-    read_codes,
-    read_header,
-    read_rows,
-    rounded,
-    silent,
-    tower_shapes,
-)
+from gemsmith.weights.load import read_codes, tower_shapes
 from gemsmith.weights.mixed import MEASURED, Choice, fit
 from gemsmith.weights.names import (
     EMBEDDING,
@@ -59,6 +48,7 @@ from gemsmith.weights.names import (
     written_key,
 )
 from gemsmith.weights.recipe import Recipe
+from gemsmith.weights.rounding import Advance, rounded, silent
 from gemsmith.weights.save import (
     ALIGNMENT,
     index_of,
@@ -68,6 +58,7 @@ from gemsmith.weights.save import (
     to_json,
     write_tensors,
 )
+from gemsmith.weights.tensors import DTYPES, StoredTensor, read_checkpoint, read_header, read_rows
 
 SHARD_BYTES = 512 << 20
 """Bytes of a file, and so the most work a kill can cost: a few minutes."""

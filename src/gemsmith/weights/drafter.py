@@ -18,17 +18,10 @@ from gemsmith.config import DrafterConfig, TextConfig
 from gemsmith.errors import ConfigError, WeightsError
 from gemsmith.model.drafter import MTPDrafter, check_target
 from gemsmith.shapes import TOKEN_ORDERING, drafter
-from gemsmith.weights.load import (
-    COMPUTE,
-    check_dtypes,
-    checked_device,
-    compute_dtype,
-    fill_floats,
-    read_checkpoint,
-    read_tensor,
-)
+from gemsmith.weights.load import COMPUTE, check_dtypes, checked_device, compute_dtype, fill_floats
 from gemsmith.weights.names import EMBEDDING, match_drafter
 from gemsmith.weights.save import Source, check_savable, write_checkpoint
+from gemsmith.weights.tensors import read_checkpoint, read_tensor
 
 TABLE = "model." + EMBEDDING
 ROWS_COMPARED = 256

@@ -1,6 +1,6 @@
 """Which files of a checkpoint hold its weights, and that they agree with its index.
 
-The same rules for a folder (load.py reads it) and for a hub repository whose headers alone are
+The same rules for a folder (tensors.py reads it) and for a hub repository whose headers alone are
 read (gemsmith/headers.py). No file of weights is opened here, and torch is not needed.
 """
 

@@ -24,17 +24,14 @@ Sources: the safetensors format description; safetensors 0.8, whose CPU tensors 
 private mapping.
 """
 
-import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gemsmith import hardware, sizing
@@ -45,10 +42,7 @@ from gemsmith.model.towers import Towers
 from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from gemsmith.quant.packed import Packed
-from gemsmith.quant.quantize import on_grid, quantize, spread
 from gemsmith.weights.cached import packed_weights
-from gemsmith.weights.files import joined, weight_files
-from gemsmith.weights.files import short as _short
 from gemsmith.weights.fuse import fuse
 from gemsmith.weights.layouts import LowBit, codes_of, fold, read_section
 from gemsmith.weights.names import (
@@ -65,37 +59,18 @@ from gemsmith.weights.names import (
 )
 from gemsmith.weights.ple import PLEStore, QuantPLEStore, RoundingPLEStore
 from gemsmith.weights.recipe import ON_LOAD, recipe_on_load
+from gemsmith.weights.rounding import ROUNDING, Advance, lies_on_grid, quantized, silent
+from gemsmith.weights.tensors import (
+    DTYPES,
+    Reader,
+    StoredTensor,
+    opened,
+    read_checkpoint,
+)
 
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 TABLE_DTYPES = DTYPES | {"I32": torch.int32, "U8": torch.uint8, "I8": torch.int8}
 COMPUTE = (torch.bfloat16, torch.float32)
-REMAP_BYTES = 32 << 20
-PIECE_BYTES = 16 << 20
 HEAD_ROWS_COMPARED = 256
-ROUNDING = 1
-"""To be raised when weights of floats are rounded otherwise, so that the cache is made anew."""
-FETCH_ANEW = "the file is cut short or damaged; delete it and fetch it anew"
-
-
-Advance = Callable[[str, int], None]
-"""Told the weight in work and how many of its values were just done."""
-
-
-def silent(key: str, values: int) -> None:
-    """An `Advance` that tells nobody."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies."""
-
-    file: Path
-    dtype: str
-    """The format's name, such as BF16."""
-    shape: tuple[int, ...]
-    offset: int
-    """Its first byte in the file."""
-    nbytes: int = 0
 
 
 def load_model(
@@ -257,7 +232,7 @@ def _fill(
     Those that `formats` names are quantized on the way. part: see `packed_weights`.
     """
     names = {key: name for name, key in chosen.items() if key not in low and name not in formats}
-    reader, done = _Reader(stored), 0
+    reader, done = Reader(stored), 0
     for key in sorted(names, key=lambda key: _order(stored[key])):
         stays = device.type == "cpu" and DTYPES[stored[key].dtype] == dtype
         tensor = reader.get(key, stays=stays)
@@ -310,7 +285,7 @@ def _rounded(
 
     def weights() -> Iterator[tuple[str, Quantized]]:
         for name, key in keys.items():
-            yield name, _quantized(key, stored[key], formats[name], device, tell)
+            yield name, quantized(key, stored[key], formats[name], device, tell)
             told.add(key)  # if the cache cannot be written, all are made once more
 
     if device.type == "cpu" and all(Packed.takes(*each) for each in layout.values()):
@@ -347,7 +322,7 @@ def read_codes(
     stays: bool,
 ) -> Iterator[tuple[str, Quantized]]:
     """Each weight as it is stored, in the order given; `stays`: as views of the files."""
-    reader = _Reader(stored)
+    reader = Reader(stored)
     for name, weight in weights.items():
         if weight.stated_shape:
             stated = reader.get(weight.stated_shape, stays=False).tolist()
@@ -366,75 +341,6 @@ def read_codes(
                 "device"
             ) from None
         yield name, Quantized(weight.format, weight.shape, codes, scales)
-
-
-def _quantized(
-    key: str, tensor: StoredTensor, format: Format, device: torch.device, advance: Advance
-) -> Quantized:
-    """A tensor of floats in `format`; it is never in memory as a whole."""
-    *rows, K = tensor.shape
-    N, G, done = math.prod(rows), format.groups(K, key), 0
-    try:
-        packed = torch.empty((N, K * format.bits // 8), dtype=torch.uint8, device=device)
-        scales = torch.empty((N, G), dtype=torch.float32, device=device)
-    except torch.OutOfMemoryError:
-        raise CapacityError(
-            f"{device}: out of memory at {key}; free memory there, or load on another device"
-        ) from None
-    for floats, part in rounded(key, tensor, format):
-        packed[done : done + len(floats)] = part.packed
-        scales[done : done + len(floats)] = part.scales
-        done += len(floats)
-        advance(key, floats.numel())
-    return Quantized(format, tensor.shape, packed.view(*rows, -1), scales.view(*rows, G))
-
-
-def rounded(key: str, tensor: StoredTensor, format: Format) -> Iterator[tuple[Tensor, Quantized]]:
-    """The tensor [..., K] some MiB of rows at a time: as it is, and in `format`.
-
-    Raises:
-      WeightsError: a value is infinite or not a number; the file ends within the tensor.
-    """
-    grid = lies_on_grid(key, tensor, format)
-    for rows in read_rows(tensor):
-        try:
-            part = quantize(rows, format, grid=grid)
-        except WeightsError as error:
-            raise WeightsError(f"{tensor.file.name}: {key}: {error}") from None
-        yield rows, part
-
-
-def lies_on_grid(key: str, tensor: StoredTensor, format: Format) -> bool:
-    """Whether the weights were trained for `format`, by some of their rows.
-
-    Raises: as `rounded`.
-    """
-    sample = torch.cat([*read_rows(tensor, spread(math.prod(tensor.shape[:-1])).step)])
-    try:
-        return on_grid(sample, format)
-    except WeightsError as error:
-        raise WeightsError(f"{tensor.file.name}: {key}: {error}") from None
-
-
-def read_rows(tensor: StoredTensor, every: int = 1) -> Iterator[Tensor]:
-    """The tensor [..., K], or each `every`-th row of it, as rows [n, K] of some MiB.
-
-    Read without a map: no page of the file becomes this process's memory.
-
-    Raises:
-      WeightsError: the file was cut short.
-    """
-    dtype = DTYPES[tensor.dtype]
-    K = tensor.shape[-1] if tensor.shape else 1
-    rows, row_bytes = math.prod(tensor.shape) // max(1, K), K * dtype.itemsize
-    step = max(1, PIECE_BYTES // max(1, row_bytes)) if every == 1 else 1
-    with open(tensor.file, "rb") as file:
-        for start in range(0, rows, step * every):
-            buffer = bytearray(min(step, rows - start) * row_bytes)
-            file.seek(tensor.offset + start * row_bytes)
-            if file.readinto(buffer) != len(buffer):
-                raise WeightsError(f"{tensor.file} was cut short while it was read; fetch it anew")
-            yield torch.frombuffer(buffer, dtype=dtype).view(-1, K)
 
 
 def _formats(quant: str | None, config: Gemma4Config) -> dict[str, Format]:
@@ -464,84 +370,8 @@ def _place_low(
         model.set_submodule(at, new)
 
 
-def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's safetensors files by key; headers only.
-
-    Raises:
-      WeightsError: no such files, a damaged one, an index that leads elsewhere, a tensor twice.
-    """
-    files, index = weight_files(folder)
-    return joined(((file.name, read_header(file)) for file in files), index, str(folder))
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, in the order they are stored.
-
-    Raises:
-      WeightsError: missing, cut short, or not such a file; every check is the safetensors
-        library's (sizes agree, ranges neither overlap nor leave holes, header below 100 MB).
-    """
-    with _opened(file) as handle:
-        keys = handle.offset_keys()
-    with open(file, "rb") as raw:
-        size = int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(size))
-    return {
-        key: StoredTensor(
-            file,
-            header[key]["dtype"],
-            tuple(header[key]["shape"]),
-            8 + size + header[key]["data_offsets"][0],
-            header[key]["data_offsets"][1] - header[key]["data_offsets"][0],
-        )
-        for key in keys
-    }
-
-
-def read_tensor(tensor: StoredTensor, key: str) -> Tensor:
-    """One tensor as a view of its file."""
-    return _Reader({key: tensor}).get(key, stays=True)
-
-
-def _opened(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except FileNotFoundError:
-        raise WeightsError(f"{file} does not exist") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{file}: {_short(str(error))}; {FETCH_ANEW}") from None
-
-
 def _order(tensor: StoredTensor) -> tuple[Path, int]:
     return tensor.file, tensor.offset
-
-
-class _Reader:
-    """Gives tensors as views of their files; quickest in stored order.
-
-    A view that `stays`, as a weight, keeps its mapping alive; once a file's mapping has served
-    REMAP_BYTES of tensors that are copied, it is dropped with all the pages it brought in.
-    """
-
-    def __init__(self, stored: dict[str, StoredTensor]) -> None:
-        self._stored = stored
-        self._file: Path | None = None
-        self._handle: safe_open | None = None
-        self._copied = 0
-
-    def get(self, key: str, *, stays: bool) -> Tensor:
-        tensor = self._stored[key]
-        if self._handle is None or tensor.file != self._file or self._copied > REMAP_BYTES:
-            self._handle, self._file, self._copied = _opened(tensor.file), tensor.file, 0
-        try:
-            view = self._handle.get_tensor(key)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise WeightsError(
-                f"{tensor.file}: {key}: {_short(str(error))}; {FETCH_ANEW}"
-            ) from None
-        if not stays:
-            self._copied += view.nbytes
-        return view
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -578,7 +408,7 @@ def _check_head(
     def some_rows(key: str) -> Tensor:
         tensor = stored[key]
         step = -(-tensor.shape[0] // HEAD_ROWS_COMPARED)
-        return _opened(tensor.file).get_tensor(key)[::step]
+        return opened(tensor.file).get_tensor(key)[::step]
 
     for key in keys:
         if module_name(key) != HEAD or HEAD in chosen:

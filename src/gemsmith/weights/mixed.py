@@ -34,11 +34,12 @@ from gemsmith.errors import ConfigError
 from gemsmith.quant.formats import Format
 from gemsmith.quant.quantize import quantize, squares
 from gemsmith.weights.layouts import compressed_bytes
-from gemsmith.weights.load import StoredTensor, lies_on_grid, read_rows
 from gemsmith.weights.recipe import Recipe
+from gemsmith.weights.rounding import lies_on_grid
 from gemsmith.weights.save import replace_file, to_json
 from gemsmith.weights.sensitivity import Unit, probe_tokens, sensitivities
 from gemsmith.weights.streaming import STAGES
+from gemsmith.weights.tensors import StoredTensor, read_rows
 
 SAMPLED_ROWS = 128
 MEASURED = "sensitivity.json"

@@ -33,9 +33,10 @@ from gemsmith.errors import ConfigError, WeightsError
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.weights.files import INDEX, SINGLE
-from gemsmith.weights.load import COMPUTE, DTYPES
+from gemsmith.weights.load import COMPUTE
 from gemsmith.weights.names import PLE_TABLE, expected_shapes, written_key
 from gemsmith.weights.ple import PLEStore
+from gemsmith.weights.tensors import DTYPES
 
 ALIGNMENT = 64
 PIECE_BYTES = 32 << 20

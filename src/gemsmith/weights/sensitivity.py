@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from gemsmith.config import TextConfig
 from gemsmith.errors import WeightsError
-from gemsmith.weights.load import StoredTensor, read_rows
 from gemsmith.weights.names import EMBEDDING, HEAD, PLE_TABLE
 from gemsmith.weights.streaming import Batch, Streamed
+from gemsmith.weights.tensors import StoredTensor, read_rows
 
 PROBE_TOKENS = 1024
 SEQUENCE_TOKENS = 256

@@ -20,8 +20,10 @@ from gemsmith.errors import RequestError, WeightsError
 from gemsmith.model.text import DecoderLayer, TextModel, rope_table
 from gemsmith.quant.formats import Format
 from gemsmith.quant.quantize import quantize
-from gemsmith.weights.load import StoredTensor, lies_on_grid, read_rows, table_on_disk
+from gemsmith.weights.load import table_on_disk
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE
+from gemsmith.weights.rounding import lies_on_grid
+from gemsmith.weights.tensors import StoredTensor, read_rows
 
 BATCH_TOKENS = 2048
 """Tokens that run through a layer together, in whole sequences: bounds what activations weigh."""
