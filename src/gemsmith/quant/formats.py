@@ -46,11 +46,6 @@ class Format:
         """2^(bits-1): what is added to a code to store it, and the magnitude of the least code."""
         return 1 << (self.bits - 1)
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits as packed, bfloat16 scales of groups included; a row's one scale is not counted."""
-        return self.bits + (16 / self.group if self.group else 0)
-
     def groups(self, K: int, name: str = "a weight") -> int:
         """Scales of a row of K weights.
 

@@ -27,7 +27,6 @@ from gemsmith.text.tools import Part, show
 if TYPE_CHECKING:  # the renderer alone needs no vocabulary
     from gemsmith.text.tokenizer import Tokenizer
 
-Variant = Literal["large", "edge", "large_april", "edge_april"]
 VARIANTS: tuple[str, ...] = ("large", "edge", "large_april", "edge_april")
 ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "model", "tool")
 

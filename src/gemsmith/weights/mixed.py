@@ -163,7 +163,7 @@ def fit(
             f"{least:,} ({least / 1e9:.2f} GB); nothing is below 2 bits, nor PLE and towers below "
             "what they need"
         )
-    measured = _measured(recipe, config, weights, units, candidates, target, tokens, advance)
+    measured = _measured(config, weights, units, candidates, target, tokens, advance)
     options = [
         (unit, [Option(f, n, measured[unit[0]][str(f)]) for f, n in sizes[unit].items()])
         for unit in units
@@ -189,7 +189,6 @@ def _sizes(
 
 
 def _measured(
-    recipe: Recipe,
     config: Gemma4Config,
     weights: dict[str, StoredTensor],
     units: list[Unit],
