@@ -155,7 +155,7 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
         replies = await _started(service, request, chat.ask_of(body))
         if body.stream:
             return EventStream(chat.chat_stream(service, body, replies), replies, failed)
-        return answer(await connected(request, chat.chat(service, body, replies)))
+        return answer(await connected(request, chat.chat(service, replies)))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -172,7 +172,7 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
         replies = request.state.replies = await connected(request, start())
         if body.stream:
             return EventStream(chat.completion_stream(service, body, replies), replies, failed)
-        return answer(await connected(request, chat.completion(service, body, replies)))
+        return answer(await connected(request, chat.completion(service, replies)))
 
     @app.post("/v1/responses")
     async def new_response(body: ResponsesRequest, request: Request) -> Response:

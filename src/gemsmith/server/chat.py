@@ -212,7 +212,7 @@ def usage_of(usages: list[Usage], prompts: int = 1) -> Json:
     }
 
 
-async def chat(service: Service, request: ChatRequest, replies: Replies) -> Json:
+async def chat(service: Service, replies: Replies) -> Json:
     """The whole answer."""
     choices = [Choice(service.lm.tokenizer) for _ in range(len(replies))]
     async for index, event in replies:
@@ -284,7 +284,7 @@ def completion_params(request: CompletionRequest) -> Json:
     return given if request.logprobs is None else given | {"logprobs": request.logprobs}
 
 
-async def completion(service: Service, request: CompletionRequest, replies: Replies) -> Json:
+async def completion(service: Service, replies: Replies) -> Json:
     """The whole answer."""
     texts = ["" for _ in range(len(replies))]
     ends: dict[int, Finished] = {}
