@@ -6,15 +6,28 @@ Nothing heavy is imported here: each command imports its worker when it runs. Ex
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gemsmith import __version__
 from gemsmith.cli.errors import Commands
-from gemsmith.cli.options import KV, Budget, Device, Dtype, Json, Model, Out, Quant, System, Think
-
-POCKET = "pocket"
+from gemsmith.cli.eval import evaluation
+from gemsmith.cli.options import (
+    KV,
+    POCKET,
+    Budget,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Out,
+    Quant,
+    System,
+    Think,
+    budget_of,
+    report,
+)
 
 app = typer.Typer(
     cls=Commands,
@@ -138,7 +151,7 @@ def generate(
     sampling = {name: value for name, value in chosen.items() if value is not None}
     asked = {"tools": declared, "enable_thinking": think, **sampling}
     if budget is not None:
-        asked["image_budget"] = _budget(budget)
+        asked["image_budget"] = budget_of(budget)
     if tool_choice is not None:
         asked["tool_choice"] = tool_choice
     if schema is not None:
@@ -304,7 +317,7 @@ def _places(
     from gemsmith.cli import detect as worker
 
     worker.run(
-        image, what, model, point=point, out=out, options={"image_budget": _budget(budget)},
+        image, what, model, point=point, out=out, options={"image_budget": budget_of(budget)},
         device=device, dtype=dtype, kv=kv, quant=quant, as_json=as_json,
     )  # fmt: skip
 
@@ -349,7 +362,7 @@ def info(
     from gemsmith.cli import info as worker
 
     facts = worker.describe(name, worker.config_of(name))
-    _report(facts, worker.show, json)
+    report(facts, worker.show, json)
 
 
 @app.command()
@@ -393,7 +406,7 @@ def fit(
 
     if published:
         rows = worker.published()
-        _report({"models": rows}, lambda _, console: worker.show_published(rows, console), json)
+        report({"models": rows}, lambda _, console: worker.show_published(rows, console), json)
         return
     worker.run(
         name, quant=quant, context=context, users=users, device=device, memory=memory, kv=kv,
@@ -413,10 +426,10 @@ def doctor(
     from gemsmith.cli import doctor as worker
 
     if template is None:
-        _report(worker.examine(), worker.show, json)
+        report(worker.examine(), worker.show, json)
         return
     differences = worker.compare(template)
-    _report(differences, worker.show_differences, json)
+    report(differences, worker.show_differences, json)
     if differences["differing"]:
         raise typer.Exit(1)
 
@@ -485,85 +498,7 @@ def choose(
         raise typer.Exit(1)
 
 
-evaluation = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Measure a model, or one build of it by another.",
-)
 app.add_typer(evaluation, name="eval")
-
-
-@evaluation.command("pocket")
-def evaluate(
-    model: Model = POCKET,
-    quant: Quant = None,
-    limit: Annotated[int | None, typer.Option(help="Ask only this many items.")] = None,
-    failures: Annotated[int, typer.Option(help="Show this many wrong replies.")] = 0,
-    json: Json = False,
-) -> None:
-    """Held-out items for the built-in model; prints counts and 95 % intervals."""
-    from gemsmith.cli import evaluate as worker
-
-    worker.run(model, quant=quant, limit=limit, failures=failures, as_json=json)
-
-
-@evaluation.command()
-def fidelity(
-    a: Annotated[str, typer.Argument(help="The reference: pocket, a folder, or a hub id.")],
-    b: Annotated[str, typer.Argument(help="The build to judge by it, such as one of 4 bits.")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="JSON lines of messages, with tools or not; if not given, pocket's held-out items."
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many of each category.")] = None,
-    min_top1: Annotated[
-        float | None, typer.Option(help="Fail below this top-1 agreement, in percent.")
-    ] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Fail above this mean KL, in nats.")] = None,
-    max_validity_loss: Annotated[
-        float | None,
-        typer.Option(help="Fail if this many more points of tool calls are lost."),
-    ] = None,
-    plot: Annotated[str | None, typer.Option(help="Save a chart: .png, .svg or .pdf.")] = None,
-    save: Annotated[
-        bool, typer.Option("--save", help="Write fidelity.json into B's folder; info shows it.")
-    ] = False,
-    device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Of A: float32, bfloat16, or auto.")] = "auto",
-    dtype_b: Annotated[str, typer.Option(help="Of B: float32, bfloat16, or auto.")] = "auto",
-    json: Json = False,
-) -> None:
-    """Judge build B of a model by reference A: KL, top-1 agreement, tool calls.
-
-    Exit code 1 if a bound is broken.
-    """
-    from gemsmith.cli import fidelity as worker
-
-    bounds = {"min_top1": min_top1, "max_kl": max_kl, "max_validity_loss": max_validity_loss}
-    loading = ({"device": device, "dtype": dtype}, {"device": device, "dtype": dtype_b})
-    kept = worker.run(
-        (a, b), loading, data=data, limit=limit, bounds=bounds, plot=plot, save=save, as_json=json
-    )
-    if not kept:
-        raise typer.Exit(1)
-
-
-def _budget(text: str | None) -> int | str | None:
-    return int(text) if text and text.isdecimal() else text
-
-
-def _report(facts: dict[str, Any], show: Any, as_json: bool) -> None:
-    """Print facts for people or for programs."""
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(facts, ensure_ascii=False))
-    else:
-        from rich.console import Console
-
-        show(facts, Console())
 
 
 if __name__ == "__main__":

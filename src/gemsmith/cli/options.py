@@ -1,8 +1,11 @@
-"""Options that several commands take."""
+"""What several commands have in common: options, and how facts are printed."""
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
+
+POCKET = "pocket"
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="pocket (built in), a folder, or a hub id.")
@@ -30,3 +33,18 @@ Budget = Annotated[
     ),
 ]
 System = Annotated[str | None, typer.Option(help="A system message to begin with.")]
+
+
+def budget_of(text: str | None) -> int | str | None:
+    """--budget as the engine takes it, which refuses what is no budget."""
+    return int(text) if text and text.isdecimal() else text
+
+
+def report(facts: dict[str, Any], show: Any, as_json: bool) -> None:
+    """Print facts for people or for programs."""
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        show(facts, Console())
