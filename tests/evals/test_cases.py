@@ -10,17 +10,7 @@ from gemsmith.errors import RequestError
 from gemsmith.evals.cases import read_cases
 
 ASK = [{"role": "user", "content": "How much?"}]
-TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "sine",
-        "parameters": {
-            "type": "object",
-            "properties": {"x": {"type": "number"}},
-            "required": ["x"],
-        },
-    },
-}
+TOOL = {"type": "function", "function": {"name": "sine"}}
 CALL = {"type": "function", "function": {"name": "sine", "arguments": {"x": 1}}}
 
 
