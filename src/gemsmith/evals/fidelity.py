@@ -41,7 +41,7 @@ from gemsmith.evals.cases import Case, difference
 from gemsmith.evals.divergence import Divergence, Positions, at_positions
 from gemsmith.evals.items import Item
 from gemsmith.evals.pocket import greedy, reply_of
-from gemsmith.evals.scoring import Reply, judge
+from gemsmith.evals.scoring import MAX_TOKENS, Reply, judge
 from gemsmith.text.calls import ToolCall
 from gemsmith.text.chat import THOUGHT_CLOSE, THOUGHT_OPEN
 from gemsmith.text.tools import validate_arguments
@@ -343,7 +343,9 @@ def _answer(case: Case, made: Generation, due: bool) -> Answer:
 
 def _ask(lm: LM, case: Case) -> Generation:
     # A grammar would make every build's calls valid.
-    return greedy(lm, case.messages, case.tools, case.enable_thinking, constrained=False)
+    return greedy(
+        lm, case.messages, case.tools, case.enable_thinking, MAX_TOKENS, constrained=False
+    )
 
 
 def _positions(

@@ -412,7 +412,7 @@ def ask(lm: Any, task: Task, max_tokens: int) -> dict[str, Any]:
 
     first, total, tokens, speed = 0.0, 0.0, 0, 0.0
     try:
-        made = greedy(lm, task.messages, task.tools, task.think, max_tokens=max_tokens)
+        made = greedy(lm, task.messages, task.tools, task.think, max_tokens)
         reply, usage = reply_of(made), made.usage
         first, total = usage.time_to_first_token_s, usage.total_s
         tokens, speed = usage.completion_tokens, usage.decode_tokens_per_s

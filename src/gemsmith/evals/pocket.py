@@ -174,7 +174,7 @@ def ask(lm: LanguageModel, item: Item) -> Reply:
     try:
         if item.expected["type"] == "reading":
             return _listen(lm, item)
-        made = greedy(lm, item.messages, item.tools, item.enable_thinking)
+        made = greedy(lm, item.messages, item.tools, item.enable_thinking, MAX_TOKENS)
     except GemsmithError as error:
         return Reply(problems=(f"{type(error).__name__}: {error}",), finish_reason="error")
     return reply_of(made)
@@ -185,7 +185,7 @@ def greedy(
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] | None,
     thinking: bool,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int,
     **options: Any,
 ) -> Any:
     """The engine's Generation, of the likeliest token at each step."""
