@@ -10,12 +10,12 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from gemsmith.engine.reply import Event
 from gemsmith.engine.request import Finished, FinishReason
 from gemsmith.server.errors import refused
-from gemsmith.server.protocol import Ignored, Lenient, Strict, only
+from gemsmith.server.protocol import Ignored, Lenient, Strict, checked, only
 from gemsmith.server.service import (
     Ask,
     Replies,
@@ -46,6 +46,17 @@ def _only_thoughts(value: Any) -> Any:
     if other := [kind for kind in kinds if not str(kind).startswith("clear_thinking")]:
         raise ValueError(f"{other[0]!r} cannot be done here; leave it out")
     return value
+
+
+_CLEARING = {
+    "type": ["object", "null"],
+    "properties": {
+        "edits": {
+            "type": "array",
+            "items": {"properties": {"type": {"pattern": "^clear_thinking"}}, "required": ["type"]},
+        }
+    },
+}
 
 
 class Turn(Strict):
@@ -87,8 +98,8 @@ class CountRequest(Strict):
     thinking: ThinkingOptions | None = None
     output_config: OutputConfig | None = None
     mm_budget: int | Literal["auto"] | None = None
-    mcp_servers: Annotated[Any, BeforeValidator(_no_servers)] = None
-    context_management: Annotated[Any, BeforeValidator(_only_thoughts)] = None
+    mcp_servers: Annotated[Any, checked(_no_servers, enum=[[], None])] = None
+    context_management: Annotated[Any, checked(_only_thoughts, **_CLEARING)] = None
     cache_control: Ignored = None
 
 
@@ -103,7 +114,7 @@ class MessagesRequest(CountRequest):
     stream: bool = False
     metadata: Ignored = None
     service_tier: Annotated[str | None, only("auto", "standard_only")] = None
-    container: Annotated[Any, BeforeValidator(_no_servers)] = None
+    container: Annotated[Any, checked(_no_servers, enum=[None])] = None
 
 
 def ask_of(request: CountRequest) -> Ask:

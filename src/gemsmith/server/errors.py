@@ -14,6 +14,7 @@ from starlette.types import Scope
 from gemsmith.errors import CapacityError, GemsmithError, QueueFullError, RequestError
 
 OVERLOADED = 503
+FAILED = "the server failed on this request; its log says more"
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -70,7 +71,7 @@ def problem(error: BaseException, *, retry_after_s: int = 1) -> ApiError:
         case RequestError():
             return ApiError(400, str(error))
         case _:
-            return ApiError(500, "the server failed on this request; its log says more")
+            return ApiError(500, FAILED)
 
 
 def _invalid(error: RequestValidationError) -> ApiError:

@@ -4,9 +4,17 @@ A field that is not here is refused by name, unless it is null. Fields with `onl
 be served with one value alone; `Ignored` ones change nothing here, whatever they hold.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 Ignored = Annotated[Any, Field(description="Accepted, and of no effect here.")]
 
@@ -30,6 +38,11 @@ class Lenient(Strict):
     model_config = ConfigDict(extra="ignore")
 
 
+def checked(check: Callable[[Any], Any], **schema: Any) -> Any:
+    """A check that comes before all others. schema: what the OpenAPI says of values that pass."""
+    return BeforeValidator(check, json_schema_input_type=Annotated[Any, WithJsonSchema(schema)])
+
+
 def only(*values: Any) -> Any:
     """A check that passes these values alone."""
 
@@ -39,7 +52,7 @@ def only(*values: Any) -> Any:
             raise ValueError(f"{value!r} cannot be served; leave it out (or {allowed})")
         return value
 
-    return BeforeValidator(check)
+    return checked(check, enum=[*values, None])
 
 
 Zero = Annotated[float | None, only(0, 0.0)]
@@ -126,7 +139,7 @@ class Sampled(Strict):
     stream_options: StreamOptions | None = None
     frequency_penalty: Zero = None
     presence_penalty: Zero = None
-    logit_bias: Annotated[dict[str, Any] | None, BeforeValidator(_no_bias)] = None
+    logit_bias: Annotated[dict[str, Any] | None, checked(_no_bias, enum=[{}, None])] = None
     user: Ignored = None
 
     def sampling(self) -> dict[str, Any]:
