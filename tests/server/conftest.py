@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -128,10 +129,11 @@ async def serving(
     limits: Limits | None = None,
     keys: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
+    hosts: tuple[str, ...] = (),
 ) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
     """A client of a server in this process."""
     with service_of(lm, config, limits) as service:
-        app = create_app(service, keys=Keys(keys), origins=origins)
+        app = create_app(service, keys=Keys(keys), origins=origins, hosts=hosts)
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(
             transport=transport, base_url="http://here", timeout=60
@@ -164,6 +166,14 @@ def run(scenario: Callable[[], Coroutine[Any, Any, Any]]) -> None:
             await scenario()
 
     asyncio.run(main())
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for it: an engine counts a step after its events are out."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.005)
 
 
 def events(text: str) -> list[Any]:

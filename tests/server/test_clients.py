@@ -4,14 +4,13 @@ The model is told what to say: one call, then another, then the answer.
 """
 
 import json
-import time
 from typing import Any
 
 import anthropic
 import httpx2 as httpx
 import openai
 import pytest
-from tests.server.conftest import CALL, THOUGHT, WEATHER, on_a_socket, user
+from tests.server.conftest import CALL, THOUGHT, WEATHER, on_a_socket, until, user
 
 from gemsmith.engine.batching import EngineConfig
 
@@ -27,13 +26,6 @@ def three_steps(prompt: str) -> str:
         thought = THOUGHT.removeprefix("<|channel>thought\n") if opened else THOUGHT
         return f"{thought}{CALL}<|tool_response>"
     return "dry\n<channel|>" * opened + "Sun, then <b>rain</b> \u2602.<turn|>"
-
-
-def until(condition: Any, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
