@@ -1,5 +1,6 @@
 """Grammars of calls and answers, walked byte by byte: no model, no vocabulary."""
 
+import json
 import re
 import time
 from contextlib import suppress
@@ -338,6 +339,24 @@ def test_a_call_cannot_be_required_without_tools():
 def test_a_format_that_cannot_be_held_to_is_refused(asked, message):
     with pytest.raises(RequestError, match=message):
         response_grammar(asked)
+
+
+@pytest.mark.parametrize("indent", [None, 1, 2, 4, "\t"])
+def test_json_may_be_indented_and_has_no_more_space_than_that(indent):
+    made = response_grammar({"type": "json_object"})
+    assert made is not None
+    value = {"a": [1, {"b": [{"c": [[], {}]}]}], "d": "x"}
+    for text, fits in (
+        (json.dumps(value, indent=indent), True),
+        (json.dumps(value, indent=indent, separators=(",", ":")), True),
+        ('{"a":  1}', False),
+        ('{"a":\n\n1}', False),
+        (f'{{"a":\n{" " * 25}1}}', False),
+        ('{"a": 1 } ', False),
+    ):
+        held = lark.matcher(lark.byte_vocabulary(), made)
+        taken = held.try_consume_tokens(list(text.encode()))
+        assert (taken == len(text) and held.is_accepting()) == fits, text
 
 
 def test_any_text_needs_no_grammar():

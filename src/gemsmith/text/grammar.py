@@ -36,6 +36,9 @@ FREE_DEPTH = 8
 MAX_GRAMMAR_CHARACTERS = 4_000_000
 MAX_UNIQUE = 64
 """Most values to choose from for an array of unique items: a bit each in the parser's state."""
+SPACE = r" |\n( {0,24}|\t{0,12})"
+"""Between two parts of JSON: a space, or a line's end and the next one's indentation, twelve levels
+of two spaces. A model at a loss writes spaces: of forty that were let through it wrote forty."""
 
 _NAME = re.compile(r"[\w.\-/:$@]{1,256}")
 _KEY = re.compile(r"[^\s{}\[\](),<:\"'=][^{}\[\](),<:\n]{0,254}(?<!\s)|[^\s{}\[\](),<:\"'=]")
@@ -156,9 +159,7 @@ def _json_grammar(schema: Mapping[str, Any] | bool) -> str:
             f"response_format: the schema has {len(text)} characters; at most "
             f"{MAX_GRAMMAR_CHARACTERS} are read"
         )
-    # Bounded, so that a model at a loss cannot write spaces for ever.
-    overrides: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
-    return LLMatcher.grammar_from_json_schema(text, overrides=overrides)
+    return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": SPACE})
 
 
 # -- calls ------------------------------------------------------------------------------------
