@@ -27,6 +27,11 @@ README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
         (["--port", "99999999"], {}, "cannot listen on 127.0.0.1 port 99999999"),
         (["--api-key-file", "nowhere"], {}, "nowhere"),
         ([], {serve.KEYS: "short"}, "an API key has 5 characters"),
+        (
+            ["--allow-host", "http://gpu"],
+            {},
+            "--allow-host 'http://gpu': give a name or an address",
+        ),
         (["--timeout", "0"], {}, "--timeout and --max-body-mib must be more than 0"),
         (["--port", "0", "--max-num-seqs", "0"], {}, "max_num_seqs 0"),
     ],
@@ -56,7 +61,7 @@ def test_it_says_what_fits_answers_and_ends_what_runs_when_told_to_stop():
     """The client call of the README runs against it; SIGTERM drains."""
     command = [sys.executable, "-m", "gemsmith", "serve", "pocket", "--port", "0"]
     with subprocess.Popen(
-        [*command, "--max-model-len", "600", "--max-num-seqs", "2"],
+        [*command, "--max-model-len", "600", "--max-num-seqs", "2", "--allow-host", "gpu.example"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,6 +81,12 @@ def test_it_says_what_fits_answers_and_ends_what_runs_when_told_to_stop():
             header = {"authorization": "Bearer some-key-of-mine"}
             with httpx.Client(base_url=url, headers=header, timeout=60) as client:
                 assert client.get("/ready").json() == {"ready": True}
+                for name, status in (
+                    ("localhost", 200),
+                    ("gpu.example", 200),
+                    ("evil.example", 403),
+                ):
+                    assert client.get("/ready", headers={"host": name}).status_code == status
                 body = {
                     "model": "pocket",
                     "messages": [{"role": "user", "content": "Hello!"}],
@@ -91,7 +102,7 @@ def test_it_says_what_fits_answers_and_ends_what_runs_when_told_to_stop():
                     assert list(lines)[-2:] == ["data: [DONE]", ""]
             assert server.wait(30) == 0
             logged = [json.loads(line) for line in server.stderr.read().splitlines()]
-            assert [line["status"] for line in logged] == [200, 200, 200]
+            assert [line["status"] for line in logged] == [200, 200, 200, 403, 200, 200]
         finally:
             server.kill()
 

@@ -41,6 +41,35 @@ def test_without_a_key_nothing_but_health_is_told(says):
     run(scenario)
 
 
+def test_only_names_of_its_own_are_answered_under(says):
+    """A page that has its name point here would be of the same origin to a browser."""
+
+    async def scenario():
+        async with serving(says("Yes.<turn|>"), hosts=("localhost", "[::1]", "Gpu.lan")) as (
+            client,
+            _,
+        ):
+            for name in ("localhost", "LOCALHOST:8000", "[::1]:8000", "gpu.lan", "localhost."):
+                answer = await client.get("/ready", headers={"host": name})
+                assert answer.status_code == 200, name
+            for name in ("evil.example", "localhost.evil.example:8000", "127.0.0.1", "[::2]",
+                         "evil@localhost", "localhost:80:80", "", "http://localhost"):  # fmt: skip
+                answer = await client.post(CHAT, json=ASKED, headers={"host": name})
+                assert answer.status_code == 403, name
+                assert answer.json()["error"] == {
+                    "message": f"nothing is served under the name {name!r}; ask at localhost or "
+                    "127.0.0.1, or name it when the server is started: --allow-host NAME",
+                    "type": "permission_error",
+                    "param": None,
+                    "code": None,
+                }
+        async with serving(says("Yes.<turn|>")) as (client, _):
+            answer = await client.get("/ready", headers={"host": "whatever.example"})
+            assert answer.status_code == 200
+
+    run(scenario)
+
+
 def test_keys_come_from_a_file_and_from_the_environment(tmp_path):
     path = tmp_path / "keys"
     path.write_text(f"# for Ann\n{KEY}\n\nanother-key\n", "utf-8")

@@ -243,6 +243,13 @@ def serve(
         list[str] | None,
         typer.Option(help="A web page's origin that may ask (CORS); * for all. May be repeated."),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name other than localhost to be asked under. May be repeated; without it, "
+            "a --host that other machines can reach takes any name."
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv: KV = "auto",
@@ -263,6 +270,7 @@ def serve(
         max_body_mib=max_body_mib,
         remote_media=remote_media,
         allow_origin=allow_origin or [],
+        allow_host=allow_host or [],
         device=device,
         dtype=dtype,
         kv=kv,

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:  # the rest is imported once the port is ours
     from gemsmith.engine.engine import LM
 
 KEYS = "GEMSMITH_API_KEYS"
-LOCAL = ("127.0.0.1", "::1", "localhost")
+LOCAL = ("localhost", "127.0.0.1", "[::1]")
+"""Names of this machine for itself."""
 DRAIN_S = 30
 """What requests have to end once the server is told to stop."""
 
@@ -37,6 +39,7 @@ def run(
     max_body_mib: int,
     remote_media: bool,
     allow_origin: list[str],
+    allow_host: list[str],
     device: str,
     dtype: str,
     kv: str,
@@ -54,13 +57,18 @@ def run(
             f"the server needs {', '.join(missing)}: install gemsmith with its extra, "
             "pip install 'gemsmith[serve]'"
         )
-    from gemsmith.server.limits import Keys, Limits
+    from gemsmith.server.limits import Keys, Limits, host_of
 
     # Everything that can be wrong is found before a model is loaded.
     keys = Keys.read(api_key_file, os.environ.get(KEYS))
     if timeout_s <= 0 or max_body_mib < 1:
         raise ConfigError("--timeout and --max-body-mib must be more than 0")
     limits = Limits(body_bytes=max_body_mib << 20, request_s=timeout_s, remote_media=remote_media)
+    if bad := next((name for name in allow_host if not host_of(name)), None):
+        raise ConfigError(
+            f"--allow-host {bad!r}: give a name or an address alone, such as gpu.example.org or "
+            "[fd00::7]"
+        )
     listening = listen(host, port)
     try:
         import uvicorn
@@ -71,15 +79,18 @@ def run(
         from gemsmith.server.app import create_app
         from gemsmith.server.service import Service
 
+        local = ip_address(listening.getsockname()[0]).is_loopback
+        named = f"[{host}]" if ":" in host else host
+        hosts = [*LOCAL, named, *allow_host] if local or allow_host else []
         config = EngineConfig(max_num_seqs=max_num_seqs, max_model_len=max_model_len)
         lm = load(model, device=device, dtype=dtype, kv=kv, quant=quant)
         engine = AsyncEngine(lm, config)
         service = Service(lm, engine, limits=limits, name=name)
-        app = create_app(service, keys=keys, origins=allow_origin, version=__version__)
+        app = create_app(service, keys=keys, origins=allow_origin, hosts=hosts, version=__version__)
         _log_to_stderr()
-        url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        url = f"http://{named}:{listening.getsockname()[1]}"
         print(welcome(lm, engine.plan, service.name, url, keys=len(keys)), flush=True)
-        if host not in LOCAL and not keys:
+        if not local and not keys:
             print(
                 f"note: {host} can be reached from elsewhere and no API key is asked for; see "
                 "--api-key-file",

@@ -2,9 +2,9 @@
 
     app = create_app(Service(lm, AsyncEngine(lm)))
 
-A request passes CORS (if origins are allowed at all), the log, the guard (keys, body size), then
-its route: the API's module translates it to an `Ask`, `Service` queues it, and the same module
-turns the events into the API's answer, in one piece or as server-sent events.
+A request passes CORS (if origins are allowed at all), the log, the guard (host name, keys, body
+size), then its route: the API's module translates it to an `Ask`, `Service` queues it, and the same
+module turns the events into the API's answer, in one piece or as server-sent events.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -34,12 +34,14 @@ def create_app(
     *,
     keys: Keys | None = None,
     origins: Sequence[str] = (),
+    hosts: Sequence[str] = (),
     version: str = "0",
 ) -> FastAPI:
     """The application around a service. Shutting it down drains and closes the engine.
 
     keys: who may ask; without any everybody may. origins: pages of which a browser may ask, "*"
-    for all; none by default. version: what `/openapi.json` says.
+    for all; none by default. hosts: names that the server may be asked under, see `limits.Guard`;
+    any by default. version: what `/openapi.json` says.
     """
 
     @asynccontextmanager
@@ -67,7 +69,7 @@ def create_app(
     _openai_routes(app, service)
     _anthropic_routes(app, service)
     # The layer that is added last comes first.
-    app.add_middleware(Guard, keys=keys or Keys(), limits=service.limits)
+    app.add_middleware(Guard, keys=keys or Keys(), limits=service.limits, hosts=hosts)
     app.add_middleware(Log, service=service)
     return app
 

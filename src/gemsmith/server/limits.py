@@ -1,12 +1,14 @@
 """How much a client may ask for, and who may ask.
 
 Keys are kept as digests and compared in constant time; they are never logged. `Guard` stands before
-every route: it checks the key, and counts the bytes of the body as they come.
+every route: it checks the name that the server is asked under and the key, and counts the bytes of
+the body as they come.
 """
 
 import hashlib
 import hmac
 import json
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from gemsmith.server.errors import ApiError, speller
 OPEN = ("/health", "/ready")
 """What a load balancer asks without a key."""
 MIN_KEY_CHARACTERS = 8
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[\w.-]*)(:[0-9]*)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,14 +93,26 @@ class Keys:
 
 
 class Guard:
-    """An ASGI layer: keys and body sizes."""
+    """An ASGI layer: host names, keys and body sizes."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, limits: Limits) -> None:
+    def __init__(
+        self, app: ASGIApp, *, keys: Keys, limits: Limits, hosts: Iterable[str] = ()
+    ) -> None:
+        """hosts: names and addresses that the server may be asked under; none: any.
+
+        A page that had its own name point to this machine (DNS rebinding) would be let in by a
+        browser, as the same origin; but it asks under that name.
+        """
         self.app, self.keys, self.limits = app, keys, limits
+        self.hosts = {host_of(host) for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        host = _header(scope, b"host")
+        if self.hosts and host is not None and host_of(host) not in self.hosts:
+            await _refuse(scope, send, ApiError(403, _NO_HOST.format(host=host[:100])))
             return
         tenant = self.keys.tenant(_key(scope))
         if tenant is None and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
@@ -138,6 +153,18 @@ class _TooLarge(Exception):
 
 
 _NO_KEY = "no valid API key: send one as `Authorization: Bearer KEY` or as `x-api-key: KEY`"
+
+
+_NO_HOST = (
+    "nothing is served under the name {host!r}; ask at localhost or 127.0.0.1, or name it when the "
+    "server is started: --allow-host NAME"
+)
+
+
+def host_of(header: str) -> str:
+    """The name or address of a Host header, without its port; "" if it is none."""
+    found = _HOST.fullmatch(header.strip().lower())
+    return found[1].strip("[]").removesuffix(".") if found else ""
 
 
 def _header(scope: Scope, name: bytes) -> str | None:
