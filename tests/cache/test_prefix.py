@@ -98,6 +98,29 @@ def test_every_miss_says_why():
     assert (result.pages.length, result.miss) == (0, Miss.FULL)
 
 
+def test_a_miss_says_up_to_where_it_is_known():
+    cache = new_cache()
+    prefix = PrefixCache(cache)
+
+    def known(keys) -> tuple[int, int]:
+        result = prefix.find(list(keys), Chain("", BLOCK))
+        cache.blocks.release(result.pages)
+        return result.pages.length, result.known
+
+    kept(cache, prefix, range(40), 9, 30)
+    # In whole blocks, of which the last key of a prompt is in none.
+    for keys, expected in (
+        (range(50), (30, 30)),
+        ([*range(21), 99, 98, 97], (9, 20)),
+        (range(25), (9, 24)),
+        ([0, 99, 98, 97, 96], (0, 0)),
+    ):
+        assert known(keys) == expected, keys
+    prefix.evict()
+    prefix.evict()
+    assert known(range(50)) == (0, 28)
+
+
 def test_another_salt_or_another_picture_finds_nothing():
     cache = new_cache()
     prefix = PrefixCache(cache)

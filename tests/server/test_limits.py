@@ -258,6 +258,38 @@ def test_metrics_have_the_names_that_dashboards_know(says):
     run(scenario)
 
 
+def test_the_prefix_cache_says_what_it_had_for_ones_own_requests_alone(says):
+    async def scenario():
+        keys = (KEY, "another-key")
+        async with serving(says("Yes.<turn|>"), keys=keys) as (client, service):
+            ann, ben = ({"authorization": f"Bearer {key}"} for key in keys)
+            for header in (ann, ann, ben):
+                answer = await client.post(CHAT, json=ASKED, headers=header)
+            prompt = answer.json()["usage"]["prompt_tokens"]
+            while service.engine.stats().running:
+                await asyncio.sleep(0.01)
+            told = await client.get("/debug/cache", headers=ann)
+            assert "zanzibar" not in told.text
+            second, first = told.json()["recent"]
+            assert first.pop("seconds_ago") >= second.pop("seconds_ago") >= 0
+            assert first == {
+                "prompt_tokens": prompt,
+                "cached_tokens": 0,
+                "known_tokens": 0,
+                "miss": "new",
+                "why": "nothing that begins so is kept for this key",
+            }
+            assert second == first | {
+                "cached_tokens": prompt - 1, "known_tokens": prompt - 1, "miss": None, "why": None
+            }  # fmt: skip
+            # Another key has kept the same; nobody is told.
+            [theirs] = (await client.get("/debug/cache", headers=ben)).json()["recent"]
+            assert theirs.pop("seconds_ago") >= 0
+            assert theirs == first
+
+    run(scenario)
+
+
 def test_a_server_that_drains_is_alive_but_not_ready(says):
     async def scenario():
         async with serving(says("Yes.<turn|>")) as (client, service):

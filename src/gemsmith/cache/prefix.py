@@ -41,6 +41,14 @@ class Miss(StrEnum):
     """No block is free to go on in the middle of a block."""
 
 
+WHY = {
+    Miss.NEW: "nothing that begins so is kept for this key",
+    Miss.DIVERGED: "what is kept goes on otherwise, and no turn ends where they part",
+    Miss.EVICTED: "it was kept, and given up when others needed the room",
+    Miss.FULL: "no block of K/V was free to go on from what is kept",
+}
+
+
 @dataclass(slots=True, eq=False)
 class _Checkpoint:
     digests: tuple[bytes, ...]
@@ -58,6 +66,24 @@ class Found:
     """Held for the caller, `pages.length` tokens; empty if nothing was found."""
     miss: Miss | None
     """None if there is nothing left but what is new in this prompt."""
+    known: int
+    """Tokens at the beginning that are kept under this salt, or were, in whole blocks: the next
+    differs, or was never there. More than `pages.length` where no turn ends there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lookup:
+    """What the cache had for one request, to tell people; nothing of what the request says."""
+
+    at: float
+    """Seconds, see `time.time`."""
+    tenant: str
+    prompt_tokens: int
+    cached_tokens: int
+    """Those that needed no computing."""
+    known_tokens: int
+    """See `Found.known`."""
+    miss: Miss | None
 
 
 class Chain:
@@ -138,7 +164,7 @@ class PrefixCache:
                     best = checkpoint
             if best is not None and best.pages.length:
                 return self._hit(best, digests)
-        return Found(Pages(), self._missed(digests, 0))
+        return Found(Pages(), *self._missed(digests, 0))
 
     def _hit(self, checkpoint: _Checkpoint, digests: list[bytes]) -> Found:
         length = checkpoint.pages.length
@@ -146,17 +172,18 @@ class PrefixCache:
         try:
             pages = self._cache.branch(checkpoint.pages, length)
         except CapacityError:
-            return Found(Pages(), Miss.FULL)
-        return Found(pages, self._missed(digests, length))
+            return Found(Pages(), Miss.FULL, length)
+        return Found(pages, *self._missed(digests, length))
 
-    def _missed(self, digests: list[bytes], length: int) -> Miss | None:
-        """Why the whole blocks of a prompt beyond `length` were not found."""
-        beyond = digests[length // self._cache.plan.block_tokens + 1 :]
-        if any(digest in self._kept for digest in beyond):
-            return Miss.DIVERGED
-        if any(digest in self._gone for digest in beyond):
-            return Miss.EVICTED
-        return None if length else Miss.NEW
+    def _missed(self, digests: list[bytes], length: int) -> tuple[Miss | None, int]:
+        """Why the whole blocks of a prompt beyond `length` were not found, and `Found.known`."""
+        size = self._cache.plan.block_tokens
+        for blocks in range(len(digests) - 1, length // size, -1):
+            if digests[blocks] in self._kept:
+                return Miss.DIVERGED, blocks * size
+            if digests[blocks] in self._gone:
+                return Miss.EVICTED, blocks * size
+        return (None if length else Miss.NEW), length
 
     def evict(self) -> bool:
         """Give up the checkpoint that was not used for longest; False if there is none."""

@@ -14,7 +14,7 @@ on the CPU), so does the batch; elsewhere floats may differ in the last bits.
 """
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
@@ -23,7 +23,7 @@ import torch
 
 from gemsmith import hardware, sizing
 from gemsmith.cache.paged import PagedCache
-from gemsmith.cache.prefix import Chain, Miss, PrefixCache
+from gemsmith.cache.prefix import Chain, Found, Lookup, PrefixCache
 from gemsmith.engine.context import Next, Soft, between
 from gemsmith.engine.engine import LM
 from gemsmith.engine.reply import Event, Reply
@@ -34,6 +34,8 @@ from gemsmith.errors import CapacityError, ConfigError, GemsmithError
 
 LONGEST_BY_DEFAULT = 32768
 """Tokens of a sequence that a plan makes room for where nobody says; fewer if memory is short."""
+LOOKUPS = 64
+"""Latest requests of which is known what the prefix cache had for them."""
 SHARE_OF_MEMORY = 0.5
 """Of the memory that is free once the model is loaded, what K/V may take where nobody says."""
 
@@ -87,6 +89,8 @@ class Stats:
     prefix_hits: int
     prefix_misses: dict[str, int]
     """By reason, see `cache.prefix.Miss`; a hit that could have been longer counts in both."""
+    lookups: tuple[Lookup, ...]
+    """What the prefix cache had for the latest requests, the latest last."""
     checkpoints: int
     """Ends of turns that the prefix cache holds now."""
     generated_tokens: int
@@ -129,7 +133,8 @@ class _Job:
     """Of the prompt and the reply so far."""
     cached: int | None = None
     """Tokens of the prompt that had not to be computed; None before admission."""
-    miss: Miss | None = None
+    found: Found | None = None
+    """What the prefix cache had for it; its pages are the sequence's."""
     soft: Soft | None = None
     """Rows of the soft tokens, while some of them are still to be computed."""
     soft_from: int = field(default=-1)
@@ -175,6 +180,7 @@ class BatchEngine:
         )
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated = 0
         self._hits, self._misses = 0, Counter[str]()
+        self._lookups: deque[Lookup] = deque(maxlen=LOOKUPS)
         self._finished = self._aborted = self._failed = 0
         self._busy_s = 0.0
 
@@ -264,6 +270,7 @@ class BatchEngine:
             cached_tokens=self._cached_tokens,
             prefix_hits=self._hits,
             prefix_misses=dict(self._misses),
+            lookups=tuple(self._lookups),
             checkpoints=len(self.prefix),
             generated_tokens=self._generated,
             preemptions=self.scheduler.preemptions,
@@ -285,8 +292,8 @@ class BatchEngine:
         if not self.config.prefix_caching:
             return
         job = self._by_sequence[sequence]
-        found = self.prefix.find(job.keys, job.chain)
-        sequence.pages, job.miss = found.pages, found.miss
+        job.found = self.prefix.find(job.keys, job.chain)
+        sequence.pages = job.found.pages
 
     def _count_cached(self, job: _Job) -> None:
         """Once a request, when it is first seen in a step."""
@@ -295,8 +302,20 @@ class BatchEngine:
         job.cached = job.sequence.pages.length
         self._cached_tokens += job.cached
         self._hits += job.cached > 0
-        if job.miss is not None:
-            self._misses[job.miss] += 1
+        if job.found is None:
+            return
+        if job.found.miss is not None:
+            self._misses[job.found.miss] += 1
+        self._lookups.append(
+            Lookup(
+                at=time.time(),
+                tenant=job.sequence.tenant,
+                prompt_tokens=len(job.reply.prompt.ids),
+                cached_tokens=job.cached,
+                known_tokens=job.found.known,
+                miss=job.found.miss,
+            )
+        )
 
     def _written(self, slice: Slice) -> None:
         """Keep the ends of turns that a slice has passed."""

@@ -7,6 +7,7 @@ size), then its route: the API's module translates it to an `Ask`, `Service` que
 module turns the events into the API's answer, in one piece or as server-sent events.
 """
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
+from gemsmith.cache.prefix import WHY
 from gemsmith.errors import GemsmithError
 from gemsmith.server import anthropic, chat, errors, responses, transcription
 from gemsmith.server.errors import ApiError, problem
@@ -110,9 +112,11 @@ def _plain_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/debug/cache")
-    async def debug_cache() -> Response:
-        """How the prefix cache does, and why it misses."""
+    async def debug_cache(request: Request) -> Response:
+        """How the prefix cache does, and what it had for the caller's own latest requests."""
         stats = service.engine.stats()
+        # Nobody is told what others ask, nor that somebody else has asked the same.
+        own = [each for each in stats.lookups if each.tenant == request.state.tenant]
         return answer(
             {
                 "hits": stats.prefix_hits,
@@ -122,6 +126,17 @@ def _plain_routes(app: FastAPI, service: Service) -> None:
                 "checkpoints": stats.checkpoints,
                 "kv_used_bytes": stats.kv_used_bytes,
                 "kv_bytes": stats.kv_bytes,
+                "recent": [
+                    {
+                        "seconds_ago": round(time.time() - each.at, 3),
+                        "prompt_tokens": each.prompt_tokens,
+                        "cached_tokens": each.cached_tokens,
+                        "known_tokens": each.known_tokens,
+                        "miss": each.miss,
+                        "why": each.miss and WHY[each.miss],
+                    }
+                    for each in reversed(own)
+                ],
             }
         )
 
