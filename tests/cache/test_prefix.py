@@ -104,8 +104,9 @@ def test_a_miss_says_up_to_where_it_is_known():
 
     def known(keys) -> tuple[int, int]:
         result = prefix.find(list(keys), Chain("", BLOCK))
+        length = result.pages.length
         cache.blocks.release(result.pages)
-        return result.pages.length, result.known
+        return length, result.known
 
     kept(cache, prefix, range(40), 9, 30)
     # In whole blocks, of which the last key of a prompt is in none.

@@ -1,6 +1,7 @@
 """`gemsmith serve`: what it says, what it refuses before a model is loaded, how it ends."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -32,6 +33,12 @@ README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
             {},
             "--allow-host 'http://gpu': give a name or an address",
         ),
+        (
+            ["--prefix-cache", "/dev/null/x"],
+            {},
+            "--prefix-cache /dev/null/x: Not a directory; name a",
+        ),
+        (["--prefix-cache-size", "0"], {}, "--prefix-cache-size '0': a size such as 3.2GB"),
         (["--timeout", "0"], {}, "--timeout and --max-body-mib must be more than 0"),
         (["--port", "0", "--max-num-seqs", "0"], {}, "max_num_seqs 0"),
     ],
@@ -56,12 +63,27 @@ def test_without_the_extra_the_way_to_it_is_named(monkeypatch):
     )
 
 
+def test_what_the_cache_tells_is_a_line_of_json(capsys):
+    serve._log_to_stderr()
+    logs = [logging.getLogger(f"gemsmith.{name}") for name in ("server", "cache")]
+    try:
+        logs[1].warning("%s is passed over: %s", "a file", "it is\nnone")
+        told = json.loads(capsys.readouterr().err)
+        assert told.pop("time")
+        assert told == {"warning": "a file is passed over: it is\nnone"}
+    finally:
+        for log in logs:
+            log.handlers.clear()
+            log.propagate = True
+
+
 @pytest.mark.slow
-def test_it_says_what_fits_answers_and_ends_what_runs_when_told_to_stop():
-    """The client call of the README runs against it; SIGTERM drains."""
+def test_it_says_what_fits_answers_and_ends_what_runs_when_told_to_stop(tmp_path):
+    """The client call of the README runs against it; SIGTERM drains, and keeps prefixes."""
     command = [sys.executable, "-m", "gemsmith", "serve", "pocket", "--port", "0"]
+    command += ["--allow-host", "gpu.example", "--prefix-cache", str(tmp_path / "kept")]
     with subprocess.Popen(
-        [*command, "--max-model-len", "600", "--max-num-seqs", "2", "--allow-host", "gpu.example"],
+        [*command, "--max-model-len", "600", "--max-num-seqs", "2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -103,6 +125,7 @@ def test_it_says_what_fits_answers_and_ends_what_runs_when_told_to_stop():
             assert server.wait(30) == 0
             logged = [json.loads(line) for line in server.stderr.read().splitlines()]
             assert [line["status"] for line in logged] == [200, 200, 200, 403, 200, 200]
+            assert [*(tmp_path / "kept").glob("*/*.safetensors")]
         finally:
             server.kill()
 

@@ -172,6 +172,18 @@ class Blocks:
                 pool.hold(new.blocks)
         return shared
 
+    def claim(self, length: int) -> Pages | None:
+        """Pages for the first `length` tokens of a sequence, to be filled; of sliding layers for
+        the window before that point alone. None if there are not so many blocks."""
+        pages, stop, first = Pages(length), -(-length // self.plan.block_tokens), 0
+        if self.sliding.blocks:
+            first = pages.sliding.first = self.window_start(length)
+        full, sliding = stop * bool(self.full.blocks), (stop - first) * bool(self.sliding.blocks)
+        if not self.room((full, sliding)):
+            return None
+        pages.full.blocks, pages.sliding.blocks = self.full.take(full), self.sliding.take(sliding)
+        return pages
+
     def reaches(self, pages: Pages, length: int) -> bool:
         """Whether sliding blocks still hold the window before token `length`."""
         return not self.sliding.blocks or pages.sliding.first <= self.window_start(length)

@@ -13,7 +13,7 @@ Shapes: T tokens of the step, of all sequences, one sequence after the other; R 
         S keys of a sequence; N query heads, K key/value heads, H head_dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -95,6 +95,39 @@ class PagedCache:
         """What these sequences have stored, to be asked from after their last token."""
         return PagedReader(self, pages)
 
+    def copy_out(self, pages: Pages, start: int) -> dict[str, Tensor]:
+        """What a sequence has stored, by layer and name: in full layers of its tokens from `start`
+        on, in sliding layers of the window before its end."""
+        return {
+            f"{layer}.{name}": tensor[slots].cpu()
+            for layer, slots, tensors in self._stored(pages, start, pages.length)
+            for name, tensor in tensors.items()
+        }
+
+    def copy_in(self, pages: Pages, start: int, stop: int, stored: dict[str, Tensor]) -> None:
+        """The reverse, for tokens start..stop-1 of full layers; the window that it brings is kept
+        where the sequence ends there."""
+        for layer, slots, tensors in self._stored(pages, start, stop):
+            for name, tensor in tensors.items():
+                tensor[slots] = stored[f"{layer}.{name}"].to(self.device)
+
+    def _stored(
+        self, pages: Pages, start: int, stop: int
+    ) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
+        """Each layer that owns K/V, the slots of a sequence in it, and what has these slots."""
+        first = self.blocks.window_start(pages.length) * self.plan.block_tokens
+        for layer, slots in self.slots.items():
+            sliding = self.config.layers[layer].window is not None
+            if sliding and stop < pages.length:
+                continue
+            at = torch.arange(first if sliding else start, stop)
+            yield layer, self.slots_of(_table(pages, sliding), at), slots.tensors
+
+    def slots_of(self, table: Table, at_T: Tensor) -> Tensor:
+        """The slots of some tokens of a sequence, [T]."""
+        size = self.plan.block_tokens
+        return torch.tensor(table.blocks)[at_T // size - table.first] * size + at_T % size
+
     def branch(self, pages: Pages, length: int) -> Pages:
         """A second sequence with the same first `length` tokens.
 
@@ -160,14 +193,13 @@ class PagedStep:
         return {sliding: self._target(sliding) for sliding in (False, True)}
 
     def _target(self, sliding: bool) -> Tensor:
-        size, parts = self.cache.plan.block_tokens, []
+        parts = []
         for chunk in self.chunks:
             table = _table(chunk.pages, sliding)
             if not table.blocks:
                 return torch.empty(0, dtype=torch.long)
             at = torch.arange(chunk.pages.length, chunk.pages.length + chunk.tokens)
-            blocks = torch.tensor(table.blocks)
-            parts.append(blocks[at // size - table.first] * size + at % size)
+            parts.append(self.cache.slots_of(table, at))
         return torch.cat(parts).to(self.cache.device)
 
     @cached_property

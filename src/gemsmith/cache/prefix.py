@@ -19,9 +19,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from gemsmith.cache.block_pool import Pages
 from gemsmith.cache.paged import PagedCache
+from gemsmith.cache.stored import Store, extended
 from gemsmith.errors import CapacityError
 
 REMEMBERED = 65536
@@ -96,26 +98,27 @@ class Chain:
     def upto(self, keys: Sequence[Hashable], blocks: int) -> list[bytes]:
         """That of nothing, and those of the first `blocks` blocks; earlier keys must not change."""
         for block in range(len(self._digests) - 1, blocks):
-            made = hashlib.blake2b(self._digests[-1], digest_size=16)
-            for key in keys[block * self._size : (block + 1) * self._size]:
-                made.update(repr(key).encode() + b",")
-            self._digests.append(made.digest())
+            next_keys = keys[block * self._size : (block + 1) * self._size]
+            self._digests.append(extended(self._digests[-1], next_keys))
         return self._digests[: blocks + 1]
 
 
 class PrefixCache:
     """Checkpoints, the least recently used first to go."""
 
-    def __init__(self, cache: PagedCache, *, max_checkpoints: int = 4096) -> None:
-        """max_checkpoints: bounds the time of `evict` and the memory beside the blocks."""
-        self._cache, self._max = cache, max_checkpoints
+    def __init__(
+        self, cache: PagedCache, *, max_checkpoints: int = 4096, store: Store | None = None
+    ) -> None:
+        """max_checkpoints: bounds the time of `evict` and the memory beside the blocks. store: what
+        is kept is written to, and looked for where memory has less."""
+        self._cache, self._max, self._store = cache, max_checkpoints, store
         self._checkpoints: OrderedDict[_Checkpoint, None] = OrderedDict()
         self._at: dict[bytes, list[_Checkpoint]] = {}
         """By the digest of their last whole block."""
         self._kept: Counter[bytes] = Counter()
         """How many checkpoints reach beyond each block."""
         self._gone: OrderedDict[bytes, None] = OrderedDict()
-        self.evictions = 0
+        self.evictions = self.restored = 0
 
     def __len__(self) -> int:
         return len(self._checkpoints)
@@ -139,22 +142,36 @@ class PrefixCache:
             if same.tail == tail:
                 self._checkpoints.move_to_end(same)
                 return True
-        if len(self._checkpoints) >= self._max:
-            self.evict()
         held = self._cache.blocks.share(pages, length)
-        checkpoint = _Checkpoint(tuple(digests), tail, held)
-        self._checkpoints[checkpoint] = None
-        self._at.setdefault(digests[-1], []).append(checkpoint)
-        self._kept.update(digests[1:])
+        self._add(_Checkpoint(tuple(digests), tail, held))
+        if self._store is not None:
+            self._store.write(digests, keys, length, partial(self._cache.copy_out, held))
         return True
 
-    def find(self, keys: Sequence[Hashable], chain: Chain) -> Found:
+    def _add(self, checkpoint: _Checkpoint) -> None:
+        if len(self._checkpoints) >= self._max:
+            self.evict()
+        self._checkpoints[checkpoint] = None
+        self._at.setdefault(checkpoint.digests[-1], []).append(checkpoint)
+        self._kept.update(checkpoint.digests[1:])
+
+    def find(self, keys: Sequence[Hashable], chain: Chain, *, stored: bool = True) -> Found:
         """The longest checkpoint that the keys begin with, at least one key left to compute.
 
-        Its pages are the caller's to release.
+        Its pages are the caller's to release. stored: whether to look in the store as well.
         """
         size, most = self._cache.plan.block_tokens, len(keys) - 1
         digests = chain.upto(keys, max(0, most) // size)
+        best = self._longest(digests, keys, most)
+        if self._store is not None and stored:
+            best = self._restore(self._store, digests, keys, most, best)
+        return self._hit(best, digests) if best else Found(Pages(), *self._missed(digests, 0))
+
+    def _longest(
+        self, digests: list[bytes], keys: Sequence[Hashable], most: int
+    ) -> _Checkpoint | None:
+        """The longest checkpoint in memory of at most `most` keys that these begin with."""
+        size = self._cache.plan.block_tokens
         for blocks in reversed(range(len(digests))):
             best, rest = None, keys[blocks * size : most]
             for checkpoint in self._at.get(digests[blocks], ()):
@@ -163,8 +180,41 @@ class PrefixCache:
                 if longer and tail == tuple(rest[: len(tail)]):
                     best = checkpoint
             if best is not None and best.pages.length:
-                return self._hit(best, digests)
-        return Found(Pages(), *self._missed(digests, 0))
+                return best
+        return None
+
+    def _restore(
+        self,
+        store: Store,
+        digests: list[bytes],
+        keys: Sequence[Hashable],
+        most: int,
+        best: _Checkpoint | None,
+    ) -> _Checkpoint | None:
+        """The longest checkpoint that can be read from the store, in memory again; what memory has
+        where that is as long, or where there is no room."""
+        blocks, size = self._cache.blocks, self._cache.plan.block_tokens
+        while True:
+            line = store.find(digests, keys, most)
+            if not line or line[-1].length <= (best.pages.length if best else 0):
+                return best
+            stored = store.read(line)
+            if stored is not None:
+                break  # what cannot be read is not found again
+        length = line[-1].length
+        while (pages := blocks.claim(length)) is None:
+            if not self.evict():
+                return None
+        start = 0
+        for entry, tensors in zip(line, stored, strict=True):
+            self._cache.copy_in(pages, start, entry.length, tensors)
+            start = entry.length
+        whole = length // size
+        tail = tuple(keys[whole * size : length])
+        restored = _Checkpoint(tuple(digests[: whole + 1]), tail, pages)
+        self._add(restored)
+        self.restored += 1
+        return restored
 
     def _hit(self, checkpoint: _Checkpoint, digests: list[bytes]) -> Found:
         length = checkpoint.pages.length

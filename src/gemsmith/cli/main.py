@@ -250,6 +250,13 @@ def serve(
             "a --host that other machines can reach takes any name."
         ),
     ] = None,
+    prefix_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder in which K/V of conversations outlives the server, for itself."),
+    ] = None,
+    prefix_cache_size: Annotated[
+        str, typer.Option(help="Most of that; the least recently used goes.")
+    ] = "2GB",
     device: Device = "auto",
     dtype: Dtype = "auto",
     kv: KV = "auto",
@@ -271,6 +278,8 @@ def serve(
         remote_media=remote_media,
         allow_origin=allow_origin or [],
         allow_host=allow_host or [],
+        prefix_cache=prefix_cache,
+        prefix_cache_size=prefix_cache_size,
         device=device,
         dtype=dtype,
         kv=kv,

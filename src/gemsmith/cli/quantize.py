@@ -140,8 +140,8 @@ def run(
     console.print(f"{target}: {verdict}", markup=False, highlight=False, soft_wrap=True)
 
 
-def parse_bytes(text: str) -> int:
-    """3.2GB (GB = 10^9), 900MiB (MiB = 2^20), or a number of bytes.
+def parse_bytes(text: str, what: str = "budget") -> int:
+    """3.2GB (GB = 10^9), 900MiB (MiB = 2^20), or a number of bytes. what: it is, in errors.
 
     Raises:
       RequestError: neither.
@@ -150,7 +150,7 @@ def parse_bytes(text: str) -> int:
     size = int(Decimal(found[1]) * UNITS.get(found[2], 1)) if found else 0
     if size < 1:
         raise RequestError(
-            f"budget {text!r}: a size such as 3.2GB (GB = 10^9 bytes) or 900MiB (MiB = 2^20)"
+            f"{what} {text!r}: a size such as 3.2GB (GB = 10^9 bytes) or 900MiB (MiB = 2^20)"
         )
     return size
 

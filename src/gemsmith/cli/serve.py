@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -40,6 +41,8 @@ def run(
     remote_media: bool,
     allow_origin: list[str],
     allow_host: list[str],
+    prefix_cache: Path | None,
+    prefix_cache_size: str,
     device: str,
     dtype: str,
     kv: str,
@@ -57,6 +60,8 @@ def run(
             f"the server needs {', '.join(missing)}: install gemsmith with its extra, "
             "pip install 'gemsmith[serve]'"
         )
+    from gemsmith.cache.stored import private_folder
+    from gemsmith.cli.quantize import parse_bytes
     from gemsmith.server.limits import Keys, Limits, host_of
 
     # Everything that can be wrong is found before a model is loaded.
@@ -69,6 +74,9 @@ def run(
             f"--allow-host {bad!r}: give a name or an address alone, such as gpu.example.org or "
             "[fd00::7]"
         )
+    prefix_bytes = parse_bytes(prefix_cache_size, "--prefix-cache-size")
+    if prefix_cache is not None:
+        private_folder(prefix_cache)
     listening = listen(host, port)
     try:
         import uvicorn
@@ -82,7 +90,12 @@ def run(
         local = ip_address(listening.getsockname()[0]).is_loopback
         named = f"[{host}]" if ":" in host else host
         hosts = [*LOCAL, named, *allow_host] if local or allow_host else []
-        config = EngineConfig(max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        config = EngineConfig(
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            prefix_folder=prefix_cache,
+            prefix_bytes=prefix_bytes,
+        )
         lm = load(model, device=device, dtype=dtype, kv=kv, quant=quant)
         engine = AsyncEngine(lm, config)
         service = Service(lm, engine, limits=limits, name=name)
@@ -162,9 +175,21 @@ def _mib(nbytes: int) -> str:
 
 
 def _log_to_stderr() -> None:
-    log = logging.getLogger("gemsmith.server")
-    log.setLevel(logging.INFO)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
-    log.propagate = False
+    for name, formatter in (
+        ("gemsmith.server", logging.Formatter("%(message)s")),  # they are JSON already
+        ("gemsmith.cache", _Json()),
+    ):
+        log = logging.getLogger(name)
+        log.setLevel(logging.INFO)
+        handler = logging.StreamHandler()
+        handler.setFormatter(formatter)
+        log.addHandler(handler)
+        log.propagate = False
+
+
+class _Json(logging.Formatter):
+    """A message as a line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        return json.dumps({"time": told, record.levelname.lower(): record.getMessage()})

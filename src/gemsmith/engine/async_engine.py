@@ -201,6 +201,7 @@ class AsyncEngine:
             self._draining = self._closed = True
             self._wake.notify_all()
         self._thread.join()
+        self._engine.close()
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
     # -- the worker ---------------------------------------------------------------------------

@@ -18,12 +18,14 @@ from collections import Counter, deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 
 import torch
 
 from gemsmith import hardware, sizing
 from gemsmith.cache.paged import PagedCache
 from gemsmith.cache.prefix import Chain, Found, Lookup, PrefixCache
+from gemsmith.cache.stored import Store, identity
 from gemsmith.engine.context import Next, Soft, between
 from gemsmith.engine.engine import LM
 from gemsmith.engine.reply import Event, Reply
@@ -56,12 +58,16 @@ class EngineConfig:
     """Requests that may wait; one more is refused."""
     prefix_caching: bool = True
     """Keep K/V of the ends of turns, for prompts that go on from there."""
+    prefix_folder: Path | None = None
+    """Where they are kept on disk as well, see `cache.stored`. None: nowhere."""
+    prefix_bytes: int = 2 * 10**9
+    """Most bytes there."""
     block_tokens: int = sizing.BLOCK_TOKENS
     """Tokens of a block of K/V."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_bytes",
-                     "queue_limit", "block_tokens"):  # fmt: skip
+                     "queue_limit", "prefix_bytes", "block_tokens"):  # fmt: skip
             value = getattr(self, name)
             optional = value is None and name in ("max_num_batched_tokens", "max_model_len",
                                                   "kv_bytes")  # fmt: skip
@@ -93,6 +99,8 @@ class Stats:
     """What the prefix cache had for the latest requests, the latest last."""
     checkpoints: int
     """Ends of turns that the prefix cache holds now."""
+    checkpoints_restored: int
+    """Those that came from disk, in all."""
     generated_tokens: int
     preemptions: int
     finished: int
@@ -148,7 +156,7 @@ class BatchEngine:
         """lm: not used by anybody else meanwhile.
 
         Raises:
-          ConfigError: settings that contradict each other.
+          ConfigError: settings that contradict each other, or no place for stored prefixes.
           CapacityError: K/V of one sequence of max_model_len tokens do not fit.
         """
         self.lm, self.config = lm, config or EngineConfig()
@@ -157,7 +165,8 @@ class BatchEngine:
         self.cache = PagedCache(
             text, self.plan, dtype=lm.kv, device=lm.device, k_from_v=lm.model.k_from_v
         )
-        self.prefix = PrefixCache(self.cache)
+        self._store = self._stored_prefixes()
+        self.prefix = PrefixCache(self.cache, store=self._store)
         self.scheduler = Scheduler(
             self.cache.blocks,
             queue_limit=self.config.queue_limit,
@@ -183,6 +192,23 @@ class BatchEngine:
         self._lookups: deque[Lookup] = deque(maxlen=LOOKUPS)
         self._finished = self._aborted = self._failed = 0
         self._busy_s = 0.0
+
+    def _stored_prefixes(self) -> Store | None:
+        config, lm = self.config, self.lm
+        if config.prefix_folder is None or not config.prefix_caching:
+            return None
+        size = self.plan.block_tokens
+        return Store(
+            config.prefix_folder,
+            identity(lm.model, lm.config.text_config, lm.kv, size),
+            max_bytes=config.prefix_bytes,
+            block_tokens=size,
+        )
+
+    def close(self) -> None:
+        """Write down what is still to be kept; nothing is to be asked after that."""
+        if self._store is not None:
+            self._store.close()
 
     @property
     def busy(self) -> bool:
@@ -272,6 +298,7 @@ class BatchEngine:
             prefix_misses=dict(self._misses),
             lookups=tuple(self._lookups),
             checkpoints=len(self.prefix),
+            checkpoints_restored=self.prefix.restored,
             generated_tokens=self._generated,
             preemptions=self.scheduler.preemptions,
             finished=self._finished,
@@ -292,7 +319,8 @@ class BatchEngine:
         if not self.config.prefix_caching:
             return
         job = self._by_sequence[sequence]
-        job.found = self.prefix.find(job.keys, job.chain)
+        # It may begin many times before there is room: files are read for the first alone.
+        job.found = self.prefix.find(job.keys, job.chain, stored=job.found is None)
         sequence.pages = job.found.pages
 
     def _count_cached(self, job: _Job) -> None:

@@ -124,6 +124,7 @@ def _plain_routes(app: FastAPI, service: Service) -> None:
                 "cached_tokens": stats.cached_tokens,
                 "computed_tokens": stats.prompt_tokens,
                 "checkpoints": stats.checkpoints,
+                "checkpoints_restored": stats.checkpoints_restored,
                 "kv_used_bytes": stats.kv_used_bytes,
                 "kv_bytes": stats.kv_bytes,
                 "recent": [

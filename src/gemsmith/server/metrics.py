@@ -95,6 +95,10 @@ class Metrics:
             ),
             "vllm:prefix_cache_hits": ("Those that it had.", stats.cached_tokens),
             "gemsmith:prefix_hits": ("Prompts of which it had a part.", stats.prefix_hits),
+            "gemsmith:prefix_restored": (
+                "Ends of turns that came from disk.",
+                stats.checkpoints_restored,
+            ),
             "vllm:generation_tokens": ("Tokens generated.", stats.generated_tokens),
             "gemsmith:steps": ("Passes of the model.", stats.steps),
             "gemsmith:busy_seconds": ("Time spent in steps.", stats.busy_s),
