@@ -56,6 +56,7 @@ bench: $(VENV)/.dev
 	@$(RUN)memory --record $(NUMBERS)
 	@$(RUN)media --record $(NUMBERS)
 	@$(RUN)fit --record $(NUMBERS)
+	@$(RUN)grammar --record $(NUMBERS)
 	@$(RUN)report $(NUMBERS)
 
 # 32 GB of disk more, and 16 GB of memory free.

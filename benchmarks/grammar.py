@@ -82,7 +82,7 @@ def measure_piece(
         counts["calls"] += len(reply.tool_calls)
         counts["tokens"] += reply.usage.completion_tokens
         counts["cut_short"] += cut
-        counts["replies_with_good_calls"] += not found and bool(reply.tool_calls)
+        counts["good_calls"] += 0 if found else len(reply.tool_calls)
         counts["empty_replies"] += "empty reply" in found
         if found:
             failures.append({"seed": seed, "wrong": found[:3]})
@@ -93,7 +93,7 @@ def measure_piece(
     }
 
 
-COUNTED = ("replies_with_good_calls", "calls", "cut_short", "empty_replies", "tokens")
+COUNTED = ("calls", "good_calls", "cut_short", "empty_replies", "tokens")
 
 
 def total(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def main() -> int:
     about = measure.machine()
     settings = {
         "model": asked.model,
-        "dtype": measure.label(BITS),
+        "dtype": measure.label(BITS) + ", free" * asked.free,
         "constrained": not asked.free,
         "temperature": asked.temperature,
         "commit": measure.commit(),
@@ -162,7 +162,7 @@ def main() -> int:
             f"short, {so_far['failures']} failures, {so_far['seconds']:.0f} s",
             flush=True,
         )
-    results = {**settings, **total(pieces)}
+    results = {**settings, "max_tokens": MAX_TOKENS, **total(pieces)}
     measure.finish("grammar", results, about, record=asked.record)
     return 1 if results["failures"] and not asked.free else 0
 

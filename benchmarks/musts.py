@@ -10,6 +10,7 @@ from typing import Any
 
 Record = Mapping[str, Any]
 OURS, MOBILE = "gemsmith int4", "gemsmith mobile"
+SCHEMAS = 10_000
 LLAMA, TRANSFORMERS = "llama.cpp Q4_0", "Transformers bf16"
 
 
@@ -60,6 +61,7 @@ def musts(records: Iterable[Record]) -> list[Must]:
         *_prefill(e2b),
         *_alone(latest),
         *_large(latest),
+        _grammar(latest),
     ]
 
 
@@ -143,6 +145,17 @@ def _large(latest: Mapping[tuple[str, str, str], Record]) -> Iterator[Must]:
     yield Must("peak memory, 26B-A4B int4", 16.0, "GB", True, peak, why)
 
 
+def _grammar(latest: Mapping[tuple[str, str, str], Record]) -> Must:
+    found = latest.get(("grammar", "pocket", "4-bit"))
+    why, measured = "run python -m benchmarks.grammar", None
+    if found:
+        measured, why = found["in_a_row"], ""
+        if measured < SCHEMAS:
+            why = "a call or reply is wrong" if found["failures"] else "no more were asked"
+    text = "random schemas on end, calls that all parse and fit, no empty reply"
+    return Must(text, SCHEMAS, "schemas", False, measured, why)
+
+
 def _ratio(
     peers: Record | None,
     task: str,
@@ -195,4 +208,6 @@ def _speed(peers: Record, name: str, task: str) -> float | None:
 
 
 def _number(value: float, unit: str) -> str:
+    if isinstance(value, int):
+        return f"{value} {unit}"
     return f"{value:.0%}" if unit == "%" else f"{value:.2f} {unit}".replace(" x", "x")

@@ -212,6 +212,19 @@ def fit(record: Record) -> list[str]:
     return [*lines, "", f"At most off, of what is allowed: {', '.join(worst)}."]
 
 
+def grammar(record: Record) -> list[str]:
+    return [
+        f"## Calls of tools with random schemas, {record['model']}, {record['dtype']}",
+        "",
+        f"| schemas | calls | of them right | cut short by {record['max_tokens']} tokens | "
+        "empty replies | failures | s |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+        f"| {record['schemas']} | {record['calls']} | {record['good_calls']} | "
+        f"{record['cut_short']} | {record['empty_replies']} | {record['failures']} | "
+        f"{record['seconds']:.0f} |",
+    ]
+
+
 def provenance(record: Record) -> str:
     about = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -225,6 +238,7 @@ def provenance(record: Record) -> str:
 SECTIONS = {
     "decode": decode,
     "fit": fit,
+    "grammar": grammar,
     "kernels": kernels,
     "media": media,
     "memory": memory,
