@@ -143,12 +143,17 @@ async def serving(
 
 @contextmanager
 def on_a_socket(
-    lm: LM, config: EngineConfig = SMALL, limits: Limits | None = None
+    lm: LM,
+    config: EngineConfig = SMALL,
+    limits: Limits | None = None,
+    *,
+    keys: tuple[str, ...] = (),
 ) -> Iterator[tuple[str, Service]]:
     """The address of a server in a thread."""
     with service_of(lm, config, limits) as service:
         listening = listen("127.0.0.1", 0)
-        settings = uvicorn.Config(create_app(service), log_config=None, access_log=False)
+        app = create_app(service, keys=Keys(keys))
+        settings = uvicorn.Config(app, log_config=None, access_log=False)
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -5,6 +5,7 @@ Nothing heavy is imported here: each command imports its worker when it runs. Ex
 """
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -68,11 +69,21 @@ def demo(
     quant: Annotated[
         str, typer.Option(help="Bits of its weights: int8, int4, int2, or none.")
     ] = "int4",
+    and_serve: Annotated[
+        bool, typer.Option("--serve", help="Then serve it, with a chat page; Ctrl-C ends that.")
+    ] = False,
 ) -> None:
     """A guided tour on the built-in model, under a minute long."""
     from gemsmith.cli import tour
+    from gemsmith.cli.serve import require_extra
 
-    if not tour.run(quant):
+    if and_serve:
+        require_extra()
+    right = tour.run(quant)
+    if and_serve:
+        with suppress(KeyboardInterrupt):
+            serve(port=0, quant=None if quant == "none" else quant)
+    if not right:
         raise typer.Exit(1)
 
 

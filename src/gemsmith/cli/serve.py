@@ -53,13 +53,7 @@ def run(
     Raises:
       ConfigError: the extra is not installed, the port is taken, bad settings or keys.
     """
-    if missing := [
-        lib for lib in ("fastapi", "uvicorn", "prometheus_client") if not find_spec(lib)
-    ]:
-        raise ConfigError(
-            f"the server needs {', '.join(missing)}: install gemsmith with its extra, "
-            "pip install 'gemsmith[serve]'"
-        )
+    require_extra()
     from gemsmith.cache.stored import private_folder
     from gemsmith.cli.quantize import parse_bytes
     from gemsmith.server.limits import Keys, Limits, host_of
@@ -126,6 +120,19 @@ def run(
         listening.close()
 
 
+def require_extra() -> None:
+    """Raises:
+    ConfigError: what the server is made of is not installed.
+    """
+    if missing := [
+        lib for lib in ("fastapi", "uvicorn", "prometheus_client") if not find_spec(lib)
+    ]:
+        raise ConfigError(
+            f"the server needs {', '.join(missing)}: install gemsmith with its extra, "
+            "pip install 'gemsmith[serve]'"
+        )
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens.
 
@@ -163,7 +170,8 @@ def welcome(lm: "LM", plan: KVPlan, name: str, url: str, *, keys: int) -> str:
             f"     {plan.full_tokens} tokens of all requests together; {whole} of the longest fit "
             "at once, more wait",
             f"keys: {keys} known" if keys else f"keys: none asked for; see {KEYS}",
-            f"{name} is served at {url} (OpenAI: {url}/v1; Anthropic: {url}); for example",
+            f"{name} is served at {url} (OpenAI: {url}/v1; Anthropic: {url}); open that in a "
+            "browser to chat, or, for example",
             curl,
             f"    -d '{json.dumps(body)}'",
         ]

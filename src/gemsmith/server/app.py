@@ -24,6 +24,7 @@ from gemsmith.server import anthropic, chat, errors, responses, transcription
 from gemsmith.server.errors import ApiError, problem
 from gemsmith.server.http import EventStream, Gone, Log, answer, connected, note_error
 from gemsmith.server.limits import Guard, Keys
+from gemsmith.server.page import add_page
 from gemsmith.server.protocol import ChatRequest, CompletionRequest, ResponsesRequest
 from gemsmith.server.service import Ask, Replies, Service
 
@@ -70,6 +71,7 @@ def create_app(
     _plain_routes(app, service)
     _openai_routes(app, service)
     _anthropic_routes(app, service)
+    add_page(app)
     # The layer that is added last comes first.
     app.add_middleware(Guard, keys=keys or Keys(), limits=service.limits, hosts=hosts)
     app.add_middleware(Log, service=service)
@@ -148,6 +150,7 @@ def _plain_routes(app: FastAPI, service: Service) -> None:
             "created": service.created,
             "owned_by": "gemsmith",
             "max_model_len": service.engine.plan.max_model_len,
+            "modalities": service.modalities,
         }
 
     @app.get("/v1/models")

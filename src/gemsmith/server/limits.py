@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemsmith.errors import ConfigError
 from gemsmith.server.errors import ApiError, speller
+from gemsmith.server.page import is_page
 
 OPEN = ("/health", "/ready")
 """What a load balancer asks without a key."""
@@ -115,7 +116,9 @@ class Guard:
             await _refuse(scope, send, ApiError(403, _NO_HOST.format(host=host[:100])))
             return
         tenant = self.keys.tenant(_key(scope))
-        if tenant is None and scope["path"] not in OPEN and scope["method"] != "OPTIONS":
+        path = scope["path"]
+        is_open = path in OPEN or is_page(path) or scope["method"] == "OPTIONS"
+        if tenant is None and not is_open:
             await _refuse(scope, send, ApiError(401, _NO_KEY, code="invalid_api_key"))
             return
         scope.setdefault("state", {})["tenant"] = tenant or ""

@@ -5,7 +5,13 @@ The engine's own counts are read when they are asked for; what a request took is
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from gemsmith.engine.batching import Stats
@@ -19,9 +25,10 @@ TOKENS = tuple(4**i for i in range(10))
 class Metrics:
     """The counts of one server, in a registry of their own."""
 
-    def __init__(self, model: str, stats: Callable[[], Stats]) -> None:
-        self._stats, self._model = stats, model
+    def __init__(self, model: str, stats: Callable[[], Stats], weights_bytes: int) -> None:
+        self._stats, self._model, self._weights_bytes = stats, model, weights_bytes
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)  # memory and CPU time, on Linux
         self._registry.register(self)  # pyright: ignore[reportArgumentType]
         self._success = Counter(
             "vllm:request_success",
@@ -84,6 +91,9 @@ class Metrics:
             "vllm:num_requests_running": ("Requests in the batch.", stats.running),
             "vllm:num_requests_waiting": ("Requests in the queue.", stats.waiting),
             "vllm:kv_cache_usage_perc": ("Of all K/V blocks, 1 is all.", stats.kv_usage),
+            "gemsmith:kv_used_bytes": ("Of K/V blocks in use.", stats.kv_used_bytes),
+            "gemsmith:kv_bytes": ("Of all K/V blocks.", stats.kv_bytes),
+            "gemsmith:weights_bytes": ("Of weights in memory.", self._weights_bytes),
         }
         counters = {
             "vllm:num_preemptions": ("Requests put back for lack of K/V.", stats.preemptions),

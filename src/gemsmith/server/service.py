@@ -75,7 +75,13 @@ class Service:
         self.lm, self.engine, self.limits = lm, engine, limits or Limits()
         self.name = name or lm.name
         self.names = (self.name, *also)
-        self.metrics = Metrics(self.name, engine.stats)
+        self.modalities = ["text"]
+        """What it reads."""
+        if lm.config.vision_config is not None:
+            self.modalities += ["image", "video"]
+        if lm.config.audio_config is not None:
+            self.modalities.append("audio")
+        self.metrics = Metrics(self.name, engine.stats, lm.memory()["weights"])
         self.created = int(time.time())
         self._usual_s = 1.0
         """How long a request takes, lately."""
