@@ -83,6 +83,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
         media: list[Reply] | None = None,
         *,
         quant: str | None = None,
+        serve: bool = False,
     ) -> Any:
         lm: Any = FakeLM(*talks, *errands, *(media or []))
         lm.config = tiny_config("E2B") if media is None else tiny_media_config("E2B")
@@ -95,6 +96,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
 
         monkeypatch.setattr(gemsmith, "load", load)
         chosen = ["--quant", quant] if quant else []
+        chosen += ["--serve"] if serve else []
         result: Any = CliRunner().invoke(app, ["--debug", "demo", *chosen])
         result.loaded = loaded
         assert lm.replies == [], f"not asked for: {lm.replies}\n{result.output}"
@@ -132,6 +134,34 @@ def test_the_weights_of_the_tour_are_of_four_bits_unless_asked_otherwise(
     result = demo(TALKS, LOOP, quant="none")
     assert result.loaded["quant"] is None
     assert "Weights of floats: 10 tokens" in result.output
+
+
+def test_it_serves_after_the_tour_if_asked_until_ctrl_c(demo: Any, monkeypatch):
+    served: dict[str, Any] = {}
+
+    def run(model: str, **given: Any) -> None:
+        served.update(given, model=model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemsmith.cli.serve.run", run)
+    assert demo(TALKS, LOOP).exit_code == 0
+    assert served == {}
+    result = demo(TALKS, LOOP, serve=True)
+    assert result.exit_code == 0, result.output
+    chosen = [served[name] for name in ("model", "host", "port", "quant")]
+    assert chosen == ["pocket", "127.0.0.1", 0, "int4"]
+    demo(TALKS, LOOP, serve=True, quant="none")
+    assert served["quant"] is None
+    wrong = demo(TALKS, [say("Done.")] * len(ERRANDS), serve=True)
+    assert wrong.exit_code == 1  # the tour's verdict stays
+
+
+def test_it_says_before_the_tour_that_it_cannot_serve(monkeypatch):
+    monkeypatch.setattr("gemsmith.cli.serve.find_spec", lambda name: None)
+    done = CliRunner().invoke(app, ["demo", "--serve"])
+    assert done.exit_code == 2
+    assert "pip install 'gemsmith[serve]'" in done.stderr
+    assert done.stdout == ""
 
 
 def test_calls_and_real_results_are_shown(demo: Any):

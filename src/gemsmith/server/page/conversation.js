@@ -17,6 +17,7 @@ export function newReply() {
     error: null,
     startedAt: performance.now(),
     firstAt: null,
+    isTimed: false, // whether the first to come was text; a call comes once it is whole
     endedAt: null,
   };
 }
@@ -29,8 +30,11 @@ export function absorb(reply, chunk) {
   const { delta } = choice;
   const text = (delta.reasoning_content ?? "") + (delta.content ?? "");
   if (text || delta.tool_calls) {
-    reply.firstAt ??= performance.now();
     reply.state = "streaming";
+    if (!reply.firstAt) {
+      reply.firstAt = performance.now();
+      reply.isTimed = text !== "";
+    }
   }
   reply.thinking += delta.reasoning_content ?? "";
   reply.content += delta.content ?? "";
@@ -73,11 +77,11 @@ function replied({ content, thinking, calls }) {
 }
 
 /** What a reply cost, as phrases. */
-export function costs({ usage, startedAt, firstAt, endedAt }) {
+export function costs({ usage, startedAt, firstAt, endedAt, isTimed }) {
   const made = [];
-  if (usage && firstAt && endedAt > firstAt && usage.completion_tokens > 1)
+  if (usage && isTimed && endedAt > firstAt && usage.completion_tokens > 1)
     made.push(`${short((usage.completion_tokens - 1) / ((endedAt - firstAt) / 1000))} tokens/s`);
-  if (firstAt) made.push(`first after ${short((firstAt - startedAt) / 1000)} s`);
+  if (firstAt) made.push(`${isTimed ? "first token" : "call"} after ${short((firstAt - startedAt) / 1000)} s`);
   if (!usage) return made;
   const { cached_tokens: cached, ...media } = usage.prompt_tokens_details;
   const read = Object.entries(media)

@@ -26,9 +26,8 @@ async function send() {
     say("The model waits for the results of its calls: write them above, or retry.");
     return;
   }
-  if (!settings.fields()) return;
   if (!model && !(await connect())) return;
-  if (input.value.trim() !== text) return; // it was sent meanwhile
+  if (!mayAsk()) return;
   const turn = { role: "user", text, media };
   conversation.push(turn);
   turns.append(userTurn(turn));
@@ -36,15 +35,24 @@ async function send() {
   await reply();
 }
 
+/** Whether a reply can be asked for: none is coming, and the settings are right, or are shown. */
+const mayAsk = () => !running && settings.fields() !== null;
+
 /** Has the model reply to what was said so far. */
 async function reply() {
-  const fields = settings.fields();
-  if (!fields || running) return;
   const made = newReply();
-  const asked = { model: model.id, messages: messages(conversation, settings.systemPrompt()), ...fields };
+  const history = messages(conversation, settings.systemPrompt());
+  const asked = { model: model.id, messages: history, ...settings.fields() };
   const picture = conversation.flatMap(({ media }) => media ?? []).findLast(({ kind }) => kind === "image");
   const canEdit = conversation.at(-1).role === "user";
-  const view = new ReplyView(made, { name: model.id, picture, onRetry: retry, onEdit: canEdit ? edit : null, onAnswered: reply });
+  const view = new ReplyView(made, {
+    name: model.id,
+    picture,
+    mayAsk,
+    onRetry: retry,
+    onEdit: canEdit ? edit : null,
+    onAnswered: reply,
+  });
   conversation.push(made);
   turns.append(view.root);
   follow(true);
@@ -72,6 +80,7 @@ async function reply() {
 }
 
 function retry() {
+  if (!mayAsk()) return;
   takeBack();
   input.focus();
   reply();
@@ -136,17 +145,18 @@ function follow(wasAtEnd) {
   if (wasAtEnd) log.scrollTop = log.scrollHeight;
 }
 
-/** As high as its text. */
+/** As high as its text; the style sheet bounds it. */
 function fit() {
-  input.rows = Math.min(10, input.value.split("\n").length);
+  input.style.height = "auto";
+  input.style.height = `${input.scrollHeight}px`;
 }
 
 async function showMemory() {
   try {
     const { weights, kv, kvUsed, process } = await api.memory();
     const held = [`weights ${bytes(weights)}`, `K/V ${bytes(kvUsed)} of ${bytes(kv)}`];
-    if (process) held.push(`whole server ${bytes(process)}`);
-    byId("memory").textContent = `Memory: ${held.join(", ")}.`;
+    if (process) held.push(`process ${bytes(process)}`);
+    byId("memory").textContent = `memory: ${held.join(" · ")}`;
   } catch {
     byId("memory").textContent = "";
   }

@@ -45,10 +45,13 @@ export class Tray {
   /** What the model takes: some of image, audio, video. */
   offer({ id, modalities }) {
     this.kinds = modalities.filter((kind) => kind in NAMES);
-    byId("attach").disabled = !this.kinds.length;
+    const attach = byId("attach");
+    attach.disabled = !this.kinds.length;
     byId("files").accept = this.kinds.map((kind) => `${kind}/*`).join(",");
-    const takes = this.kinds.map((kind) => NAMES[kind]).join(", ");
-    byId("attach-hint").textContent = takes ? `${id} takes ${takes}.` : `${id} reads text alone: nothing can be attached.`;
+    const lacks = Object.keys(NAMES).filter((kind) => !this.kinds.includes(kind));
+    const named = (kinds) => kinds.map((kind) => NAMES[kind]).join(", ");
+    attach.title = lacks.length < 3 ? `Attach ${named(this.kinds)}; or paste or drop them` : "";
+    byId("attach-hint").textContent = lacks.length ? `${id} takes no ${named(lacks)}` : "";
   }
 
   /** Reads files, one after the other. */

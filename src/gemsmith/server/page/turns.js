@@ -28,12 +28,13 @@ export function userTurn({ text, media }) {
 /** A reply while it comes, and what can be done with it once it is there. */
 export class ReplyView {
   /**
-   * picture: the last one that the user gave, if any. onRetry(): the reply is to be made anew.
+   * picture: the last one that the user gave, if any. mayAsk(): whether a reply can be asked for
+   * now. onRetry(): the reply is to be made anew.
    * onEdit(): the question is to be changed; null if there is none right before.
    * onAnswered(): every call has its result now.
    */
-  constructor(reply, { name, picture, onRetry, onEdit, onAnswered }) {
-    Object.assign(this, { reply, picture, onAnswered, frame: 0 });
+  constructor(reply, { name, picture, mayAsk, onRetry, onEdit, onAnswered }) {
+    Object.assign(this, { reply, picture, mayAsk, onAnswered, frame: 0 });
     this.summary = h("summary");
     this.thoughts = h("div", { class: "thoughts" });
     this.thinking = h("details", { class: "thinking", hidden: true }, this.summary, this.thoughts);
@@ -104,7 +105,7 @@ export class ReplyView {
 
   answer(event) {
     event.preventDefault();
-    if (!this.calls.reportValidity()) return;
+    if (!this.calls.reportValidity() || !this.mayAsk()) return;
     const boxes = [...this.calls.querySelectorAll("textarea")];
     this.reply.calls.forEach((call, place) => (call.result = boxes[place].value));
     this.calls.replaceChildren(...this.reply.calls.map(callCard));
