@@ -329,7 +329,7 @@ def test_a_model_without_eyes_and_ears_says_so(visit):
     page = visit("Hm.")
     attach = page.get_by_role("button", name="Attach")
     expect(attach).to_be_disabled()
-    expect(attach).to_have_accessible_description("gemma takes no pictures, sounds, videos")
+    expect(attach).to_have_accessible_description("gemma reads text alone")
     page.evaluate(DROP, ["a.png", "image/png"])
     expect(page.locator("#notice")).to_have_text("This model takes no pictures: a.png")
 

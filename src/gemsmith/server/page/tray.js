@@ -51,7 +51,8 @@ export class Tray {
     const lacks = Object.keys(NAMES).filter((kind) => !this.kinds.includes(kind));
     const named = (kinds) => kinds.map((kind) => NAMES[kind]).join(", ");
     attach.title = lacks.length < 3 ? `Attach ${named(this.kinds)}; or paste or drop them` : "";
-    byId("attach-hint").textContent = lacks.length ? `${id} takes no ${named(lacks)}` : "";
+    const hint = this.kinds.length ? `${id} takes no ${named(lacks)}` : `${id} reads text alone`;
+    byId("attach-hint").textContent = lacks.length ? hint : "";
   }
 
   /** Reads files, one after the other. */
