@@ -1,22 +1,26 @@
 """A server in this process, or on a socket, around a model that says what it is told to say."""
 
 import asyncio
+import io
 import json
 import re
 import threading
 import time
+import wave
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
 import pytest
 import torch
 import uvicorn
 from tests.engine.conftest import byte_tokenizer
 
 from gemsmith.cli.serve import listen
+from gemsmith.config import Gemma4Config
 from gemsmith.engine.async_engine import AsyncEngine
 from gemsmith.engine.batching import EngineConfig
 from gemsmith.engine.context import Next
@@ -27,7 +31,14 @@ from gemsmith.errors import GemsmithError
 from gemsmith.server.app import create_app
 from gemsmith.server.limits import Keys, Limits
 from gemsmith.server.service import Service
-from gemsmith.testing import random_model, tiny_config
+from gemsmith.testing import (
+    media_ids,
+    random_model,
+    random_towers,
+    tiny_config,
+    tiny_media_config,
+)
+from gemsmith.text.tokenizer import Tokenizer
 
 SMALL = EngineConfig(max_num_seqs=4, max_model_len=3000, max_num_batched_tokens=4000, queue_limit=4)
 COLD = replace(SMALL, prefix_caching=False)
@@ -74,10 +85,7 @@ def _fail(following: Any) -> list[Any]:
     raise GemsmithError("secret detail of /some/file")
 
 
-@pytest.fixture(scope="session")
-def tiny() -> ScriptedLM:
-    tokenizer = byte_tokenizer()
-    config = tiny_config("E2B", vocab_size=tokenizer.vocab_size)
+def scripted(config: Gemma4Config, tokenizer: Tokenizer, **options: Any) -> ScriptedLM:
     ends = [tokenizer.special.turn_close, tokenizer.special.tool_response_open]
     return ScriptedLM(
         random_model(config),
@@ -87,7 +95,23 @@ def tiny() -> ScriptedLM:
         sampling=SamplingParams(temperature=0),
         kv="float32",
         name="tiny",
+        **options,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ScriptedLM:
+    tokenizer = byte_tokenizer()
+    return scripted(tiny_config("E2B", vocab_size=tokenizer.vocab_size), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def sensing() -> ScriptedLM:
+    """The same with eyes and ears."""
+    tokenizer = byte_tokenizer()
+    config = tiny_media_config("E2B", vocab_size=tokenizer.vocab_size)
+    config = replace(config, **media_ids(tokenizer.special))
+    return scripted(config, tokenizer, towers=lambda: random_towers(config))
 
 
 @pytest.fixture
@@ -179,6 +203,19 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come to be"
         time.sleep(0.005)
+
+
+def recording(seconds: float) -> bytes:
+    """A tone as the bytes of a WAV file."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1)
+        out.setsampwidth(2)
+        out.setframerate(16000)
+        out.writeframes(
+            (np.sin(np.arange(int(16000 * seconds)) / 20) * 9000).astype("<i2").tobytes()
+        )
+    return file.getvalue()
 
 
 def events(text: str) -> list[Any]:

@@ -8,20 +8,16 @@ import json
 import os
 import re
 import shutil
-import struct
-import wave
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.conftest import CALL, THOUGHT, ScriptedLM, on_a_socket
+from PIL import Image
+from tests.server.conftest import CALL, THOUGHT, on_a_socket, recording
 
 from gemsmith.engine.batching import EngineConfig
-from gemsmith.testing import media_ids, random_model, random_towers, tiny_media_config
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright for Python")
 expect = playwright.expect
@@ -96,26 +92,10 @@ def over(page: Any) -> None:
     expect(page.locator("#send")).to_be_visible()
 
 
-def png(width: int = 64, height: int = 32) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + body))
-        return struct.pack(">I", len(body)) + kind + body + check
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rows = zlib.compress(b"".join(b"\0" + b"\x80\x40\x20" * width for _ in range(height)))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        (chunk(b"IHDR", head), chunk(b"IDAT", rows), chunk(b"IEND", b""))
-    )
-
-
-def wav() -> bytes:
-    made = BytesIO()
-    with wave.open(made, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16000)
-        file.writeframes(bytes(16000))
-    return made.getvalue()
+def picture() -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (64, 32), "teal").save(file, "PNG")
+    return file.getvalue()
 
 
 def test_a_reply_streams_and_says_what_it_cost(visit):
@@ -347,28 +327,10 @@ PASTE = """([name, type]) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def seeing(tiny) -> ScriptedLM:
-    """The model with eyes and ears."""
-    tokenizer = tiny.tokenizer
-    config = tiny_media_config("E2B", vocab_size=tokenizer.vocab_size)
-    config = replace(config, **media_ids(tokenizer.special))
-    lm = ScriptedLM(
-        random_model(config),
-        tokenizer,
-        config,
-        end_ids=tiny.end_ids,
-        sampling=tiny.sampling,
-        kv="float32",
-        towers=lambda: random_towers(config),
-    )
-    lm.script, lm.asked = lambda _: PLACES, []
-    return lm
-
-
-def test_pictures_and_sounds_are_attached_and_places_drawn(page, seeing):
+def test_pictures_and_sounds_are_attached_and_places_drawn(page, sensing):
+    sensing.script, sensing.asked = lambda _: PLACES, []
     config = EngineConfig(max_num_seqs=1, max_model_len=1500)
-    with on_a_socket(seeing, config) as (url, _):
+    with on_a_socket(sensing, config) as (url, _):
         page.goto(url)
         expect(page.get_by_role("button", name="Attach")).to_be_enabled()
         page.evaluate(DROP, ["notes.txt", "text/plain"])
@@ -379,14 +341,14 @@ def test_pictures_and_sounds_are_attached_and_places_drawn(page, seeing):
         page.get_by_role("button", name="Remove dropped.png").click()
         page.get_by_role("button", name="Remove pasted.png").click()
         page.set_input_files("#files", [
-            {"name": "table.png", "mimeType": "image/png", "buffer": png()},
-            {"name": "voice.wav", "mimeType": "audio/wav", "buffer": wav()},
+            {"name": "table.png", "mimeType": "image/png", "buffer": picture()},
+            {"name": "voice.wav", "mimeType": "audio/wav", "buffer": recording(0.5)},
         ])  # fmt: skip
         expect(page.locator("#tray li")).to_have_count(2)
         with page.expect_request("**/v1/chat/completions") as sent:
             reply = ask(page, "Where is the cup?")
-        picture, sound, text = sent.value.post_data_json["messages"][0]["content"]
-        assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+        image, sound, text = sent.value.post_data_json["messages"][0]["content"]
+        assert image["image_url"]["url"].startswith("data:image/png;base64,")
         assert sound["audio_url"]["url"].startswith("data:audio/wav;base64,")
         assert text == {"type": "text", "text": "Where is the cup?"}
         over(page)

@@ -2,49 +2,18 @@
 
 import base64
 import io
-import wave
-from dataclasses import replace
 
-import numpy as np
 import pytest
 from PIL import Image
-from tests.engine.conftest import byte_tokenizer
-from tests.server.conftest import ScriptedLM, run, serving, user
-
-from gemsmith.engine.request import SamplingParams
-from gemsmith.testing import media_ids, random_model, random_towers, tiny_media_config
+from tests.server.conftest import ScriptedLM, recording, run, serving, user
 
 URL = "/v1/audio/transcriptions"
 
 
-def recording(seconds: float) -> bytes:
-    file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setnchannels(1)
-        out.setsampwidth(2)
-        out.setframerate(16000)
-        out.writeframes(
-            (np.sin(np.arange(int(16000 * seconds)) / 20) * 9000).astype("<i2").tobytes()
-        )
-    return file.getvalue()
-
-
-@pytest.fixture(scope="module")
-def hearing() -> ScriptedLM:
-    tokenizer = byte_tokenizer()
-    config = tiny_media_config("E2B", vocab_size=tokenizer.vocab_size)
-    config = replace(config, **media_ids(tokenizer.special))
-    lm = ScriptedLM(
-        random_model(config),
-        tokenizer,
-        config,
-        end_ids=[tokenizer.special.turn_close or 0],
-        sampling=SamplingParams(temperature=0),
-        towers=lambda: random_towers(config),
-        kv="float32",
-    )
-    lm.script, lm.asked = lambda _: "hello there<turn|>", []
-    return lm
+@pytest.fixture
+def hearing(sensing: ScriptedLM) -> ScriptedLM:
+    sensing.script, sensing.asked = lambda _: "hello there<turn|>", []
+    return sensing
 
 
 def test_a_recording_is_written_down_in_each_form(hearing):
