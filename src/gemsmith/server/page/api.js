@@ -26,7 +26,10 @@ async function request(path, options = {}) {
   }
   if (answer.ok) return answer;
   const body = await answer.json().catch(() => null);
-  throw new ApiError(body?.error?.message ?? `${answer.status} ${answer.statusText}`, answer.status);
+  throw new ApiError(
+    body?.error?.message ?? `${answer.status} ${answer.statusText}`,
+    answer.status,
+  );
 }
 
 /** The model that is served: `id`, `modalities`, `max_model_len`. */

@@ -73,7 +73,10 @@ function replied({ content, thinking, calls }) {
     type: "function",
     function: { name, arguments: given },
   }));
-  return [message, ...calls.map(({ id, result }) => ({ role: "tool", tool_call_id: id, content: result }))];
+  return [
+    message,
+    ...calls.map(({ id, result }) => ({ role: "tool", tool_call_id: id, content: result })),
+  ];
 }
 
 /** What a reply cost, as phrases. */
@@ -81,7 +84,8 @@ export function costs({ usage, startedAt, firstAt, endedAt, isTimed }) {
   const made = [];
   if (usage && isTimed && endedAt > firstAt && usage.completion_tokens > 1)
     made.push(`${short((usage.completion_tokens - 1) / ((endedAt - firstAt) / 1000))} tokens/s`);
-  if (firstAt) made.push(`${isTimed ? "first token" : "call"} after ${short((firstAt - startedAt) / 1000)} s`);
+  if (firstAt)
+    made.push(`${isTimed ? "first token" : "call"} after ${short((firstAt - startedAt) / 1000)} s`);
   if (!usage) return made;
   const { cached_tokens: cached, ...media } = usage.prompt_tokens_details;
   const read = Object.entries(media)

@@ -19,8 +19,8 @@ let running = null; // the AbortController of the reply that is coming
 // -- asking -----------------------------------------------------------------------------------
 
 async function send() {
-  const text = input.value.trim();
   const media = await tray.whole();
+  const text = input.value.trim();
   if (running || (!text && !media.length)) return;
   if (openCalls(conversation.at(-1)).length) {
     say("The model waits for the results of its calls: write them above, or retry.");
@@ -43,7 +43,9 @@ async function reply() {
   const made = newReply();
   const history = messages(conversation, settings.systemPrompt());
   const asked = { model: model.id, messages: history, ...settings.fields() };
-  const picture = conversation.flatMap(({ media }) => media ?? []).findLast(({ kind }) => kind === "image");
+  const picture = conversation
+    .flatMap(({ media }) => media ?? [])
+    .findLast(({ kind }) => kind === "image");
   const canEdit = conversation.at(-1).role === "user";
   const view = new ReplyView(made, {
     name: model.id,
@@ -133,7 +135,9 @@ function say(text) {
 
 /** Tells readers of the screen what came, once it is whole. */
 function announce({ state, content, calls }) {
-  const called = calls.map(({ name }) => `The model calls ${name}. Its result is asked for below the call.`);
+  const called = calls.map(
+    ({ name }) => `The model calls ${name}. Its result is asked for below the call.`,
+  );
   const end = state === "stopped" ? ["Stopped."] : []; // a failure is an alert by itself
   byId("announcer").textContent = [content, ...called, ...end].join(" ");
 }
@@ -175,7 +179,11 @@ async function connect() {
     model = await api.model();
   } catch (error) {
     model = null;
-    say(error.status === 401 ? "This server asks for an API key: give one in the settings." : error.message);
+    say(
+      error.status === 401
+        ? "This server asks for an API key: give one in the settings."
+        : error.message,
+    );
     if (error.status === 401) settings.ask("key");
     return false;
   }

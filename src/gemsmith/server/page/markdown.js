@@ -47,7 +47,9 @@ function block(token) {
       return h("blockquote", {}, ...token.tokens.filter(isShown).map(block));
     case "list": {
       const start = token.ordered && token.start !== 1 ? token.start : null;
-      const items = token.items.map(({ tokens }) => h("li", {}, ...tokens.filter(isShown).map(block)));
+      const items = token.items.map(({ tokens }) =>
+        h("li", {}, ...tokens.filter(isShown).map(block)),
+      );
       return h(token.ordered ? "ol" : "ul", { start }, ...items);
     }
     case "checkbox":
@@ -64,13 +66,24 @@ function block(token) {
 const isShown = ({ type }) => type !== "space" && type !== "def";
 
 function code({ text, lang }) {
-  const bar = h("div", { class: "bar" }, h("span", {}, lang ?? ""), copyButton(() => text));
+  const bar = h(
+    "div",
+    { class: "bar" },
+    h("span", {}, lang ?? ""),
+    copyButton(() => text),
+  );
   return h("div", { class: "code-block" }, bar, h("pre", { tabindex: 0 }, h("code", {}, text)));
 }
 
 function table({ header, rows }) {
   const row = (cells, tag) =>
-    h("tr", {}, ...cells.map(({ tokens, align }) => h(tag, { class: align && `to-${align}` }, ...inline(tokens))));
+    h(
+      "tr",
+      {},
+      ...cells.map(({ tokens, align }) =>
+        h(tag, { class: align && `to-${align}` }, ...inline(tokens)),
+      ),
+    );
   const head = h("thead", {}, row(header, "th"));
   const body = h("tbody", {}, ...rows.map((cells) => row(cells, "td")));
   return h("div", { class: "table", tabindex: 0 }, h("table", {}, head, body));

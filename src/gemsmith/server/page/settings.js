@@ -17,7 +17,16 @@ const EXAMPLE = [
     },
   },
 ];
-const KEPT = ["system", "max-tokens", "temperature", "think", "thinking-budget", "image-budget", "tools", "tool-choice"];
+const KEPT = [
+  "system",
+  "max-tokens",
+  "temperature",
+  "think",
+  "thinking-budget",
+  "image-budget",
+  "tools",
+  "tool-choice",
+];
 const STORE = "gemsmith";
 const narrow = matchMedia("(max-width: 55rem)");
 
@@ -132,7 +141,8 @@ function recall() {
     // Somebody else wrote it.
   }
   for (const id of KEPT) if (typeof kept[id] === "string") byId(id).value = kept[id];
-  for (const select of form.querySelectorAll("select")) if (select.selectedIndex < 0) select.selectedIndex = 0;
+  for (const select of form.querySelectorAll("select"))
+    if (select.selectedIndex < 0) select.selectedIndex = 0;
   keep();
 }
 

@@ -68,7 +68,9 @@ export class Tray {
     const kind = file.type.split("/")[0];
     if (!this.kinds.includes(kind)) {
       this.say(
-        kind in NAMES ? `This model takes no ${NAMES[kind]}: ${file.name}` : `${file.name} is no picture, sound or video.`,
+        kind in NAMES
+          ? `This model takes no ${NAMES[kind]}: ${file.name}`
+          : `${file.name} is no picture, sound or video.`,
       );
       return;
     }
@@ -99,7 +101,11 @@ export class Tray {
         this.put(this.media.filter((other) => other !== medium));
         byId("input").focus();
       };
-      const button = h("button", { type: "button", "aria-label": `Remove ${medium.name}`, onclick: remove }, "×");
+      const button = h(
+        "button",
+        { type: "button", "aria-label": `Remove ${medium.name}`, onclick: remove },
+        "×",
+      );
       return h("li", {}, preview(medium), button);
     });
     this.list.replaceChildren(...items);

@@ -44,7 +44,8 @@ export class ReplyView {
     this.calls = h("form", { class: "calls", novalidate: true, onsubmit: (e) => this.answer(e) });
     this.extra = h("div"); // what is known at the end: places, problems, notes, an error
     this.facts = h("span");
-    const button = (text, onclick) => h("button", { type: "button", class: "quiet last", onclick }, text);
+    const button = (text, onclick) =>
+      h("button", { type: "button", class: "quiet last", onclick }, text);
     this.copy = copyButton(() => reply.content);
     const buttons = [this.copy, button("Retry", onRetry), onEdit && button("Edit", onEdit)];
     this.bar = h("footer", { hidden: true }, this.facts, ...buttons);
@@ -81,7 +82,8 @@ export class ReplyView {
     this.thoughts.textContent = reply.thinking;
     this.waiting.hidden = over;
     this.markdown.update(reply.content);
-    for (const call of reply.calls.slice(this.calls.children.length)) this.calls.append(callCard(call));
+    for (const call of reply.calls.slice(this.calls.children.length))
+      this.calls.append(callCard(call));
     if (over) this.end();
   }
 
@@ -89,7 +91,8 @@ export class ReplyView {
     const { reply, picture } = this;
     this.root.removeAttribute("aria-busy");
     const found = picture ? places(reply.content) : [];
-    if (openCalls(reply).length) this.calls.append(h("button", { class: "primary" }, "Send results"));
+    if (openCalls(reply).length)
+      this.calls.append(h("button", { class: "primary" }, "Send results"));
     this.extra.append(
       ...(found.length ? [drawn(picture, found)] : []),
       ...reply.problems.map(problemCard),
@@ -116,13 +119,24 @@ export class ReplyView {
 /** A call, with its result or a box to write it in. */
 function callCard(call) {
   const { name, result } = call;
-  const box = h("textarea", { rows: 2, required: true, class: "code", "aria-label": `Result of ${name}` });
+  const box = h("textarea", {
+    rows: 2,
+    required: true,
+    class: "code",
+    "aria-label": `Result of ${name}`,
+  });
   const answer =
     result === null
       ? h("label", {}, "Result", box)
       : h("div", {}, h("span", { class: "of" }, "Result"), h("pre", { tabindex: 0 }, result));
   const head = h("p", {}, h("span", { class: "of" }, "calls"), " ", h("code", {}, name));
-  const card = h("div", { class: "call" }, head, h("pre", { tabindex: 0 }, pretty(call.arguments)), answer);
+  const card = h(
+    "div",
+    { class: "call" },
+    head,
+    h("pre", { tabindex: 0 }, pretty(call.arguments)),
+    answer,
+  );
   if (result === null) sendOnEnter(box);
   return card;
 }
@@ -137,5 +151,10 @@ function pretty(json) {
 
 function problemCard({ kind, message, raw }) {
   const text = raw ? h("pre", { tabindex: 0 }, raw) : null;
-  return h("div", { class: "tool-problem" }, h("p", {}, `A call that cannot be made (${kind}): ${message}`), text);
+  return h(
+    "div",
+    { class: "tool-problem" },
+    h("p", {}, `A call that cannot be made (${kind}): ${message}`),
+    text,
+  );
 }
