@@ -9,6 +9,9 @@ turn, in one process, after one round that nobody timed; given is the median of 
 least and the greatest, and the same of two runs without guesses, which is the noise. Token ids are
 compared every time.
 
+`together` is the same of `echo`, `tool` and `free` in the batching engine, 1, 4 and 16 requests at
+a time: passes without guesses over those with, and the ratio of speeds.
+
 Run: python -m benchmarks.speculation [--model pocket] [--quant int4] [--rounds 7] [--tokens 200]
 """
 
@@ -20,8 +23,11 @@ import time
 from random import Random
 from typing import Any
 
-from gemsmith.engine.engine import LM
-from gemsmith.engine.request import Generation
+from gemsmith.engine.batching import BatchEngine, EngineConfig, run_all
+from gemsmith.engine.engine import LM, collect
+from gemsmith.engine.media import Prompt
+from gemsmith.engine.request import Generation, Request
+from gemsmith.errors import GemsmithError
 
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -107,6 +113,52 @@ def measure(plain: LM, ahead: LM, rounds: int, tokens: int) -> dict[str, Any]:
     return found
 
 
+def request_of(
+    lm: LM, *, prompt: Any, tools: Any = None, tool_choice: Any = "auto", **options: Any
+) -> Request:
+    """What `LM.generate` or `LM.complete` would be asked, for an engine."""
+    params = lm.sampling.changed(**options)
+    if not isinstance(prompt, str):
+        return Request(prompt=Prompt(prompt), params=params, chat=False)
+    encoded = lm.encode([{"role": "user", "content": prompt}], tools=tools)
+    return Request(
+        prompt=encoded, params=params, follow=lm.follow(tools=tools, tool_choice=tool_choice)
+    )
+
+
+def timed_batch(engine: BatchEngine, requests: list[Request]) -> tuple[list[Any], int, float]:
+    """Token ids of the replies, passes, and seconds of all."""
+    before = engine.stats()
+    replies = [
+        None if isinstance(outcome, GemsmithError) else collect(outcome).token_ids
+        for outcome in run_all(engine, requests)
+    ]
+    after = engine.stats()
+    return replies, after.steps - before.steps, after.busy_s - before.busy_s
+
+
+def measure_together(plain: LM, ahead: LM, rounds: int, tokens: int) -> dict[str, Any]:
+    """By kind and number of requests: passes without guesses over those with, and speed."""
+    config = EngineConfig(max_num_seqs=16, max_model_len=2048, prefix_caching=False)
+    found: dict[str, Any] = {}
+    for kind in ("echo", "tool", "free"):
+        asked_for = [request_of(plain, **each) for each in asked(plain, tokens)[kind]]
+        for count in (1, 4, 16):
+            engines = BatchEngine(plain, config), BatchEngine(ahead, config)
+            requests = [asked_for[i % len(asked_for)] for i in range(count)]
+            passes, speed = [], []
+            for turn in range(rounds + 1):
+                expected, slow_passes, slow = timed_batch(engines[0], requests)
+                replies, fast_passes, fast = timed_batch(engines[1], requests)
+                if None in replies or replies != expected:
+                    raise SystemExit(f"{kind}: other replies with guesses than without")
+                if turn:
+                    passes.append(slow_passes / fast_passes)
+                    speed.append(slow / fast)
+            found[f"{kind} x {count}"] = {"passes": _spread(passes), "speed": _spread(speed)}
+    return found
+
+
 def _spread(values: list[float]) -> list[float]:
     """Median, least, greatest."""
     return [round(v, 3) for v in (statistics.median(values), min(values), max(values))]
@@ -126,6 +178,7 @@ def main() -> int:
         speculation="off", name=ahead.name,
     )  # fmt: skip
     found = measure(plain, ahead, args.rounds, args.tokens)
+    found["together"] = measure_together(plain, ahead, args.rounds, args.tokens)
     print(json.dumps({"name": "speculation", "model": args.model, "quant": args.quant, **found}))
     return 0
 

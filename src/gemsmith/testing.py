@@ -149,7 +149,9 @@ def random_model(
 
 
 def tiny_drafter_config(target: TextConfig) -> DrafterConfig:
-    """The drafter of a tiny model: as published beside the size, small; 8 tokens a centroid."""
+    """The drafter of a tiny model: as published beside the size, small; a centroid has 8 tokens or
+    the next more that divide the vocabulary."""
+    each = next(n for n in range(8, target.vocab_size + 1) if target.vocab_size % n == 0)
     published = published_drafter(replace(target, vocab_size=1 << 18))
     text = replace(
         published.text_config,
@@ -161,7 +163,7 @@ def tiny_drafter_config(target: TextConfig) -> DrafterConfig:
     return replace(
         published,
         text_config=text,
-        num_centroids=target.vocab_size // 8,
+        num_centroids=target.vocab_size // each,
         centroid_intermediate_top_k=3,
     )
 

@@ -173,6 +173,11 @@ def test_blocks_are_conserved_through_any_history(data):
             if blocks.room(blocks.lacking(pages, tokens)):
                 blocks.extend(pages, tokens)
                 blocks.commit(pages, data.draw(st.integers(0, tokens)))
+                if data.draw(st.booleans()):
+                    blocks.trim(pages)
+                    assert blocks.lacking(pages, 0) == (0, 0)
+                    whole = -(-pages.length // BLOCK)
+                    assert (pages.full.stop, pages.sliding.stop) == (whole, whole)
             else:
                 with pytest.raises(CapacityError, match="more blocks of full and sliding K/V"):
                     blocks.extend(pages, tokens)

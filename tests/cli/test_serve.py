@@ -41,6 +41,8 @@ README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
         (["--prefix-cache-size", "0"], {}, "--prefix-cache-size '0': a size such as 3.2GB"),
         (["--timeout", "0"], {}, "--timeout and --max-body-mib must be more than 0"),
         (["--port", "0", "--max-num-seqs", "0"], {}, "max_num_seqs 0"),
+        (["--port", "0", "--speculation", "always"], {}, "speculation 'always': must be auto"),
+        (["--port", "0", "--drafter", "pocket"], {}, "model_type is 'gemma4'; drafters are"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(arguments, environment, words):

@@ -1,6 +1,9 @@
-"""A vocabulary of bytes and markers, and a model that says what it is told to say."""
+"""A vocabulary of bytes and markers, a model that says what it is told to say, tiny models of few
+bits, and guesses of what they say."""
 
+import random
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +14,30 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from gemsmith.cache.ring import RingCache
 from gemsmith.config import Gemma4Config
+from gemsmith.engine.drafters import Lookup, Text
 from gemsmith.engine.engine import LM
-from gemsmith.engine.request import SamplingParams
-from gemsmith.testing import tiny_config
+from gemsmith.engine.request import Generation, SamplingParams
+from gemsmith.engine.speculative import Speculation
+from gemsmith.ops import native
+from gemsmith.testing import random_model, tiny_config, whole_groups
 from gemsmith.text.tokenizer import MARKERS, SPACE, Tokenizer
+from gemsmith.weights.load import load_model
+from gemsmith.weights.save import save_model
+
+needs_extension = pytest.mark.skipif(not native.available(), reason="needs the C++ extension")
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+
+NOTE = {
+    "type": "function",
+    "function": {
+        "name": "note",
+        "parameters": {
+            "type": "object",
+            "properties": {"text": {"type": "string"}, "tag": {"enum": ["one", "two"]}},
+            "required": ["text", "tag"],
+        },
+    },
+}
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -102,3 +125,61 @@ def scripted(tokenizer: Tokenizer) -> Callable[..., LM]:
         return ScriptedLM(model, tokenizer, config, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def low_bit(tokenizer, tmp_path_factory) -> Callable[..., LM]:
+    """Makes tiny models whose logits have the same bits in any pass."""
+    models = {}
+
+    def make(size: str, window: int = 8, **options) -> LM:
+        config = tiny_config(size, vocab_size=tokenizer.vocab_size, sliding_window=window)
+        config = whole_groups(config)
+        if (size, window) not in models:
+            folder = tmp_path_factory.mktemp(size)
+            save_model(random_model(config, dtype=torch.bfloat16), config, folder)
+            models[size, window] = load_model(folder, quant="int4")[1]
+        return LM(models[size, window], tokenizer, config, **options)
+
+    return make
+
+
+class Oracle:
+    """Knows how texts go on, but for every n-th token, which it guesses wrong."""
+
+    def __init__(self, *texts: Sequence[int], wrong_every: int = 4) -> None:
+        self.texts, self.wrong_every = [list(text) for text in texts], wrong_every
+
+    def __call__(self, _: Lookup, texts: Sequence[Text], counts: Sequence[int]) -> list[list[int]]:
+        return [self.guesses(text.ids, most) for text, most in zip(texts, counts, strict=True)]
+
+    def guesses(self, ids: list[int], most: int) -> list[int]:
+        at = len(ids)
+        [known] = [text for text in self.texts if text[:at] == ids]
+        return [
+            3 + (id == 3) if place % self.wrong_every == 0 else id
+            for place, id in enumerate(known[at : at + most], at)
+        ]
+
+
+def always(monkeypatch: pytest.MonkeyPatch, oracle: Oracle | None = None) -> None:
+    """Verify every guess that there is room for, however long it takes; in place of what stands in
+    the text those of an oracle."""
+
+    def depths(self, texts, reaches, rows, room):
+        return [min(reach, room // len(texts)) for reach in reaches]
+
+    monkeypatch.setattr(Speculation, "_depths", depths)
+    if oracle is not None:
+        monkeypatch.setattr(Lookup, "propose", partialmethod(oracle))
+
+
+def same(a: Generation, b: Generation) -> bool:
+    return (a.token_ids, a.text, a.thinking, a.tool_calls, a.finish_reason, a.logprobs) == (
+        b.token_ids, b.text, b.thinking, b.tool_calls, b.finish_reason, b.logprobs,
+    )  # fmt: skip
+
+
+def random_ids(count: int, vocab: int, seed: int = 1) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(30, vocab) for _ in range(count)]

@@ -164,7 +164,7 @@ def test_a_poisoned_request_fails_alone(tokenizer, monkeypatch):
     expected = [reply_of(e).token_ids for e in run_all(BatchEngine(lm, SMALL), requests(lm))]
     engine = BatchEngine(lm, SMALL)
     ids = [engine.add(request) for request in requests(lm)]
-    poison = engine._jobs[ids[3]].ids[:8]
+    poison = engine._jobs[ids[3]].text.ids[:8]
     forward = type(lm.model).forward
 
     def picky(self, input_ids_T, *args, **options):
@@ -257,7 +257,7 @@ def test_decoding_low_bit_weights_together_gives_the_bits_of_each_alone(quant, t
 
         def noted(works):
             found = plain(works)
-            seen.append([following.logits_V for following in found if following is not None])
+            seen.append([row.logits_V for rows in found for row in rows])
             return found
 
         runner.run = noted

@@ -1,5 +1,6 @@
 """The scheduler through thousands of random arrivals: what must hold after every step."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from gemsmith import sizing
 from gemsmith.cache.block_pool import Blocks
-from gemsmith.engine.scheduler import Scheduler, Sequence
+from gemsmith.engine.scheduler import Scheduler, Sequence, Slice
 from gemsmith.errors import ConfigError, QueueFullError, RequestError
 from gemsmith.testing import tiny_config
 
@@ -31,10 +32,13 @@ def new_scheduler(queue_limit=1000, **options) -> Scheduler:
 
 
 class Run:
-    """Drives a scheduler as the engine does, and checks each step."""
+    """Drives a scheduler as the engine does, and checks each step. With a seed, sequences that
+    generate ask for drafts, of which some are accepted."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, drafting: int | None = None) -> None:
         self.scheduler, self.alive, self.steps = scheduler, [], 0
+        self.draw = None if drafting is None else random.Random(drafting)
+        self.drafted = self.cut_short = 0
         self.first_token: dict[Sequence, int] = {}
 
     def add(self, tokens: int, limit: int, **options) -> Sequence:
@@ -51,29 +55,49 @@ class Run:
         scheduler, plan = self.scheduler, self.scheduler.plan
         oldest = min((s.admitted for s in scheduler.running), default=None)
         slices = scheduler.schedule()
+        preemptions = scheduler.preemptions
+        for i, slice in enumerate(slices):
+            slices[i] = self.with_drafts(slice, scheduler.room(slices))
+        assert scheduler.preemptions == preemptions, "nobody gives way to a guess"
         self.steps += 1
-        assert sum(stop - start for _, start, stop in slices) <= plan.max_num_batched_tokens
+        assert sum(slice.tokens for slice in slices) <= plan.max_num_batched_tokens
         assert len(scheduler.running) <= plan.max_num_seqs
-        assert len({id(s) for s, _, _ in slices}) == len(slices)
+        assert len({id(slice.sequence) for slice in slices}) == len(slices)
         # Whoever is the oldest gets on.
         if oldest is not None:
             assert slices[0].sequence.admitted == oldest
-        for sequence, start, stop in slices:
+        for sequence, start, stop, _ in slices:
             assert sequence in scheduler.running
             assert start == sequence.pages.length < stop <= sequence.tokens
             for first, last in sequence.wholes:
                 assert stop <= first or last <= start or start <= first < last <= stop
         scheduler.blocks.check(s.pages for s in self.alive)
-        scheduler.commit(slices)
         for slice in slices:
-            sequence = slice.sequence
-            if not slice.asks:
+            sequence, pages = slice.sequence, slice.sequence.pages
+            accepted = self.draw.randint(0, slice.drafts) if self.draw else 0
+            asks = slice.asks
+            scheduler.commit(slice, accepted)
+            assert pages.length == slice.stop + accepted
+            # What drafts took and did not need is free again.
+            blocks = -(-pages.length // plan.block_tokens)
+            assert (pages.full.stop, pages.sliding.stop) == (blocks, blocks)
+            if not asks:
                 continue
             self.first_token.setdefault(sequence, self.steps)
-            sequence.tokens += 1
+            sequence.tokens += 1 + accepted
             if sequence.tokens == sequence.limit:
                 self.abort(sequence)
         scheduler.blocks.check(s.pages for s in self.alive)
+
+    def with_drafts(self, slice: Slice, room: int) -> Slice:
+        if self.draw is None or not slice.asks:
+            return slice
+        left = slice.sequence.limit - slice.sequence.tokens - 1
+        wanted = min(self.draw.randint(0, 15), left, room)
+        slice = self.scheduler.draft(slice, wanted)
+        self.drafted += slice.drafts
+        self.cut_short += slice.drafts < wanted
+        return slice
 
     def until_idle(self, most: int) -> None:
         while self.alive:
@@ -110,9 +134,16 @@ def arrivals(draw):
 
 
 @settings(max_examples=200, deadline=None)
-@given(arrivals(), st.sampled_from([16, 17, 24, 48]), st.sampled_from([24, 33]))
-def test_budget_blocks_and_everyones_end_hold_for_any_arrivals(wanted, full_blocks, budget):
-    run = Run(new_scheduler(full_blocks=full_blocks, budget=budget))
+@given(
+    arrivals(),
+    st.sampled_from([16, 17, 24, 48]),
+    st.sampled_from([24, 33]),
+    st.none() | st.integers(0, 99),
+)
+def test_budget_blocks_and_everyones_end_hold_for_any_arrivals(
+    wanted, full_blocks, budget, drafting
+):
+    run = Run(new_scheduler(full_blocks=full_blocks, budget=budget), drafting)
     aborts: list[tuple[int, Sequence]] = []
     wanted = list(wanted)
     while wanted or run.alive:
@@ -138,6 +169,23 @@ def test_too_few_blocks_for_all_preempt_the_youngest_and_everyone_ends():
     assert run.scheduler.preemptions > 0
     assert first.preemptions == 0
     assert sum(s.preemptions for s in others) == run.scheduler.preemptions
+
+
+def test_drafts_get_what_is_left_and_nobody_gives_way_to_them():
+    run = Run(new_scheduler(full_blocks=16, budget=24), drafting=3)
+    for _ in range(3):
+        run.add(4, 60)
+    run.until_idle(400)
+    assert run.drafted > run.cut_short > 0
+    # A prompt that takes all there is leaves nothing to guess with.
+    scheduler = new_scheduler(budget=24, full_blocks=64)
+    generating = Sequence(1, 60)
+    scheduler.add(generating)
+    [slice] = scheduler.schedule()
+    scheduler.commit(slice)
+    generating.tokens += 1
+    scheduler.add(Sequence(40, 60))
+    assert scheduler.room(scheduler.schedule()) == 0
 
 
 def test_a_short_prompt_waits_for_no_long_one():
@@ -210,7 +258,7 @@ def test_cached_blocks_are_given_back_before_anybody_is_preempted():
     scheduler.add(Sequence(4, 40))
     for _ in range(30):
         slices = scheduler.schedule()
-        scheduler.commit(slices)
+        scheduler.commit(slices[0])
         slices[0].sequence.tokens += 1
     assert scheduler.preemptions == 0
     assert len(cached) == 7

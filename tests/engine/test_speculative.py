@@ -9,82 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.engine.conftest import GREEDY, NOTE, Oracle, always, needs_extension, random_ids, same
 
-from gemsmith.engine import engine as engine_module
 from gemsmith.engine.context import Context, Next
+from gemsmith.engine.drafters import Lookup, Text
 from gemsmith.engine.engine import LM
 from gemsmith.engine.media import Prompt
 from gemsmith.engine.reply import Reply
-from gemsmith.engine.request import Generation, SamplingParams
-from gemsmith.engine.speculative import (
-    CANDIDATES,
-    KEY,
-    REACH,
-    Costs,
-    Lookup,
-    Speculation,
-    accept,
-)
+from gemsmith.engine.request import SamplingParams
+from gemsmith.engine.speculative import Costs, Speculation
 from gemsmith.errors import ConfigError
-from gemsmith.ops import native
-from gemsmith.testing import SIZES, random_model, tiny_config, whole_groups
+from gemsmith.testing import SIZES, random_model, tiny_config
 from gemsmith.text.tokenizer import Tokenizer
-from gemsmith.weights.load import load_model
-from gemsmith.weights.save import save_model
-
-needs_extension = pytest.mark.skipif(not native.available(), reason="needs the C++ extension")
-GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def low_bit(tokenizer, tmp_path_factory) -> Callable[..., LM]:
-    """Makes tiny models whose logits have the same bits in any pass."""
-    models = {}
-
-    def make(size: str, window: int = 8, **options) -> LM:
-        config = tiny_config(size, vocab_size=tokenizer.vocab_size, sliding_window=window)
-        config = whole_groups(config)
-        if (size, window) not in models:
-            folder = tmp_path_factory.mktemp(size)
-            save_model(random_model(config, dtype=torch.bfloat16), config, folder)
-            models[size, window] = load_model(folder, quant="int4")[1]
-        return LM(models[size, window], tokenizer, config, **options)
-
-    return make
-
-
-class Oracle:
-    """Knows how a text goes on, but for every n-th token, which it guesses wrong."""
-
-    def __init__(self, text: Sequence[int], wrong_every: int = 4) -> None:
-        self.text, self.wrong_every = list(text), wrong_every
-
-    def propose(self, ids, most):
-        at = len(ids)
-        assert list(ids) == self.text[:at]
-        return [
-            3 + (id == 3) if place % self.wrong_every == 0 else id
-            for place, id in enumerate(self.text[at : at + most], at)
-        ]
-
-
-def always(monkeypatch, drafter: object | None = None) -> None:
-    """Verify every guess, however long it takes; of a given drafter."""
-    monkeypatch.setattr(Speculation, "_depth", lambda self, unread, most: most)
-    if drafter is not None:
-        monkeypatch.setattr(engine_module, "Lookup", lambda: drafter)
-
-
-def same(a: Generation, b: Generation) -> bool:
-    return (a.token_ids, a.text, a.thinking, a.tool_calls, a.finish_reason, a.logprobs) == (
-        b.token_ids, b.text, b.thinking, b.tool_calls, b.finish_reason, b.logprobs,
-    )  # fmt: skip
-
-
-def random_ids(count: int, vocab: int, seed: int = 1) -> list[int]:
-    draw = random.Random(seed)
-    return [draw.randrange(30, vocab) for _ in range(count)]
-
 
 # -- the reply is the same ------------------------------------------------------------------------
 
@@ -107,7 +43,7 @@ def test_a_reply_guessed_ahead_is_the_same(size, params, wrong_every, low_bit, m
     plain = low_bit(size, speculation="off")
     prompt = random_ids(21, plain.tokenizer.vocab_size)
     expected = plain.complete(prompt, sampling=params)
-    always(monkeypatch, Oracle([*prompt, *expected.token_ids], wrong_every))
+    always(monkeypatch, Oracle([*prompt, *expected.token_ids], wrong_every=wrong_every))
     lm = low_bit(size)
     ours = lm.complete(prompt, sampling=params)
     assert same(ours, expected)
@@ -173,7 +109,7 @@ def test_stop_strings_thoughts_and_limits_act_as_without(scripted, tokenizer, mo
         lm = scripted(said, speculation="on")
         prompt = lm.encode([{"role": "user", "content": "Hi"}], enable_thinking=True).ids
         with pytest.MonkeyPatch.context() as patch:
-            always(patch, Oracle([*prompt, *expected.token_ids], 5))
+            always(patch, Oracle([*prompt, *expected.token_ids], wrong_every=5))
             ours = lm.generate("Hi", enable_thinking=True, **options)
         assert same(ours, expected)
         assert ours.usage.accepted_tokens > 0
@@ -209,34 +145,21 @@ def test_a_stream_dropped_in_the_middle_leaves_what_was_accepted(scripted, monke
     assert lm.generate("Hi").text == "abcdefgh " * 20
 
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "note",
-        "parameters": {
-            "type": "object",
-            "properties": {"text": {"type": "string"}, "tag": {"enum": ["one", "two"]}},
-            "required": ["text", "tag"],
-        },
-    },
-}
-
-
 @needs_extension
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_calls_held_to_a_grammar_are_the_same(temperature, monkeypatch):
     messages = [{"role": "user", "content": "Note that ducks swim, ducks swim, tag one."}]
     asked = {
-        "tools": [TOOL], "tool_choice": "required", "seed": 3, "temperature": temperature,
+        "tools": [NOTE], "tool_choice": "required", "seed": 3, "temperature": temperature,
         "max_tokens": 80,
     }  # fmt: skip
     plain = LM.load("pocket", quant="int4", speculation="off")
     expected = plain.generate(messages, **asked)
     lm = LM.load("pocket", quant="int4")
-    prompt = lm.encode(messages, tools=[TOOL]).ids
+    prompt = lm.encode(messages, tools=[NOTE]).ids
     for wrong_every in (1000, 4):
         with pytest.MonkeyPatch.context() as patch:
-            always(patch, Oracle([*prompt, *expected.token_ids], wrong_every))
+            always(patch, Oracle([*prompt, *expected.token_ids], wrong_every=wrong_every))
             ours = lm.generate(messages, **asked)
         assert same(ours, expected)
         assert ours.usage.accepted_tokens > 0
@@ -278,7 +201,7 @@ class Fixed(Next):
     """Says the same of every next token."""
 
     def __init__(self, logits_V: torch.Tensor) -> None:
-        self._logits_V = logits_V
+        self._logits_V, self.hidden_1D = logits_V, logits_V
 
     @property
     def logits_V(self) -> torch.Tensor:
@@ -309,11 +232,13 @@ def test_what_is_drawn_with_a_guess_has_the_distribution_of_what_is_drawn_withou
         Prompt([2]), SamplingParams(seed=seed, ignore_eos=True), tokenizer, vocab_size=vocab,
         max_tokens=10**6, end_ids=frozenset({1}), chat=False,
     )  # fmt: skip
+    text = Text(reply)
     firsts: list[int] = []
     pairs = 0
     for _ in range(draws):
         before = len(reply.token_ids)
-        _, accepted = accept(reply, [row, row], [first + guess])
+        text.drafts = [first + guess]
+        _, accepted = text.take([row, row])
         new = reply.token_ids[before:]
         assert len(new) == accepted + 1
         assert (new[0] == first + guess) == (accepted == 1)
@@ -417,119 +342,62 @@ def test_logits_have_the_same_bits_in_a_pass_of_guesses_as_in_one_of_their_own(
     assert torch.equal(one.run([50]), many.run([50]))
 
 
-# -- the lookup -------------------------------------------------------------------------------
-
-
-def best_by_rescan(ids: list[int]) -> int:
-    """Most tokens that some earlier place shares with the end."""
-    most = 0
-    for place in range(KEY, len(ids)):
-        count = 0
-        while count < place and ids[place - 1 - count] == ids[-1 - count]:
-            count += 1
-        most = max(most, count)
-    return min(most, REACH)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    start=st.lists(st.integers(0, 2), min_size=1, max_size=40),
-    parts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), max_size=8),
-)
-def test_the_index_kept_by_the_token_finds_what_a_rescan_finds(start, parts):
-    lookup, ids = Lookup(), list(start)
-    for part in [[], *parts]:
-        ids += part
-        found, agreed = lookup.propose(ids, 5), best_by_rescan(ids)
-        if agreed < KEY:
-            assert found == []
-            continue
-        # What is guessed followed as many of the last tokens somewhere; of many places that end
-        # alike only the latest are looked at.
-        assert KEY <= lookup.agreed <= agreed
-        assert len(found) == min(5, lookup.agreed)
-        if ids_of(ids) <= CANDIDATES:
-            assert lookup.agreed == agreed
-        whole = [*ids, *found]
-        place = lookup.place
-        assert whole[place - lookup.agreed : place] == ids[-lookup.agreed :]
-        assert all(whole[place + i] == guess for i, guess in enumerate(found))
-
-
-def ids_of(ids: list[int]) -> int:
-    """How often the last KEY tokens came before."""
-    tail = ids[-KEY:]
-    return sum(ids[i : i + KEY] == tail for i in range(len(ids) - KEY))
-
-
-def test_a_place_that_goes_on_as_guessed_is_followed_past_many_that_look_alike():
-    key, story = [7, 8, 9], list(range(100, 140))
-    ids = [*story[:10], *key, *story[10:], *[t for n in range(40) for t in (*key, 200 + n)]]
-    lookup = Lookup()
-    ids += story[:10]
-    assert lookup.propose(ids, 3) == key
-    ids += key
-    assert lookup.propose(ids, 3) == story[10:13]
-
-
-def test_nothing_is_guessed_of_new_text_nor_beyond_what_is_asked():
-    lookup = Lookup()
-    assert lookup.propose([1, 2], 5) == []
-    ids = [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert lookup.propose(ids, 5) == []
-    ids += [1, 2, 3]
-    assert lookup.propose(ids, 5) == [4, 5, 6]
-    assert lookup.propose(ids, 2) == [4, 5]
-    ids += [4]
-    assert lookup.propose(ids, 9) == [5, 6, 7, 8]
-
-
-def test_text_that_repeats_itself_is_guessed_beyond_its_own_end():
-    assert Lookup().propose([5, 6] * 6, 9) == [5, 6, 5, 6, 5, 6, 5, 6, 5]
-
-
 # -- how far ----------------------------------------------------------------------------------
 
 
-class Known:
-    """Guesses the next number, right or wrong as the text will have it."""
+class Endless:
+    """Stands in for a reply whose tokens are as guessed in a share `right` of cases."""
 
-    def propose(self, ids, most):
-        return [ids[-1] + 1 + i for i in range(most)]
+    max_tokens = 10**9
+    params = GREEDY
+    ended = False
+
+    def __init__(self, right: float, draw: random.Random) -> None:
+        self.prompt, self.token_ids, self.right, self.draw = Prompt([0]), [], right, draw
+        self.drafted = self.accepted = 0
+
+    def fitting(self, ids):
+        return len(ids)
+
+    def forced(self):
+        return []
+
+    def take(self, row):
+        guess = [0, *self.token_ids][-1] + 1
+        right = self.draw.random() < self.right
+        self.token_ids.append(guess if right else guess + 10**6)
+        return []
+
+
+def known(self, texts, counts):
+    """Guesses the next numbers."""
+    return [[text.ids[-1] + 1 + i for i in range(n)] for text, n in zip(texts, counts, strict=True)]
 
 
 def run_clocked(
-    seconds_of: Callable[[int], float], right: float, tokens: int, seed: int = 0
-) -> tuple[float, int, int]:
-    """Seconds of a reply, in the clock of a machine; passes, and those with guesses. A share of its
-    tokens is as guessed."""
-    draw, costs = random.Random(seed), Costs()
-    ahead = Speculation(Known(), costs)
-    ids, passes, seconds, verified = [0], 0, 0.0, 0
-
-    class Endless:
-        max_tokens, token_ids = 10**9, ()
-
-        def fitting(self, ids):
-            return len(ids)
-
-    while len(ids) < tokens:
-        drafts = ahead.propose(Endless(), ids, 1)  # pyright: ignore
-        new: list[int] = []
-        for draft in [*drafts, None]:
-            following = ids[-1] + 1 if not new else new[-1] + 1
-            new.append(following if draw.random() < right else following + 10**6)
-            if new[-1] != draft:
-                break
-        took = seconds_of(1 + len(drafts))
-        ahead.observe(new, 1 + len(drafts), len(drafts), took * draw.uniform(0.9, 1.1))
-        seconds, passes, verified = seconds + took, passes + 1, verified + bool(drafts)
-        ids += new
-    return seconds, passes, verified
+    seconds_of: Callable[[int], float], right: Sequence[float], tokens: int, seed: int = 0
+) -> tuple[float, int, int, list[Text]]:
+    """Seconds until replies beside each other have so many tokens each on average, in the clock of
+    a machine; passes, and those with guesses. Of each a share of its tokens is as guessed."""
+    draw, ahead = random.Random(seed), Speculation()
+    texts = [Text(Endless(each, draw)) for each in right]  # pyright: ignore
+    passes, seconds, verified = 0, 0.0, 0
+    row = Fixed(torch.zeros(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lookup, "propose", known)
+        while sum(len(text.ids) for text in texts) < tokens * len(texts):
+            ahead.propose(texts, len(texts))
+            drafts = sum(len(text.drafts) for text in texts)
+            for text in texts:
+                text.take([row] * (1 + len(text.drafts)))
+            took = seconds_of(len(texts) + drafts)
+            ahead.observe(len(texts) + drafts, took * draw.uniform(0.9, 1.1))
+            seconds, passes, verified = seconds + took, passes + 1, verified + (drafts > 0)
+    return seconds, passes, verified, texts
 
 
 def test_guesses_go_far_where_they_are_right_and_rows_are_cheap():
-    seconds, passes, _ = run_clocked(lambda rows: 1 + 0.02 * rows, 0.95, 3000)
+    seconds, passes, _, _ = run_clocked(lambda rows: 1 + 0.02 * rows, [0.95], 3000)
     assert passes < 600
     assert seconds < 0.25 * 3000 * 1.02
 
@@ -537,11 +405,11 @@ def test_guesses_go_far_where_they_are_right_and_rows_are_cheap():
 @pytest.mark.parametrize("right", [0.0, 0.1, 0.5, 0.95])
 def test_guesses_stop_where_they_lose_whatever_the_reason(right):
     # Every row costs a whole pass: nothing can be won.
-    seconds, _, verified = run_clocked(lambda rows: float(rows), right, 3000)
+    seconds, _, verified, _ = run_clocked(float, [right], 3000)
     assert verified < 3000 / 30
     assert seconds < 1.06 * 3000
     if right == 0:  # or rows are cheap, and no guess is right
-        seconds, _, _ = run_clocked(lambda rows: 1 + 0.1 * rows, 0.0, 3000)
+        seconds, *_ = run_clocked(lambda rows: 1 + 0.1 * rows, [0.0], 3000)
         assert seconds < 1.06 * 3000 * 1.1
 
 
@@ -553,20 +421,57 @@ def test_guesses_are_tried_again_when_costs_have_changed():
         passes += 1
         return float(rows) if passes < 500 else 1.0
 
-    seconds, _, verified = run_clocked(first_dear, 0.95, 20_000)
+    seconds, _, verified, _ = run_clocked(first_dear, [0.95], 20_000)
     assert verified > 500
     assert seconds < 0.4 * 20_000
 
 
+def linear_beyond_16(rows: int) -> float:
+    """Bound by memory first, then by products: a processor."""
+    return 1 + 0.02 * rows if rows <= 16 else 1.32 * rows / 16
+
+
+def test_many_replies_leave_less_room_for_guesses_and_none_is_lost():
+    alone, _, _, _ = run_clocked(linear_beyond_16, [0.9], 2000)
+    assert alone < 0.35 * 2000
+    for replies in (4, 16, 40):
+        plain = linear_beyond_16(replies) * 2000
+        seconds, _, _, texts = run_clocked(linear_beyond_16, [0.5] * replies, 2000)
+        assert seconds < 1.06 * plain
+        if replies == 4:
+            assert seconds < 0.75 * plain
+        else:  # a row for a guess costs what one for a reply does, and is right half the time
+            assert sum(t.reply.drafted for t in texts) < 0.1 * sum(len(t.ids) for t in texts)
+
+
+def test_the_likelier_reply_gets_the_rows():
+    _, _, _, (sure, vague) = run_clocked(lambda rows: 1 + 0.06 * rows, [0.95, 0.3], 2000)
+    assert sure.reply.accepted > 0.7 * len(sure.ids)
+    assert vague.reply.drafted < 0.5 * len(vague.ids)
+    assert sure.reply.accepted > 5 * vague.reply.accepted
+
+
+@pytest.mark.parametrize(("row_s", "worth"), [(0.001, False), (0.0001, True)])
+def test_guesses_beside_a_prompt_pay_for_their_own_rows_alone(row_s, worth, monkeypatch):
+    monkeypatch.setattr(Lookup, "propose", known)
+    ahead, draw = Speculation(), random.Random(0)
+    texts = [Text(Endless(0.5, draw)) for _ in range(4)]  # pyright: ignore
+    for rows in (4, 500, 560):
+        ahead.observe(rows, 0.001 * min(rows, 500) + row_s * max(0, rows - 500))
+    ahead.propose(texts, 500)
+    assert any(text.drafts for text in texts) == worth
+
+
 def test_costs_are_medians_that_one_slow_pass_does_not_move():
     costs = Costs()
-    assert costs.of(1) is None
+    assert costs.of([1]) is None
     for seconds in (1.0, 1.1, 50.0, 0.9, 1.0):
         costs.add(1, seconds)
-    assert costs.of(1) == 1.0
-    assert costs.of(9) == 1.0  # never measured: as the next smaller
-    costs.add(4, 2.0)
-    assert [costs.of(rows) for rows in (1, 2, 3, 4, 5, 16)] == [1, 1, 2, 2, 2, 2]
+    assert costs.of([1, 9]) == [1, 1], "what was never measured may cost no more"
+    costs.add(4, 2.5)
+    assert costs.of([1, 2, 3, 4, 5, 16]) == [1, 1.5, 2, 2.5, 3, 8.5]
+    costs.add(16, 2.0)
+    assert costs.of([4, 10, 16, 40]) == [2.5, 2.25, 2, 2], "more rows never cost less"
 
 
 # -- choices ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 from tests.server.conftest import events, run, serving, user
 
 from gemsmith.engine.batching import EngineConfig
+from gemsmith.engine.speculative import Speculation
 from gemsmith.errors import ConfigError
 from gemsmith.server.limits import Keys, Limits
 
@@ -227,6 +228,26 @@ def test_an_error_of_the_server_itself_tells_nothing(says, monkeypatch, caplog):
         run(scenario)
     assert '"error": "RuntimeError"' in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_guesses_are_counted_under_the_names_that_dashboards_know(says, monkeypatch):
+    monkeypatch.setattr(Speculation, "_depths", lambda self, texts, reaches, rows, room: reaches)
+    lm = says("abcdefgh " * 9 + "<turn|>")
+    monkeypatch.setattr(lm, "speculates", True)
+
+    async def scenario():
+        async with serving(lm) as (client, service):
+            usage = (await client.post(CHAT, json=ASKED | {"max_tokens": 80})).json()["usage"]
+            while service.engine.stats().running:
+                await asyncio.sleep(0.01)
+            stats, text = service.engine.stats(), (await client.get("/metrics")).text
+            assert usage["completion_tokens"] == stats.generated_tokens
+            assert stats.draft_tokens >= stats.accepted_tokens > stats.drafts > 0
+            for name in ("drafts", "draft_tokens", "accepted_tokens"):
+                line = f'vllm:spec_decode_num_{name}_total{{model_name="gemma"}}'
+                assert f"{line} {float(getattr(stats, name))}" in text
+
+    run(scenario)
 
 
 def test_metrics_have_the_names_that_dashboards_know(says):

@@ -134,6 +134,14 @@ class Blocks:
         pages.length += tokens
         self.slide(pages)
 
+    def trim(self, pages: Pages) -> None:
+        """Give back the blocks beyond the last token, taken for some that were not kept."""
+        stop = -(-pages.length // self.plan.block_tokens)
+        for pool, table in self._kinds(pages):
+            kept = max(0, stop - table.first)
+            pool.release(table.blocks[kept:])
+            del table.blocks[kept:]
+
     def slide(self, pages: Pages) -> None:
         """Give back the sliding blocks that no later token can see."""
         first = self.window_start(pages.length)

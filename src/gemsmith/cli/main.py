@@ -272,6 +272,17 @@ def serve(
     dtype: Dtype = "auto",
     kv: KV = "auto",
     quant: Quant = None,
+    speculation: Annotated[
+        str,
+        typer.Option(
+            help="Guess replies ahead where it saves time: on, off, or auto, where replies stay "
+            "the same to the bit (low-bit weights, CPU) or there is a drafter."
+        ),
+    ] = "auto",
+    drafter: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the model's drafter (-assistant), to guess with."),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's and Anthropic's APIs."""
     from gemsmith.cli import serve as worker
@@ -295,6 +306,8 @@ def serve(
         dtype=dtype,
         kv=kv,
         quant=quant,
+        speculation=speculation,
+        drafter=drafter,
     )
 
 

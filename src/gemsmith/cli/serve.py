@@ -11,7 +11,7 @@ import time
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemsmith import __version__
 from gemsmith.errors import ConfigError
@@ -43,12 +43,11 @@ def run(
     allow_host: list[str],
     prefix_cache: Path | None,
     prefix_cache_size: str,
-    device: str,
-    dtype: str,
-    kv: str,
-    quant: str | None,
+    **loading: Any,
 ) -> None:
     """Serve until SIGINT or SIGTERM, then let what runs come to its end.
+
+    loading: options of `gemsmith.load`.
 
     Raises:
       ConfigError: the extra is not installed, the port is taken, bad settings or keys.
@@ -90,7 +89,7 @@ def run(
             prefix_folder=prefix_cache,
             prefix_bytes=prefix_bytes,
         )
-        lm = load(model, device=device, dtype=dtype, kv=kv, quant=quant)
+        lm = load(model, **loading)
         engine = AsyncEngine(lm, config)
         service = Service(lm, engine, limits=limits, name=name)
         app = create_app(service, keys=keys, origins=allow_origin, hosts=hosts, version=__version__)

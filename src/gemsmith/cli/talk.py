@@ -18,14 +18,7 @@ SMALL_BYTES = 64 << 20
 """Weights below this: a step is too little work for two threads to share."""
 
 
-def load(
-    name: str,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    kv: str = "auto",
-    quant: str | None = None,
-) -> LM:
+def load(name: str, *, quant: str | None = None, **options: Any) -> LM:
     """`gemsmith.load` with a bar while it quantizes, and one thread for a small model.
 
     Threads that wait for each other at every operator stand still while one of them has to share
@@ -38,7 +31,7 @@ def load(
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        lm = gemsmith.load(name, device=device, dtype=dtype, kv=kv, quant=quant, progress=progress)
+        lm = gemsmith.load(name, quant=quant, progress=progress, **options)
     if lm.memory()["weights"] < SMALL_BYTES:
         torch.set_num_threads(1)
     return lm

@@ -27,6 +27,7 @@ from gemsmith.cache.paged import PagedCache
 from gemsmith.cache.prefix import Chain, Found, Lookup, PrefixCache
 from gemsmith.cache.stored import Store, identity
 from gemsmith.engine.context import Next, Soft, between
+from gemsmith.engine.drafters import Text
 from gemsmith.engine.engine import LM
 from gemsmith.engine.reply import Event, Reply
 from gemsmith.engine.request import Request
@@ -102,6 +103,12 @@ class Stats:
     checkpoints_restored: int
     """Those that came from disk, in all."""
     generated_tokens: int
+    drafts: int
+    """Times that a reply was guessed ahead in a step."""
+    draft_tokens: int
+    """Guesses that the model verified, see `engine.speculative`."""
+    accepted_tokens: int
+    """Those that were right."""
     preemptions: int
     finished: int
     aborted: int
@@ -128,7 +135,7 @@ class _Job:
     """A request and where it stands."""
 
     id: int
-    reply: Reply
+    text: Text
     sequence: Sequence
     keys: list[Hashable]
     """Of the prompt and the reply so far, see `Prompt.keys`."""
@@ -137,8 +144,6 @@ class _Job:
     """Where turns of the prompt end, the last token's place at last."""
     blocks: list[int] | None
     """`Prompt.blocks` where tokens of an image see each other."""
-    ids: list[int]
-    """Of the prompt and the reply so far."""
     cached: int | None = None
     """Tokens of the prompt that had not to be computed; None before admission."""
     found: Found | None = None
@@ -147,6 +152,10 @@ class _Job:
     """Rows of the soft tokens, while some of them are still to be computed."""
     soft_from: int = field(default=-1)
     """Rows are there of soft tokens from this one on; -1: of none yet."""
+
+    @property
+    def reply(self) -> Reply:
+        return self.text.reply
 
 
 class BatchEngine:
@@ -175,6 +184,9 @@ class BatchEngine:
             written=self._written,
         )
         self._runner = Runner(lm.model, self.cache)
+        self._speculation = lm.speculation(
+            lambda texts: self.cache.reader([text.past.pages for text in texts])
+        )
         self._jobs: dict[int, _Job] = {}
         self._by_sequence: dict[Sequence, _Job] = {}
         self._ids = count(1)
@@ -190,6 +202,7 @@ class BatchEngine:
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated = 0
         self._hits, self._misses = 0, Counter[str]()
         self._lookups: deque[Lookup] = deque(maxlen=LOOKUPS)
+        self._drafts = self._draft_tokens = self._accepted_tokens = 0
         self._finished = self._aborted = self._failed = 0
         self._busy_s = 0.0
 
@@ -243,8 +256,8 @@ class BatchEngine:
         turn_close = lm.tokenizer.special.turn_close
         boundaries = [i + 1 for i, id in enumerate(prompt.ids[:-2]) if id == turn_close]
         chain = Chain(request.tenant, self.plan.block_tokens)
-        job = _Job(next(self._ids), reply, sequence, prompt.keys(), chain,
-                   [*boundaries, len(prompt.ids) - 1], blocks, list(prompt.ids))  # fmt: skip
+        job = _Job(next(self._ids), Text(reply, sequence), sequence, prompt.keys(), chain,
+                   [*boundaries, len(prompt.ids) - 1], blocks)  # fmt: skip
         self._jobs[job.id] = self._by_sequence[sequence] = job
         return job.id
 
@@ -262,25 +275,25 @@ class BatchEngine:
         slices = self.scheduler.schedule()
         for slice in slices:
             self._count_cached(self._by_sequence[slice.sequence])
+        slices = self._with_drafts(slices)
+        computing = time.perf_counter()
         outcomes: list[tuple[int, Outcome]] = []
-        done: list[tuple[Slice, Next | None]] = []
         for slice, result in zip(slices, self._compute(slices), strict=True):
-            if isinstance(result, GemsmithError):
-                outcomes.append((self._by_sequence[slice.sequence].id, self._fail(slice, result)))
-            else:
-                done.append((slice, result))
-        self.scheduler.commit([slice for slice, _ in done])
-        for slice, following in done:
             job = self._by_sequence[slice.sequence]
-            self._prompt_tokens += max(0, min(slice.stop, len(job.reply.prompt.ids)) - slice.start)
-            if following is None:
-                continue
             try:
-                outcomes.append((job.id, self._take(job, following)))
+                if isinstance(result, GemsmithError):
+                    raise result
+                events = self._take(job, slice, result)
             except GemsmithError as error:
                 outcomes.append((job.id, self._fail(slice, error)))
+            else:
+                if result:
+                    outcomes.append((job.id, events))
+        now = time.perf_counter()
+        if self._speculation and slices:
+            self._speculation.observe(sum(slice.tokens for slice in slices), now - computing)
         self._steps += bool(slices)
-        self._busy_s += time.perf_counter() - started
+        self._busy_s += now - started
         return outcomes
 
     def stats(self) -> Stats:
@@ -300,6 +313,9 @@ class BatchEngine:
             checkpoints=len(self.prefix),
             checkpoints_restored=self.prefix.restored,
             generated_tokens=self._generated,
+            drafts=self._drafts,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=self._accepted_tokens,
             preemptions=self.scheduler.preemptions,
             finished=self._finished,
             aborted=self._aborted,
@@ -354,8 +370,31 @@ class BatchEngine:
             if slice.start < boundary <= slice.stop:
                 self.prefix.keep(job.keys, job.chain, job.sequence.pages, boundary)
 
-    def _compute(self, slices: list[Slice]) -> list[Next | GemsmithError | None]:
-        """Logits of those that ask. If the pass fails each runs alone, and its error is its own."""
+    def _with_drafts(self, slices: list[Slice]) -> list[Slice]:
+        """The step with guesses of what follows, of as many tokens as pay."""
+        if self._speculation is None:
+            return slices
+        # Those that only add to what they have read; not one that computes its tokens again.
+        texts = {
+            slice.sequence: job.text
+            for slice in slices
+            if slice.asks
+            and 0 < slice.start == (job := self._by_sequence[slice.sequence]).text.read
+        }
+        rows = sum(slice.tokens for slice in slices)
+        self._speculation.propose([*texts.values()], rows, self.scheduler.room(slices))
+        drafted = []
+        for slice in slices:
+            text = texts.get(slice.sequence)
+            if text is not None and text.drafts:
+                slice = self.scheduler.draft(slice, len(text.drafts))
+                text.drafts = text.drafts[: slice.drafts]
+            drafted.append(slice)
+        return drafted
+
+    def _compute(self, slices: list[Slice]) -> list[list[Next] | GemsmithError]:
+        """What follows in those that ask. If the pass fails each runs alone, and has its own
+        error."""
         if not slices:
             return []
         try:
@@ -375,9 +414,10 @@ class BatchEngine:
         blocks_T = None
         if job.blocks is not None and start < len(job.blocks):
             blocks = job.blocks[start:stop]
-            blocks += [-1] * (stop - start - len(blocks))
+            blocks += [-1] * (slice.tokens - len(blocks))
             blocks_T = torch.tensor(blocks, device=self.lm.device)
-        return Work(slice.sequence.pages, job.ids[start:stop], slice.asks,
+        ids = [*job.text.ids[start:stop], *job.text.drafts]
+        return Work(slice.sequence.pages, ids, slice.asks * (1 + slice.drafts),
                     self._soft(job, start, stop), blocks_T)  # fmt: skip
 
     def _soft(self, job: _Job, start: int, stop: int) -> Soft | None:
@@ -395,13 +435,24 @@ class BatchEngine:
             job.soft, job.soft_from = None, -1
         return found
 
-    def _take(self, job: _Job, following: Next) -> list[Event]:
+    def _take(self, job: _Job, slice: Slice, following: list[Next]) -> list[Event]:
+        """Let a reply go on with what follows, and count what was computed for it."""
         reply, before = job.reply, len(job.reply.token_ids)
-        events = reply.take(following)
+        self._prompt_tokens += max(0, min(slice.stop, len(reply.prompt.ids)) - slice.start)
+        if not slice.asks:
+            self.scheduler.commit(slice)
+            return []
+        events, accepted = job.text.take(following)
+        self.scheduler.commit(slice, accepted)
+        self._drafts += slice.drafts > 0
+        self._draft_tokens += slice.drafts
+        self._accepted_tokens += accepted
         while reply.knows_next and not reply.ended:
             events += reply.take(None)  # the next step reads all that is known
         new = reply.token_ids[before:]
         self._generated += len(new)
+        job.keys += new
+        job.sequence.tokens += len(new)
         if reply.ended:
             events += reply.finish(job.cached or 0)
             self._finished += 1
@@ -410,9 +461,6 @@ class BatchEngine:
                 self.prefix.keep(job.keys, job.chain, pages, pages.length)
             self._forget(job)
         else:
-            job.ids += new
-            job.keys += new
-            job.sequence.tokens += len(new)
             reply.prepare()
         return events
 

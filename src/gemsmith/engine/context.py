@@ -47,12 +47,12 @@ class Next:
         hidden_1D: Tensor,
         logits_V: Tensor | None = None,
         *,
-        together: "_Together | None" = None,
+        together: "Rows | None" = None,
         row: int = 0,
     ) -> None:
-        """logits_V: where they are known already, as those of a batch are. together: the rows of
-        one pass, of which this is `row`."""
-        self._model, self._hidden_1D = model, hidden_1D
+        """hidden_1D: of the token before. logits_V: where they are known already. together: the
+        rows of one pass, of which this is `row`."""
+        self._model, self.hidden_1D = model, hidden_1D
         self._logits_V = logits_V
         self._together, self._row = together, row
 
@@ -63,7 +63,7 @@ class Next:
         if self._logits_V is None and self._together is not None:
             self._logits_V = self._together.logits(self._row)
         elif self._logits_V is None:
-            self._logits_V = self._model.logits(self._hidden_1D)[0]
+            self._logits_V = self._model.logits(self.hidden_1D)[0]
         return self._logits_V
 
     @torch.inference_mode()
@@ -73,27 +73,28 @@ class Next:
             return None
         if self._together is not None:
             return self._together.likeliest(self._row, count, skipped)
-        found = self._model.likeliest(self._hidden_1D, count, skipped)
+        found = self._model.likeliest(self.hidden_1D, count, skipped)
         return None if found is None else (found[0][0], found[1][0])
 
     @torch.inference_mode()
     def logits_of(self, ids: Sequence[int]) -> Tensor:
         """The logits of some tokens alone, float32 [n]: what a step needs at which nothing else is
         allowed."""
-        ids_n = torch.tensor(ids, device=self._hidden_1D.device)
-        return self._model.logits_of(self._hidden_1D, ids_n)[0]
+        ids_n = torch.tensor(ids, device=self.hidden_1D.device)
+        return self._model.logits_of(self.hidden_1D, ids_n)[0]
 
 
-class _Together:
+class Rows:
     """Rows of one pass, each asked for after the other: the head's weights are read once for what
     all of them are likely to be asked."""
 
-    def __init__(self, model: TextModel, hidden_RD: Tensor) -> None:
-        self._model, self._hidden_RD = model, hidden_RD
+    def __init__(self, model: TextModel, hidden_RD: Tensor, *, alike: bool = True) -> None:
+        """alike: whether all are asked in the same way, as one reply asks."""
+        self._model, self._hidden_RD, self._alike = model, hidden_RD, alike
         self._logits_RV: Tensor | None = None
         self._likeliest: dict[int, tuple[Tensor, Tensor] | None] = {}
 
-    def rows(self) -> list[Next]:
+    def all(self) -> list[Next]:
         hidden = self._hidden_RD.split(1)
         return [Next(self._model, h, together=self, row=row) for row, h in enumerate(hidden)]
 
@@ -103,6 +104,8 @@ class _Together:
         return self._logits_RV[row]
 
     def likeliest(self, row: int, count: int, skipped: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not self._alike:
+            return None
         if count not in self._likeliest:
             self._likeliest[count] = self._model.likeliest(self._hidden_RD, count, skipped)
         found = self._likeliest[count]
@@ -131,6 +134,11 @@ class Context:
     @property
     def nbytes(self) -> int:
         return self._cache.nbytes
+
+    @property
+    def kv(self) -> RingCache:
+        """What a drafter may read between two passes."""
+        return self._cache
 
     @torch.inference_mode()
     def reserve(self, tokens: int) -> None:
@@ -209,7 +217,7 @@ class Context:
         rows_R = torch.arange(len(ids) - 1, len(tokens), device=self.device)
         hidden_RD = self._pass(tokens, (), rows_R, None, None, left_open=True)
         self._verified = tokens
-        return _Together(self.model, hidden_RD).rows()
+        return Rows(self.model, hidden_RD).all()
 
     @torch.inference_mode()
     def keep(self, count: int) -> None:

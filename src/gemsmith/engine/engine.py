@@ -19,14 +19,16 @@ from torch import Tensor
 
 from gemsmith.config import Gemma4Config
 from gemsmith.engine.context import Context, Soft, kv_format
+from gemsmith.engine.drafters import Mtp, Text
 from gemsmith.engine.grammar import Constraint, Follow, Grammar, Grammars
 from gemsmith.engine.media import Prompt, expand
 from gemsmith.engine.media import collect as collect_media
 from gemsmith.engine.reply import Event, Reply
 from gemsmith.engine.request import MIN_TEMPERATURE, Finished, Generation, SamplingParams
 from gemsmith.engine.sampler import Sampler
-from gemsmith.engine.speculative import Costs, Lookup, Speculation, accept
+from gemsmith.engine.speculative import Speculation
 from gemsmith.errors import ConfigError, MediaError, RequestError, TokenizerError
+from gemsmith.model.drafter import MTPDrafter, TargetKV
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.text import chat
@@ -34,6 +36,7 @@ from gemsmith.text.grammar import ToolChoice
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
 from gemsmith.text.template import ChatTemplate
 from gemsmith.text.tokenizer import Tokenizer
+from gemsmith.weights.drafter import load_drafter
 from gemsmith.weights.fuse import same_bits_in_any_pass
 from gemsmith.weights.generation import load_generation_config
 from gemsmith.weights.hub import resolve
@@ -59,6 +62,7 @@ class LM:
         towers: Callable[[], Towers] | None = None,
         kv: str = "auto",
         speculation: str = "auto",
+        drafter: MTPDrafter | None = None,
         name: str = "model",
     ) -> None:
         """Put loaded parts together; see `load` for checkpoints.
@@ -66,13 +70,13 @@ class LM:
         sampling: what a request gets that asks for nothing else. end_ids: tokens that end a reply,
         beside the config's. template: the checkpoint's own, used instead of `text.chat`. towers:
         loads them when the first image or sound comes; None refuses these. kv, speculation: see
-        `load`.
+        `load`. drafter: the model's own, see there.
 
         Raises:
           TokenizerError: the vocabulary has more tokens than the model.
-          ConfigError: kv or speculation is unknown.
+          ConfigError: kv or speculation is unknown, or there is no use for a drafter.
         """
-        _check_speculation(speculation)
+        _check_speculation(speculation, drafter)
         vocab_size = config.text_config.vocab_size
         if tokenizer.vocab_size > vocab_size:
             raise TokenizerError(
@@ -111,14 +115,19 @@ class LM:
         self.device: torch.device = weight.device
         self.kv = kv_format(kv, weight.dtype, self.device)
         """How K/V are stored."""
-        self._costs: Costs | None = None
-        if speculation == "on" or (speculation == "auto" and same_bits_in_any_pass(model)):
-            self._costs = Costs()
-
-    @property
-    def speculates(self) -> bool:
+        self.drafter = drafter
+        """Guesses where nothing else does."""
+        self.speculates = speculation != "off" and (
+            speculation == "on" or drafter is not None or same_bits_in_any_pass(model)
+        )
         """Whether replies are guessed ahead where that saves time."""
-        return self._costs is not None
+        self._speculation = self.speculation(lambda texts: texts[0].past.kv)
+
+    def speculation(self, kv_of: Callable[[Sequence[Text]], TargetKV]) -> Speculation | None:
+        """What guesses an engine's replies ahead; None where none are. kv_of: finds their K/V."""
+        if not self.speculates:
+            return None
+        return Speculation(self.drafter and Mtp(self.drafter, self.model, kv_of))
 
     @classmethod
     def load(
@@ -131,6 +140,7 @@ class LM:
         kv: str = "auto",
         quant: str | None = None,
         speculation: str = "auto",
+        drafter: str | Path | None = None,
         progress: Callable[[int, int], None] | None = None,
         revision: str | None = None,
         offline: bool | None = None,
@@ -149,7 +159,9 @@ class LM:
         speculation: "on" guesses replies ahead from the text before them, and lets the model verify
         several tokens in one pass where measured times say that this is faster; see
         `engine.speculative`. "auto" does so where replies stay the same to the bit, with low-bit
-        weights on the CPU; "off" never does.
+        weights on the CPU, or where a drafter is given; "off" never does.
+        drafter: folder or hub id of the small model published beside this one (its name ends in
+        -assistant), to guess where the text before has nothing alike.
         progress: told after each piece how many values are quantized, of how many.
 
         Raises:
@@ -159,14 +171,20 @@ class LM:
             raise ConfigError(f"towers {towers!r}: must be auto (loaded once needed) or none")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        _check_speculation(speculation)
+        _check_speculation(speculation, drafter)
         kv_format(kv, torch.float32, torch.device(device))  # refused before anything is read
         folder = resolve(name, revision=revision, offline=offline)
         tokenizer = Tokenizer.load(folder)
+        mtp = None
+        if drafter is not None:  # before what may take minutes: it may be another model's
+            beside = resolve(drafter, offline=offline)
+            mtp = load_drafter(beside, Gemma4Config.load(folder).text_config, device=device)
         told = _told(progress, folder, quant)
         config, model = load_model(
             folder, device=device, dtype=_dtype(dtype), quant=quant, advance=told
         )
+        if mtp is not None:
+            mtp.to(model.embed_tokens.weight.dtype)
         habits = load_generation_config(folder, config)
         greedy = not habits.do_sample or habits.temperature < MIN_TEMPERATURE
         sampling = SamplingParams(
@@ -197,6 +215,7 @@ class LM:
             ),
             kv=kv,
             speculation=speculation,
+            drafter=mtp,
             name=str(name),
         )
 
@@ -463,7 +482,7 @@ class LM:
 
     def memory(self) -> dict[str, int]:
         """Bytes held: `weights` in memory, `kv` of the last request, kept for the next."""
-        modules = [self.model] if self._towers is None else [self.model, self._towers]
+        modules = [m for m in (self.model, self._towers, self.drafter) if m is not None]
         tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         return {
             "weights": sum(t.nbytes for t in tensors),
@@ -570,10 +589,8 @@ class LM:
             soft=self.soft(prompt, cached),
             blocks_T=self.blocks(prompt, cached),
         )
-        ahead = self._costs and Speculation(Lookup(), self._costs)
-        ids = list(prompt.ids)
-        read = 0  # tokens of the reply
-        events = reply.take(following)
+        text, ahead = Text(reply, context), self._speculation
+        events, _ = text.take([following])
         while True:
             yield from events
             if reply.ended:
@@ -581,22 +598,18 @@ class LM:
             if reply.knows_next:  # all that is known is read in one pass
                 events = reply.take(None)
                 continue
-            unread = reply.token_ids[read:]
-            ids += unread
-            drafts = ahead.propose(reply, ids, len(unread)) if ahead else []
-            started, written = time.perf_counter(), len(reply.token_ids)
+            unread = text.ids[text.read :]
+            if ahead:
+                ahead.propose([text], len(unread))
+            started, drafts = time.perf_counter(), text.drafts
             reply.prepare()
             if drafts:
-                events, accepted = accept(reply, context.verify(unread, drafts), drafts)
+                events, accepted = text.take(context.verify(unread, drafts))
                 context.keep(len(unread) + accepted)
             else:
-                events, accepted = reply.take(context.step(unread)), 0
-            ids += drafts[:accepted]
-            read += len(unread) + accepted
+                events, _ = text.take([context.step(unread)])
             if ahead:
-                seconds = time.perf_counter() - started
-                rows = len(unread) + len(drafts)
-                ahead.observe(reply.token_ids[written:], rows, len(drafts), seconds)
+                ahead.observe(len(unread) + len(drafts), time.perf_counter() - started)
         yield from reply.finish(cached)
 
     def reply(
@@ -688,9 +701,11 @@ def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     return known[name]
 
 
-def _check_speculation(name: str) -> None:
+def _check_speculation(name: str, drafter: object) -> None:
     if name not in ("auto", "on", "off"):
         raise ConfigError(f"speculation {name!r}: must be auto, on or off")
+    if name == "off" and drafter is not None:
+        raise ConfigError("speculation 'off' leaves nothing to do for a drafter: drop one of them")
 
 
 def _told(progress: Callable[[int, int], None] | None, folder: Path, quant: str | None) -> Advance:

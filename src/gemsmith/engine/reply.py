@@ -77,13 +77,15 @@ class Reply:
     def knows_next(self) -> bool:
         """Whether the next token is known without the model: forced by the grammar or a spent
         thinking budget. Then `take(None)`; the model may read several such tokens in one pass."""
-        return self._forced() is not None and self.params.logprobs is None
+        return self.params.logprobs is None and bool(self.forced())
 
-    def _forced(self) -> int | None:
-        token = self._thought.forced()
-        if token is None and self._constraint:
-            token = next(iter(self._constraint.forced()), None)
-        return token
+    def forced(self) -> list[int]:
+        """The next tokens, in order, as far as the grammar or a spent thinking budget leaves no
+        choice."""
+        closing = self._thought.forced()
+        if closing is not None:
+            return [closing]
+        return self._constraint.forced() if self._constraint else []
 
     def fitting(self, ids: list[int]) -> int:
         """How many of some guesses of the next tokens the grammar may let through."""
@@ -104,8 +106,9 @@ class Reply:
           RequestError: the grammar leaves no token to choose.
         """
         params = self.params
-        token = self._forced()
-        if token is None:
+        if forced := self.forced():
+            token = forced[0]
+        else:
             assert following is not None, "the next token is not known"
             token = self._choose(following)
         self._first_token_s = self._first_token_s or time.perf_counter() - self.started

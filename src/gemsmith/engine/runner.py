@@ -8,13 +8,14 @@ to run (see `scheduler`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from gemsmith.cache.block_pool import Pages
 from gemsmith.cache.paged import Chunk, PagedCache
-from gemsmith.engine.context import Next, Soft
+from gemsmith.engine.context import Next, Rows, Soft
 from gemsmith.model.text import TextModel
 
 
@@ -24,8 +25,9 @@ class Work:
 
     pages: Pages
     ids: list[int]
-    asks: bool
-    """Whether what follows the last one is wanted."""
+    """Known ones, then drafts of what follows."""
+    asks: int
+    """After how many of them, the last ones, what follows is wanted."""
     soft: Soft | None = None
     """Which of them, counted from the first, stand for an image or a sound."""
     blocks_T: Tensor | None = None
@@ -39,8 +41,8 @@ class Runner:
         self.model, self.cache = model, cache
 
     @torch.inference_mode()
-    def run(self, works: Sequence[Work]) -> list[Next | None]:
-        """Compute K/V of the works' tokens; what follows each that asked for it.
+    def run(self, works: Sequence[Work]) -> list[list[Next]]:
+        """Compute K/V of the works' tokens; what follows those of each that it asks for.
 
         Nothing is committed: a pass that raises can be run again.
         """
@@ -52,8 +54,7 @@ class Runner:
                 at.append(work.soft[0] + first)
                 values.append(work.soft[1])
             first += len(work.ids)
-            if work.asks:
-                rows.append(first - 1)
+            rows += range(first - work.asks, first)
         step = self.cache.step([Chunk(w.pages, len(w.ids), w.blocks_T) for w in works])
         rows_R = None
         if len(rows) < len(ids):
@@ -65,11 +66,7 @@ class Runner:
             rows_R=rows_R,
             soft=(torch.cat(at), torch.cat(values)) if at else None,
         )
-        if not rows:
-            return [None] * len(works)
-        # The head's weights are read once for all; one alone may do with the greatest of them.
-        logits_RV = self.model.logits(hidden_RD) if len(rows) > 1 else [None]
-        found = (
-            Next(self.model, hidden_RD[r : r + 1], logits_V) for r, logits_V in enumerate(logits_RV)
-        )
-        return [next(found) if work.asks else None for work in works]
+        # The head's weights are read once for all; one sequence may do with the greatest logits.
+        alone = sum(work.asks > 0 for work in works) == 1
+        found = iter(Rows(self.model, hidden_RD, alike=alone).all())
+        return [list(islice(found, work.asks)) for work in works]

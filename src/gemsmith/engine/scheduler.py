@@ -3,8 +3,9 @@
 Every step has a budget of tokens. First each running sequence that is generating gets one; what is
 left goes to prompts, in chunks: half of it to the oldest of them, so that a long prompt gets on
 whatever comes, the rest to the one with the least to do, so that a short prompt waits for no long
-one. Requests are admitted in turns of their tenants (first come first served within one), while
-there are seats, and blocks for all that is known of the sequence.
+one. Known tokens are of use for sure: drafts of the next ones get what these leave of the budget
+and of free blocks. Requests are admitted in turns of their tenants (first come first served within
+one), while there are seats, and blocks for all that is known of the sequence.
 
 When a generating sequence finds no block, the prefix cache gives some back; then the sequence that
 came last is preempted: it loses its blocks and computes its tokens again later, before anything new
@@ -45,11 +46,17 @@ class Sequence:
 
 
 class Slice(NamedTuple):
-    """Tokens start..stop-1 of a sequence: its part of a step."""
+    """Tokens start..stop-1 of a sequence, and drafts of those after them: its part of a step."""
 
     sequence: Sequence
     start: int
     stop: int
+    drafts: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """To be computed, drafts included."""
+        return self.stop - self.start + self.drafts
 
     @property
     def asks(self) -> bool:
@@ -70,7 +77,8 @@ def _unkept(slice: Slice) -> None:
 
 
 class Scheduler:
-    """Admits, slices, preempts. The caller runs what `schedule` returns, then calls `commit`."""
+    """Admits, slices, preempts. The caller runs what `schedule` returns, with drafts where
+    `draft` has room for them, then calls `commit` for each."""
 
     def __init__(
         self,
@@ -172,14 +180,30 @@ class Scheduler:
         assert slices or not (self.running or self.waiting), "somebody always gets on"
         return slices
 
-    def commit(self, slices: list[Slice]) -> None:
-        """Count the tokens of a step as computed."""
-        for slice in slices:
-            sequence, start, stop = slice
-            assert sequence.pages.length == start, "slices are committed once"
-            sequence.pages.length = stop
-            self._written(slice)
-            self.blocks.slide(sequence.pages)
+    def room(self, slices: list[Slice]) -> int:
+        """Tokens that the budget of a step has for drafts."""
+        return self.plan.max_num_batched_tokens - sum(slice.tokens for slice in slices)
+
+    def draft(self, slice: Slice, count: int) -> Slice:
+        """The slice with so many drafts, or as many as there are blocks free for: nobody gives any
+        up for a guess."""
+        assert slice.asks, "drafts come after the last known token"
+        pages, known = slice.sequence.pages, slice.stop - slice.start
+        while count and not self.blocks.room(self.blocks.lacking(pages, known + count)):
+            count -= 1
+        self.blocks.extend(pages, known + count)
+        return slice._replace(drafts=count)
+
+    def commit(self, slice: Slice, accepted: int = 0) -> None:
+        """Count the tokens of a slice as computed, and the first `accepted` of its drafts; those of
+        the others never were."""
+        pages = slice.sequence.pages
+        assert pages.length == slice.start, "slices are committed once"
+        assert accepted <= slice.drafts, f"{accepted} of {slice.drafts} drafts"
+        pages.length = slice.stop + accepted
+        self.blocks.trim(pages)
+        self._written(slice)
+        self.blocks.slide(pages)
 
     # -- parts of a step ----------------------------------------------------------------------
 

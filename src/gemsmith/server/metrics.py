@@ -110,6 +110,12 @@ class Metrics:
                 stats.checkpoints_restored,
             ),
             "vllm:generation_tokens": ("Tokens generated.", stats.generated_tokens),
+            "vllm:spec_decode_num_drafts": ("Times a reply was guessed ahead.", stats.drafts),
+            "vllm:spec_decode_num_draft_tokens": ("Tokens guessed.", stats.draft_tokens),
+            "vllm:spec_decode_num_accepted_tokens": (
+                "Those that were right.",
+                stats.accepted_tokens,
+            ),
             "gemsmith:steps": ("Passes of the model.", stats.steps),
             "gemsmith:busy_seconds": ("Time spent in steps.", stats.busy_s),
             "gemsmith:requests_aborted": ("Clients that went away, or ran late.", stats.aborted),
