@@ -24,7 +24,7 @@ define CHECK_NATIVE
 @$(BIN)/python -c 'import gemsmith._native' 2>/dev/null || echo "$(NO_NATIVE)"
 endef
 
-.PHONY: demo test lint format bench bench-26B clean
+.PHONY: demo test lint format bench bench-26B bench-serve soak clean
 
 demo: $(VENV)/.run
 	@$(BIN)/gemsmith demo
@@ -62,6 +62,18 @@ bench: $(VENV)/.dev
 # 32 GB of disk more, and 16 GB of memory free.
 bench-26B: $(VENV)/.dev
 	@$(RUN)peers --size 26B-A4B --record $(NUMBERS)
+	@$(RUN)report $(NUMBERS)
+
+# Half an hour, the first time 15 minutes more to compile llama-server.
+bench-serve: $(VENV)/.dev
+	@for model in pocket E2B; do \
+	  $(RUN)serve --model $$model --record $(NUMBERS) && \
+	  $(RUN)agent --model $$model --record $(NUMBERS) || exit 1; done
+	@$(RUN)report $(NUMBERS)
+
+# An hour.
+soak: $(VENV)/.dev
+	@$(RUN)soak --record $(NUMBERS)
 	@$(RUN)report $(NUMBERS)
 
 clean:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, random_checkpoint
-from benchmarks.llama_worker import ids_of, peak_bytes
+from benchmarks.llama_worker import ids_of, status_bytes
 from gemsmith import sizing, work
 from gemsmith.config import Gemma4Config
 from gemsmith.engine.context import Context
@@ -137,7 +137,7 @@ def main() -> None:
         context = filled(ROWS_CONTEXT, 2 * rows * options.repeats)
         ids = ids_of(rows, vocabulary, 1)
         runs[f"{rows} rows"] = lambda context=context, ids=ids: list(context.scan(ids))
-    peak = peak_bytes()
+    peak = status_bytes("VmHWM")
     reader = measure.Reader(weights)
     runs["read"] = reader.read
     seconds = measure.interleaved(runs, repeats=options.repeats)

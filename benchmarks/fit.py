@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure, random_checkpoint
-from benchmarks.llama_worker import ids_of, peak_bytes
+from benchmarks.llama_worker import ids_of, status_bytes
 from gemsmith import fit, probe, sizing
 from gemsmith.config import Gemma4Config
 from gemsmith.engine.context import Context
@@ -81,7 +81,7 @@ def worker(folder: str, quant: str | None, context: int, users: int) -> dict[str
         for id in ids_of(STEPS, text.vocab_size, 1):
             first.run([id])
         decode.append(STEPS / (time.perf_counter() - start))
-    peak = peak_bytes()
+    peak = status_bytes("VmHWM")
     rates = probe.measure(native.threads())
     return {
         "weights": lm.memory()["weights"],

@@ -142,10 +142,10 @@ class Llama:
             Path(path).write_bytes(ctypes.string_at(values, 4 * self.vocabulary))
 
 
-def peak_bytes() -> int:
-    """The most memory this process held at once, mapped files included."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+def status_bytes(field: str, process: int | str = "self") -> int:
+    """Memory of a process, mapped files included: VmHWM, the most it held, or VmRSS, now."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return 0
 
@@ -154,7 +154,10 @@ def work(engine: Any, tasks: dict[str, list[Any]]) -> dict[str, Any]:
     """Run tasks in order: {name: [method, arguments ...]}; what each gave, and the peaks."""
     results: dict[str, Any] = {}
     for name, (method, *arguments) in tasks.items():
-        results[name] = {"result": getattr(engine, method)(*arguments), "peak": peak_bytes()}
+        results[name] = {
+            "result": getattr(engine, method)(*arguments),
+            "peak": status_bytes("VmHWM"),
+        }
     return results
 
 

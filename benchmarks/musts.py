@@ -12,6 +12,7 @@ Record = Mapping[str, Any]
 OURS, MOBILE = "gemsmith int4", "gemsmith mobile"
 SCHEMAS = 10_000
 LLAMA, TRANSFORMERS = "llama.cpp Q4_0", "Transformers bf16"
+SERVERS = ("gemsmith serve", "llama-server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,8 @@ class Must:
             return f"not measured: {self.why}"
         if self.passed:
             return "pass" + (f" ({self.why})" if self.why else "")
+        if not self.needed:
+            return f"{self.measured:g} too many" + (f": {self.why}" if self.why else "")
         gap = abs(self.measured - self.needed) / self.needed
         return f"{gap:.0%} {'over' if self.at_most else 'short'}" + (
             f": {self.why}" if self.why else ""
@@ -62,6 +65,8 @@ def musts(records: Iterable[Record]) -> list[Must]:
         *_alone(latest),
         *_large(latest),
         _grammar(latest),
+        *_serving(latest),
+        *_soak(latest),
     ]
 
 
@@ -154,6 +159,57 @@ def _grammar(latest: Mapping[tuple[str, str, str], Record]) -> Must:
             why = "a call or reply is wrong" if found["failures"] else "no more were asked"
     text = "random schemas on end, calls that all parse and fit, no empty reply"
     return Must(text, SCHEMAS, "schemas", False, measured, why)
+
+
+def _serving(latest: Mapping[tuple[str, str, str], Record]) -> Iterator[Must]:
+    for model, dtype in (("pocket", "bfloat16"), ("E2B", "4-bit")):
+        under, loops = (latest.get((name, model, dtype)) for name in ("serve", "agent"))
+        for clients in ("1", "8", "32"):
+            where = ("loads", clients)
+            text = f"{model}, {clients} clients".replace(" 1 clients", " 1 client")
+            yield _beside(under, "serve", model, f"{text}, tokens/s", 2.0, *where, "tokens_per_s")
+            what = f"{text}, time to first token from turn 2 on"
+            yield _beside(under, "serve", model, what, 0.3, *where, "later_turns_s", at_most=True)
+        what = f"{model}, time of ten tool calls"
+        yield _beside(loops, "agent", model, what, 0.5, "seconds", at_most=True)
+
+
+def _soak(latest: Mapping[tuple[str, str, str], Record]) -> Iterator[Must]:
+    soak = latest.get(("soak", "pocket", ""))
+    enough = soak is not None and soak["minutes"] >= 60 and soak["clients"] >= 32
+    why = "" if enough else "run python -m benchmarks.soak"
+    if soak and not enough:
+        why = f"{soak['minutes']:g} minutes of {soak['clients']} clients are too little; {why}"
+    for what, needed, unit, field in (
+        ("errors that are not the client's", 0, "faults", "faults"),
+        ("change of resident memory", 0.02, "%", "growth"),
+    ):
+        found = abs(soak[field]) if soak and enough else None
+        yield Must(f"soak of an hour, {what}", needed, unit, True, found, why)
+
+
+def _beside(
+    record: Record | None,
+    benchmark: str,
+    model: str,
+    what: str,
+    needed: float,
+    *path: str,
+    at_most: bool = False,
+) -> Must:
+    """A ratio of both servers' medians, which stand at `path` of each."""
+    text, medians = f"{what}, {SERVERS[0]} over {SERVERS[1]}", []
+    for name in SERVERS:
+        found: Any = record["programs"][name] if record else {}
+        for key in (*path, "median"):
+            found = found.get(key, {})
+        medians.append(found)
+    ours, theirs = medians
+    if ours and theirs:
+        return Must(text, needed, "x", at_most, ours / theirs)
+    missing = record["programs"][SERVERS[1]]["missing"] if record else ""
+    run = f"run python -m benchmarks.{benchmark} --model {model}"
+    return Must(text, needed, "x", at_most, None, f"{SERVERS[1]}: {missing}" if missing else run)
 
 
 def _ratio(

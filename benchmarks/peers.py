@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,26 +101,31 @@ def tokens_of(task: list[Any]) -> int:
 def llama_python() -> tuple[str, str]:
     """The Python that has llama.cpp, set up if it is not there; or "" and why there is none."""
     python = PEERS / "bin" / "python"
-    if python.is_file() and _quiet([str(python), "-c", "import llama_cpp"]) is None:
+    if python.is_file() and quiet([str(python), "-c", "import llama_cpp"]) is None:
         return str(python), ""
     print(f"compiling llama.cpp ({LLAMA}) in {PEERS}, ten minutes or more ...", flush=True)
     PEERS.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(PEERS, ignore_errors=True)
     venv.create(PEERS, with_pip=True)
-    flags = "-DGGML_NATIVE=ON"
-    if any(name.startswith("amx") for name in hardware.machine().isa):
-        # GCC 12's ldtilecfg names 8 of the 64 bytes it reads: stores to the rest are dropped as
-        # dead, and the program crashes at the first tile. Unneeded once GCC 13 is the oldest.
-        flags += " -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'"
     package = LLAMA.partition("==")[0]
     install = [str(python), "-m", "pip", "install", "--quiet", "--no-binary", package, LLAMA]
-    failed = _quiet(install, CMAKE_ARGS=flags)
+    failed = quiet(install, CMAKE_ARGS=shlex.join(cmake_flags()))
     if failed is None:
-        failed = _quiet([str(python), "-c", "import llama_cpp"])
+        failed = quiet([str(python), "-c", "import llama_cpp"])
     return ("", f"not installed ({failed})") if failed else (str(python), "")
 
 
-def _quiet(command: list[str], **environment: str) -> str | None:
+def cmake_flags() -> list[str]:
+    """How llama.cpp is compiled for this CPU."""
+    flags = ["-DGGML_NATIVE=ON"]
+    if any(name.startswith("amx") for name in hardware.machine().isa):
+        # GCC 12's ldtilecfg names 8 of the 64 bytes it reads: stores to the rest are dropped as
+        # dead, and the program crashes at the first tile. Unneeded once GCC 13 is the oldest.
+        flags.append("-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse")
+    return flags
+
+
+def quiet(command: list[str], **environment: str) -> str | None:
     """Run it; None if it succeeded, else the last line of what it said."""
     made = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     lines = (made.stderr.strip() or "no message").splitlines()

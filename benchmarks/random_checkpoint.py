@@ -36,11 +36,12 @@ from gemsmith.testing import tiny_config, whole_groups
 from gemsmith.text.tokenizer import MARKERS
 from gemsmith.weights import layouts
 from gemsmith.weights.files import SINGLE
+from gemsmith.weights.hub import POCKET, resolve
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE, Shape, expected_shapes, written_key
 from gemsmith.weights.recipe import BITS, Recipe
 from gemsmith.weights.save import ALIGNMENT, new_file, to_json, write_tensors
 
-SIZES = (*PRESETS, *(f"tiny-{size}" for size in PRESETS))
+SIZES = (*PRESETS, *(f"tiny-{size}" for size in PRESETS), POCKET)
 DEVIATION = 0.02
 SCALES = {2: 2.0**-5, 4: 2.0**-7, 8: 2.0**-11}
 """Between two codes, by bits: the outermost lies about three deviations out. Powers of two, so that
@@ -52,7 +53,10 @@ FIRST_BYTE = 256
 
 
 def config_of(size: str) -> Gemma4Config:
-    """The decoder of a preset, or with the prefix `tiny-` its few-layer likeness for a dry run."""
+    """The decoder of a preset, with the prefix `tiny-` its few-layer likeness for a dry run, or the
+    embedded model's."""
+    if size == POCKET:
+        return text_only(Gemma4Config.load(resolve(POCKET)))
     if not size.startswith("tiny-"):
         return text_only(PRESETS[size])
     return whole_groups(tiny_config(size.removeprefix("tiny-"), vocab_size=1024))

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import musts
 from benchmarks.measure import NUMBERS
-from benchmarks.musts import LLAMA, OURS
+from benchmarks.musts import LLAMA, OURS, SERVERS
 
 Record = dict[str, Any]
 HEAD = """# Numbers
@@ -225,6 +225,66 @@ def grammar(record: Record) -> list[str]:
     ]
 
 
+def serve(record: Record) -> list[str]:
+    shape = record["shape"]
+    lines = [
+        f"## Serving agents, {record['model']}, {record['dtype']}, in turn",
+        "",
+        f"Each client: {shape['turns']} turns; prompts of {shape['shared']} tokens that all share, "
+        f"{shape['task']} of its own, {shape['call'] + shape['result']} more each turn; replies of "
+        f"{shape['generated']}; pauses of up to {shape['pause_s']:g} s.",
+        "",
+        "| clients | | tok/s, all clients | first token, turn 1, s | from turn 2 on, s | n |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
+    programs = record["programs"]
+    for clients in programs[SERVERS[0]]["loads"]:
+        for name in SERVERS:
+            if load := programs[name]["loads"].get(clients):
+                cells = (
+                    "{median:.{0}f} ({min:.{0}f} - {max:.{0}f})".format(digits, **run)
+                    for run, digits in zip(load.values(), (1, 3, 3), strict=True)
+                )
+                n = load["tokens_per_s"]["n"]
+                lines.append(f"| {clients} | {name} | {' | '.join(cells)} | {n} |")
+    peaks = (
+        f"{name} {each['missing'] or format(each['peak'] / 1e9, '.2f') + ' GB'}"
+        for name, each in programs.items()
+    )
+    return [*lines, "", f"Medians with least and most of the rounds. Peak: {', '.join(peaks)}."]
+
+
+def agent(record: Record) -> list[str]:
+    lines = [
+        f"## A loop of {record['steps']} tool calls, {record['model']}, {record['dtype']}, in turn",
+        "",
+        "| | s, median | spread | n | tokens generated | calls that fit the tool |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, found in record["programs"].items():
+        if found["missing"]:
+            lines.append(f"| {name} | {found['missing']} | | | | |")
+            continue
+        run = found["seconds"]
+        lines.append(
+            f"| {name} | {run['median']:.2f} | {run['min']:.2f} - {run['max']:.2f} | {run['n']} | "
+            f"{found['tokens']:.0f} | {found['calls']} of {record['steps'] * run['n']} |"
+        )
+    return lines
+
+
+def soak(record: Record) -> list[str]:
+    least, most = (f"{of(record['resident']) / 2**20:.0f}" for of in (min, max))
+    return [
+        f"## Soak, {record['model']}, {record['minutes']:g} minutes",
+        "",
+        f"{record['clients']} clients sent {record['requests']} requests, good, broken and given "
+        f"up; their processes were stopped and continued {record['stops']} times. Faults that are "
+        f"not the client's: {record['faults']}. Resident memory after the warm-up changed by "
+        f"{record['growth']:+.2%}, and was {least} to {most} MiB in all.",
+    ]
+
+
 def provenance(record: Record) -> str:
     about = record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -236,6 +296,7 @@ def provenance(record: Record) -> str:
 
 
 SECTIONS = {
+    "agent": agent,
     "decode": decode,
     "fit": fit,
     "grammar": grammar,
@@ -244,6 +305,8 @@ SECTIONS = {
     "memory": memory,
     "peers": peers,
     "prefill": prefill,
+    "serve": serve,
+    "soak": soak,
 }
 
 

@@ -7,8 +7,7 @@ Q6_K holds them too where 256 weights share a scale, as in random checkpoints. S
 multiply with the same numbers, and need not be asked to quantize 9 GB first. Only what we keep in 8
 bits and Q4_0 does not (gate and projection of per-layer inputs, the per-layer table) is rounded.
 
-What it is not: an export. Tokens of the vocabulary are the real ones if GEMSMITH_GEMMA4_VOCAB names
-a GGUF file that has them, otherwise placeholders, of which only the number is right.
+What it is not: an export. There is no chat template in it, and towers are left out.
 
 Sources: llama.cpp's `conversion/gemma.py` for names and metadata, its `ggml-common.h` for blocks.
 
@@ -16,8 +15,8 @@ Run: python -m benchmarks.to_gguf FOLDER FILE
 """
 
 import argparse
+import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -35,14 +34,20 @@ from torch import Tensor
 from gemsmith.config import Gemma4Config, TextConfig
 from gemsmith.errors import CapacityError
 from gemsmith.quant.formats import unpack
+from gemsmith.text.tokenizer import MARKERS
 from gemsmith.weights import layouts
 from gemsmith.weights.layouts import LowBit
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE, expected_shapes, written_key
 from gemsmith.weights.tensors import StoredTensor, read_checkpoint
 
 BITS = {Kind.Q4_0: 4, Kind.Q6_K: 6, Kind.Q8_0: 8}
-VOCABULARY = "GEMSMITH_GEMMA4_VOCAB"
 PIECE_WEIGHTS = 1 << 22
+SHOWN = {
+    MARKERS[role]
+    for role in ("channel_open", "channel_close", "tool_call_open", "tool_call_close",
+                 "tool_response_open", "tool_response_close", "quote")
+}  # fmt: skip
+"""Markers that llama.cpp's reader of replies must see; of others it makes no text."""
 NAMES = {
     "embed_tokens.": "token_embd.",
     "norm.": "output_norm.",
@@ -106,6 +111,7 @@ def write(folder: Path, path: Path) -> Path:
     part = path.with_suffix(".part")
     writer = gguf.GGUFWriter(part, "gemma4")
     _metadata(writer, text, low=bool(low))
+    _vocabulary(writer, folder, text.vocab_size)
     factors = rope_factors(text)
     writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for name, shape in shapes.items():
@@ -271,28 +277,31 @@ def _metadata(writer: gguf.GGUFWriter, config: TextConfig, *, low: bool) -> None
     file_type = gguf.LlamaFileType.MOSTLY_Q4_0 if low else gguf.LlamaFileType.MOSTLY_BF16
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _vocabulary(writer, config.vocab_size)
 
 
-def _vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
-    """The real tokens where they are at hand and as many as the model's, placeholders otherwise."""
-    path = os.environ.get(VOCABULARY)
-    fields = gguf.GGUFReader(path).fields if path else {}
-    real = {name: field.contents() for name, field in fields.items() if "ggml" in name}
-    tokens: Any = real.get("tokenizer.ggml.tokens", ())
-    if len(tokens) != size:
-        tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", "a", "b", "ab"]
-        tokens += [f"<unused{n}>" for n in range(size - len(tokens))]
-        real = {
-            "tokenizer.ggml.scores": [0.0] * size,
-            "tokenizer.ggml.token_type": [int(gguf.TokenType.NORMAL)] * size,
-            "tokenizer.ggml.merges": ["a b"],
-        }
+def _vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
+    """The folder's own tokens, which llama.cpp joins in the same order.
+
+    It has one way to split a text first, Gemma 4's (at line ends alone), whatever the folder says.
+    """
+    told = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    ids: dict[str, int] = told["model"]["vocab"]
+    tokens = [f"<unused{id}>" for id in range(size)]
+    types = [int(gguf.TokenType.NORMAL)] * size
+    for token, id in ids.items():
+        tokens[id] = token
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            types[id] = int(gguf.TokenType.BYTE)
+    for added in told["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        shown = added["content"] in SHOWN
+        types[added["id"]] = int(gguf.TokenType.USER_DEFINED if shown else gguf.TokenType.CONTROL)
+    merges = [" ".join(pair) for pair in told["model"]["merges"]]
     writer.add_tokenizer_model("gemma4")
     writer.add_token_list(tokens)
-    writer.add_token_scores(real["tokenizer.ggml.scores"])
-    writer.add_token_types(real["tokenizer.ggml.token_type"])
-    writer.add_token_merges(real["tokenizer.ggml.merges"])
+    writer.add_token_scores([0.0] * size)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges or ["? ?"])  # a list may not be empty; these never meet
     for add, token in (
         (writer.add_pad_token_id, 0),
         (writer.add_eos_token_id, 1),
