@@ -35,7 +35,7 @@ import torch
 
 from benchmarks import decode, measure, random_checkpoint, to_gguf
 from benchmarks.llama_worker import ids_of
-from gemsmith import hardware
+from gemsmith import OPENMP_WAITS, hardware
 from gemsmith.config import Gemma4Config
 
 PEERS = measure.REPOSITORY / "build" / "peers"
@@ -139,12 +139,15 @@ def run(program: Program, tasks: dict[str, list[Any]], where: dict[str, Any]) ->
       RuntimeError: it failed; its last line.
     """
     job = {"model": str(program.model), "tasks": tasks, **where}
+    # What gemsmith wants of its own threads is not passed on to others.
+    others = {name: value for name, value in os.environ.items() if name not in OPENMP_WAITS}
     made = subprocess.run(
         program.command,
         input=json.dumps(job),
         capture_output=True,
         text=True,
         cwd=measure.REPOSITORY,
+        env=others,
     )
     if made.returncode:
         lines = made.stderr.strip().splitlines() or ["no message"]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -31,3 +32,21 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_import_loads_no_torch():
     code = "import sys, gemsmith; assert gemsmith.load; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_threads_of_pytorch_do_not_wait_busily_for_long():
+    code = """
+        import os, time
+        import gemsmith
+        import torch
+        torch.set_num_threads(2)
+        large, before = torch.ones(1 << 20), 0
+        for round in range(21):
+            before = before or round and time.process_time()
+            large.neg()
+            time.sleep(0.02)
+        print(time.process_time() - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 20 * 0.006  # by default 13 ms each, on a machine of two cores

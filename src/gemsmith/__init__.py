@@ -11,6 +11,7 @@
 Names are read from where they live when first asked for: `import gemsmith` loads no PyTorch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,15 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+# A thread of OpenMP, with which PyTorch computes, keeps its core busy once it has nothing to do: by
+# default for some 13 ms (200 with Intel's), which the extension's threads lack then. Two such waits
+# a token took a third of the speed of two threads. So it shall wait about 0.2 ms (1): longer than
+# what lies between PyTorch's own operations. It is read when PyTorch is loaded, hence here.
+OPENMP_WAITS = {"GOMP_SPINCOUNT": "4000", "KMP_BLOCKTIME": "1"}
+if "OMP_WAIT_POLICY" not in os.environ:
+    for _name, _value in OPENMP_WAITS.items():
+        os.environ.setdefault(_name, _value)
 
 _HOMES = {
     "gemsmith.config": ("Gemma4Config",),
