@@ -42,6 +42,10 @@ void linear(Address lines, Address scales, int64_t N, int64_t K, int bits, int64
                    scale_bits, at<const float>(x), M, at<float>(y));
 }
 
+void linear_bfloat16(Address weight, int64_t N, int64_t K, Address x, int64_t M, Address y) {
+  gemsmith::linear_bfloat16(at<const uint16_t>(weight), N, K, at<const float>(x), M, at<float>(y));
+}
+
 void top(Address lines, Address scales, int64_t N, int64_t K, int bits, int64_t group,
          int scale_bits, Address x, int64_t M, int64_t count, Address skipped,
          int64_t skipped_count, Address values, Address ids, Address most) {
@@ -215,6 +219,7 @@ NB_MODULE(_native, m) {
   }, release);
   m.def("matmul", matmul, release);
   m.def("linear", linear, release);
+  m.def("linear_bfloat16", linear_bfloat16, release);
   m.def("top", top, release);
   m.def("linear_of", linear_of, release);
   nb::class_<gemsmith::Layer>(m, "Layer")

@@ -124,6 +124,27 @@ void quantize(int64_t M, int64_t K) {
   }
 }
 
+// A weight of bfloat16 times float rows, in the order that kernels.h says.
+void wide(int64_t N, int64_t K, int64_t M) {
+  std::vector<uint16_t> weight(N * K);
+  std::vector<float> x(M * K), y(M * N, -1);
+  for (uint16_t& bits : weight) bits = static_cast<uint16_t>(0x3f00 + random_bits() % 256);
+  for (float& value : x) value = small();
+  linear_bfloat16(weight.data(), N, K, x.data(), M, y.data());
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t n = 0; n < N; n++) {
+      float lanes[16] = {};
+      for (int64_t k = 0; k < K; k++) lanes[k % 16] += x[m * K + k] * widened(weight[n * K + k]);
+      for (int step = 8; step > 0; step /= 2)
+        for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
+      if (y[m * N + n] != lanes[0]) {
+        std::printf("%s: linear_bfloat16 differs: N %ld K %ld M %ld\n", kernels().name, long(N),
+                    long(K), long(M));
+        std::exit(1);
+      }
+    }
+}
+
 // The greatest outputs, and some alone, of a weight: those of the whole product. ties: of a weight
 // whose rows repeat.
 void search(const Shape& shape, int bits, int64_t M, bool ties) {
@@ -467,6 +488,10 @@ int main() {
       for (const Case& c : cases) run(c);
       run(large);
       for (int64_t M : {1, 5, 64}) quantize(M, 1037);
+      for (int64_t M : {1, 6}) {
+        wide(5, 37, M);
+        wide(300, 256, M);  // several threads
+      }
       for (Attended& c : attended) attend(c);
       for (const bool ties : {false, true}) {
         search({17, 33, 0}, 2, 3, ties);

@@ -74,8 +74,9 @@ void product(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1) {
 #include "attention-inl.h"
 #include "layer-inl.h"
 #include "rows-inl.h"
+#include "wide-avx512-inl.h"
 
 namespace gemsmith {
-const Kernels AMX = {"amx", runs_here, product, quantize, norm, add_norm, geglu, rotate, dots, read,
-                 sums, ATTENTION, &GEMM};
+const Kernels AMX = {"amx", runs_here, product, quantize, norm, add_norm, geglu, rotate, dots, wide,
+                 read, sums, ATTENTION, &GEMM};
 }

@@ -12,7 +12,8 @@
 namespace gemsmith {
 namespace {
 
-constexpr int SMALL_TILE = 4, LARGE_TILE = 4;
+constexpr int MOST_ROWS = 4;
+constexpr int PAIR_ABOVE = 0;  // no two blocks at a time
 
 inline __m256i broadcast4(const int8_t* x) {
   int32_t four;
@@ -32,7 +33,7 @@ inline __m256 load_scales(const void* scales, int64_t at) {
   }
 }
 
-template <int B, int M, int S>
+template <int B, int M, int S, int NB>
 void tile(const Product& p, int64_t block, int64_t m0) {
   constexpr int F = 8 / B;
   // Lines added in 16 bits: 8 steps of 2 * 15 * 128, or 32 steps of 2 * 3 * 128, fit.
@@ -112,8 +113,9 @@ bool runs_here() { return __builtin_cpu_supports("avx2"); }
 #include "layer-inl.h"
 #include "product-inl.h"
 #include "rows-inl.h"
+#include "wide-inl.h"
 
 namespace gemsmith {
 const Kernels AVX2 = {"avx2", runs_here, product, quantize, norm, add_norm, geglu,
-    rotate, dots, read, sums, ATTENTION};
+    rotate, dots, wide, read, sums, ATTENTION};
 }

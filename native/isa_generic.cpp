@@ -4,9 +4,10 @@
 namespace gemsmith {
 namespace {
 
-constexpr int SMALL_TILE = 4, LARGE_TILE = 4;
+constexpr int MOST_ROWS = 4;
+constexpr int PAIR_ABOVE = 0;  // no two blocks at a time
 
-template <int B, int M, int S>
+template <int B, int M, int S, int NB>
 void tile(const Product& p, int64_t block, int64_t m0) {
   constexpr int F = 8 / B;
   constexpr unsigned MASK = (1u << B) - 1;
@@ -54,8 +55,9 @@ bool runs_here() { return true; }
 #include "layer-inl.h"
 #include "product-inl.h"
 #include "rows-inl.h"
+#include "wide-inl.h"
 
 namespace gemsmith {
 const Kernels GENERIC = {"generic", runs_here, product, quantize, norm, add_norm, geglu,
-    rotate, dots, read, sums, ATTENTION};
+    rotate, dots, wide, read, sums, ATTENTION};
 }

@@ -16,7 +16,8 @@
 namespace gemsmith {
 namespace {
 
-constexpr int SMALL_TILE = 4, LARGE_TILE = 4;
+constexpr int MOST_ROWS = 4;
+constexpr int PAIR_ABOVE = 0;  // no two blocks at a time
 
 // 4 scales, the at-th and on.
 template <int S>
@@ -27,7 +28,7 @@ inline float32x4_t load_scales(const void* scales, int64_t at) {
     return vld1q_f32(static_cast<const float*>(scales) + at);
 }
 
-template <int B, int M, int S>
+template <int B, int M, int S, int NB>
 void tile(const Product& p, int64_t block, int64_t m0) {
   constexpr int F = 8 / B, QUARTERS = 4;
   const uint8x16_t mask = vdupq_n_u8(B == 8 ? 0xff : (1 << B) - 1), high = vdupq_n_u8(0x80);
@@ -95,8 +96,9 @@ bool runs_here() {
 #include "layer-inl.h"
 #include "product-inl.h"
 #include "rows-inl.h"
+#include "wide-inl.h"
 
 namespace gemsmith {
-const Kernels NEON = {"neon", runs_here, product, quantize, norm, add_norm, geglu, rotate, dots, read,
-                 sums, ATTENTION};
+const Kernels NEON = {"neon", runs_here, product, quantize, norm, add_norm, geglu, rotate, dots, wide,
+                 read, sums, ATTENTION};
 }

@@ -188,6 +188,9 @@ struct Kernels {
   void (*rotate)(float* x, int64_t heads, int64_t H, int64_t pairs, const float* cosine,
                  const float* sine, int64_t m0, int64_t m1);
   void (*dots)(const float* x, const float* w, int64_t D, int64_t n0, int64_t n1, float* y);
+  // Columns n0..n1 of y [M][N]: x [M][D] times rows of w [N][D], bfloat16, widened on the way.
+  void (*wide)(const float* x, const uint16_t* w, int64_t D, int64_t N, int64_t M, int64_t n0,
+               int64_t n1, float* y);
   // Sum of 64-byte lines as 64-bit words: reads memory and does nothing else, for benchmarks.
   uint64_t (*read)(const uint8_t* data, int64_t line0, int64_t line1);
   // Sums of x [count][size] over size, times factor.
@@ -236,6 +239,9 @@ void matmul(const Factor* factors, int64_t count, int64_t K, const int8_t* x8, c
 // quantize_rows and matmul: y of float rows x [M][K].
 void linear(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
             int64_t group, int scale_bits, const float* x, int64_t M, float* y);
+// y [M][N] of float rows x [M][K] and a weight of bfloat16 [N][K]: products and sums float32, lane i
+// of 16 over the inputs i, i + 16, ..., then added in pairs.
+void linear_bfloat16(const uint16_t* weight, int64_t N, int64_t K, const float* x, int64_t M, float* y);
 // Of the outputs that `linear` would give, the `count` greatest of each row: values and ids [M][count],
 // greatest first, equal ones lowest id first. Ids in skipped (ascending) are passed over; there are at
 // least count others. most [M]: the greatest of all, skipped ones too; NaN if any is, and then no

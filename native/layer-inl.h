@@ -10,15 +10,19 @@
 namespace gemsmith {
 namespace {
 
+inline float sum_of(float lanes[16]) {
+  for (int step = 8; step > 0; step /= 2)
+    for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+
 inline float dot_lanes(const float* a, const float* b, int64_t D) {
   float lanes[16] = {};
   int64_t d = 0;
   for (; d + 16 <= D; d += 16)
     for (int i = 0; i < 16; i++) lanes[i] += a[d + i] * b[d + i];
   for (int i = 0; d + i < D; i++) lanes[i] += a[d + i] * b[d + i];
-  for (int step = 8; step > 0; step /= 2)
-    for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
-  return lanes[0];
+  return sum_of(lanes);
 }
 
 // 1 / rms of one row.

@@ -274,6 +274,21 @@ void run_chosen(const void* data, int64_t piece) {
   }
 }
 
+struct WideJob {
+  const Kernels& kernels;
+  const float* x;
+  const uint16_t* weight;
+  int64_t K, M;
+  float* y;
+  Slices outputs;
+};
+
+void run_wide(const void* data, int64_t piece) {
+  const auto& job = *static_cast<const WideJob*>(data);
+  job.kernels.wide(job.x, job.weight, job.K, job.outputs.total, job.M, job.outputs.begin(piece),
+                   job.outputs.end(piece), job.y);
+}
+
 struct QuantizeJob {
   const Kernels& kernels;
   const float* x;
@@ -394,7 +409,8 @@ void matmul(const Factor* factors, int64_t count, int64_t K, const int8_t* x8, c
   int64_t pieces = 0;
   for (const Product& p : products) {
     const int64_t blocks = ceil_div(p.N, BLOCK);
-    const int64_t size = piece_bytes(bytes * work, MANY) / (p.line_count * LINE * work);
+    int64_t size = piece_bytes(bytes * work, MANY) / (p.line_count * LINE * work);
+    size += size % 2;  // kernels take blocks by twos
     jobs.push_back({k, p, {blocks, alone ? blocks : clamp(size, 1, blocks)}, M});
     pieces += jobs.back().blocks.count();
   }
@@ -416,6 +432,13 @@ void linear(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int 
   const std::unique_ptr<float[]> sx(new float[static_cast<size_t>(M)]);
   quantize_rows(x, M, K, x8.get(), sx.get());
   matmul(lines, scales, N, K, bits, group, scale_bits, x8.get(), sx.get(), M, y);
+}
+
+void linear_bfloat16(const uint16_t* weight, int64_t N, int64_t K, const float* x, int64_t M,
+                     float* y) {
+  const int64_t row_bytes = K * static_cast<int64_t>(sizeof(uint16_t));
+  const WideJob job{kernels(), x, weight, K, M, y, {N, piece_size(N, row_bytes)}};
+  parallel(job.outputs.count(), run_wide, &job);
 }
 
 void top(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits, int64_t group,

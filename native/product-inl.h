@@ -1,31 +1,38 @@
 // The sweep over blocks of outputs and tiles of rows, for an isa_*.cpp to include after defining
-//   template <int B, int M, int S> void tile(const Product&, int64_t block, int64_t m0)
-// which computes rows m0..m0+M of one block of 16 outputs, for M in 1..SMALL_TILE and LARGE_TILE.
+//   template <int B, int M, int S, int NB> void tile(const Product&, int64_t block, int64_t m0)
+// which computes rows m0..m0+M of NB blocks of 16 outputs, for M in 1..MOST_ROWS.
 // B: bits of a weight. S: 0 for one scale per output, else the bits of a group's scale, 16 or 32.
+// NB: 1; or 2 where S is 0, for more rows than PAIR_ABOVE.
 // The lines of a block stay in cache between its tiles. Internal linkage, see CMakeLists.txt.
 #include <cstring>
 
 namespace gemsmith {
 namespace {
 
-template <int B, int S, int M>
+template <int B, int S, int NB, int M>
 inline void remaining_rows(const Product& p, int64_t block, int64_t m0, int64_t left) {
   if constexpr (M > 0) {
     if (left == M)
-      tile<B, M, S>(p, block, m0);
+      tile<B, M, S, NB>(p, block, m0);
     else
-      remaining_rows<B, S, M - 1>(p, block, m0, left);
+      remaining_rows<B, S, NB, M - 1>(p, block, m0, left);
   }
+}
+
+template <int B, int S, int NB>
+void rows(const Product& p, int64_t block, int64_t m0, int64_t m1) {
+  int64_t m = m0;
+  for (; m1 - m >= MOST_ROWS; m += MOST_ROWS) tile<B, MOST_ROWS, S, NB>(p, block, m);
+  remaining_rows<B, S, NB, MOST_ROWS - 1>(p, block, m, m1 - m);
 }
 
 template <int B, int S>
 void sweep(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1) {
-  for (int64_t block = b0; block < b1; block++) {
-    int64_t m = m0;
-    for (; m1 - m >= LARGE_TILE; m += LARGE_TILE) tile<B, LARGE_TILE, S>(p, block, m);
-    for (; m1 - m >= SMALL_TILE; m += SMALL_TILE) tile<B, SMALL_TILE, S>(p, block, m);
-    remaining_rows<B, S, SMALL_TILE - 1>(p, block, m, m1 - m);
-  }
+  int64_t block = b0;
+  if constexpr (S == 0 && PAIR_ABOVE > 0)
+    if (m1 - m0 > PAIR_ABOVE)
+      for (; block + 2 <= b1; block += 2) rows<B, S, 2>(p, block, m0, m1);
+  for (; block < b1; block++) rows<B, S, 1>(p, block, m0, m1);
 }
 
 template <int B>

@@ -310,6 +310,42 @@ def test_python_threads_can_compute_at_once(monkeypatch: pytest.MonkeyPatch):
         assert all(pool.map(repeatedly, range(3)))
 
 
+def in_lanes(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """x @ weight.T in the order that `linear_bfloat16` adds: 16 lanes, then in pairs."""
+    products = x_MK[:, None] * weight_NK.float()
+    steps = torch.nn.functional.pad(products, (0, -x_MK.shape[1] % 16)).unflatten(2, (-1, 16))
+    lanes = torch.zeros(*steps.shape[:2], 16)
+    for step in steps.unbind(2):
+        lanes = lanes + step
+    while lanes.shape[2] > 1:
+        first, second = lanes.chunk(2, dim=2)
+        lanes = first + second
+    return lanes[:, :, 0]
+
+
+@needs_extension
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 9])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 16), (7, 37), (130, 1536)])
+def test_a_bfloat16_weight_is_multiplied_in_the_defined_order(
+    isa: str, threads: int, rows: int, shape: tuple[int, int]
+):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).bfloat16()
+    x = torch.randn(rows, shape[1], generator=generator)
+    assert torch.equal(cpu.linear_bfloat16(weight, x), in_lanes(x, weight))
+
+
+@needs_extension
+def test_a_bfloat16_weight_that_does_not_fit_is_refused():
+    weight, x = torch.zeros(5, 16, dtype=torch.bfloat16), torch.zeros(2, 16)
+    with pytest.raises(WeightsError, match=r"weight is torch.float32 .* torch.bfloat16 \[5, 16\]"):
+        cpu.linear_bfloat16(weight.float(), x)
+    with pytest.raises(WeightsError, match=r"x is .* \[2, 15\] .* torch.float32 \[2, 16\] on cpu"):
+        cpu.linear_bfloat16(weight, x[:, 1:].contiguous())
+    with pytest.raises(WeightsError, match=r"weight is .* \[5, 16\].*, not contiguous"):
+        cpu.linear_bfloat16(torch.zeros(16, 5, dtype=torch.bfloat16).T, x)
+
+
 def test_without_the_extension_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch):
     w = Weight(37, 96, 4, 32)
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(5))

@@ -81,7 +81,27 @@ def test_bfloat16_products_equal_the_wide_ones_with_and_without_cpu_support(
     assert_close(actual, expected, torch.finfo(torch.bfloat16).eps)
 
 
-def test_linear_keeps_gradients():
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_float_rows_take_bfloat16_weights_with_and_without_the_extension(monkeypatch, native, rows):
+    if not native:
+        monkeypatch.setattr(linear_module.native, "available", lambda: False)
+    monkeypatch.setattr(linear_module, "BLOCK_OUTPUTS", 16)
+    x, weight = random(rows, 64), random(50, 64, seed=1).bfloat16()
+    actual = linear_module.linear(x, weight)
+    assert actual.dtype == torch.float32
+    assert_close(actual, x.double() @ weight.double().T, torch.finfo(torch.float32).eps * 8)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_linear_keeps_gradients(dtype, rows):
     weight = random(5, 64).bfloat16().requires_grad_()
-    linear_module.linear(random(40, 64, seed=1).bfloat16(), weight).sum().backward()
+    x = random(rows, 64, seed=1).to(dtype).requires_grad_()
+    linear_module.linear(x, weight).sum().backward()
     assert weight.grad is not None
+    assert x.grad is not None
+    if dtype == torch.float32:
+        x = x.detach().requires_grad_()
+        linear_module.linear(x, weight.detach()).sum().backward()
+        assert x.grad is not None

@@ -102,6 +102,8 @@ def test_the_mobile_layout_has_its_head_apart_and_its_mix(tmp_path, monkeypatch)
     assert formats["layers.3.mlp.up_proj"] == formats["layers.7.self_attn.o_proj"] == "int4"
     assert formats["layers.0.per_layer_input_gate"] == "int8"
     assert "per_layer_model_projection" not in formats
+    assert model.per_layer_model_projection.weight.dtype == torch.bfloat16  # as it is stored
+    assert {p.dtype for p in model.layers.parameters()} == {torch.float32}
     reference = rounded(low_config(), Recipe("mobile"))
     assert_close(logits(model), logits(reference), tolerance(torch.float32, 64, steps=60))
 

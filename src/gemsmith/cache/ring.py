@@ -114,7 +114,8 @@ class RingCache:
         self._layers = {
             plan.index: _Layer(plan, self._empty(plan)) for plan in config.layers if plan.owns_kv
         }
-        self._sources = {plan.kv_source for plan in config.layers if not plan.owns_kv}
+        self._plans = config.layers
+        self._sources = {plan.kv_source for plan in self._plans if not plan.owns_kv}
         self._views: dict[int, _View] = {}
         self._queries: dict[tuple[int, int | None, bool], Queries] = {}
         self._pending: dict[int, Slots] = {}
@@ -246,7 +247,7 @@ class RingCache:
         rows_R: Tensor | None,
     ) -> Tensor:
         """See `model.text.KVStore`."""
-        plan = self.config.layers[layer]
+        plan = self._plans[layer]
         if k_TKH is not None and v_TKH is not None:
             view = self._append(self._layers[layer], k_TKH, v_TKH)
             if layer in self._sources:
@@ -257,7 +258,7 @@ class RingCache:
 
     def read(self, layer: int, q_BNH: Tensor) -> Tensor:
         """See `model.drafter.TargetKV`: of the one sequence, between steps."""
-        plan = self.config.layers[layer]
+        plan = self._plans[layer]
         slots, window = self._layers[plan.kv_source].slots, plan.window
         if window is None:
             first, spans = 0, [(slots, 0, self.length)]
@@ -269,7 +270,7 @@ class RingCache:
     def place(self, layer: int, rows_R: Tensor | None) -> Place | None:
         """Where the extension itself stores and finds K/V of a layer this step, in the stead of
         `attend`; None where it cannot. Once a layer and step, in order."""
-        plan, own = self.config.layers[layer], self._layers.get(layer)
+        plan, own = self._plans[layer], self._layers.get(layer)
         into, slot = None, 0
         if own is None:
             view = self._views.get(plan.kv_source)

@@ -414,7 +414,11 @@ class TextModel(nn.Module):
 
     def _capped(self, logits: Tensor) -> Tensor:
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        if cap is None:
+            return logits
+        if torch.is_grad_enabled() and logits.requires_grad:
+            return cap * torch.tanh(logits / cap)
+        return logits.div_(cap).tanh_().mul_(cap)  # a row is a megabyte, written once
 
     def k_from_v(self, layer: int) -> KeyRule:
         """How the keys of a K = V layer follow from its values."""

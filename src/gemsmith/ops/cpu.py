@@ -226,6 +226,24 @@ def linear(weight: PackedWeight, x_MK: Tensor) -> Tensor:
     return y_MN
 
 
+def linear_bfloat16(weight_NK: Tensor, x_MK: Tensor) -> Tensor:
+    """y float32 [M, N] of float32 rows and a bfloat16 weight, widened on the way; a row has the
+    same bits whatever rows come with it. For few rows; needs the extension.
+
+    Raises:
+      WeightsError: another type, shape or layout.
+    """
+    N, K = weight_NK.shape if weight_NK.ndim == 2 else (0, 0)
+    M = x_MK.shape[0] if x_MK.ndim else 0
+    native.check(weight_NK, "weight", torch.bfloat16, (N, K))
+    native.check(x_MK, "x", torch.float32, (M, K))
+    kernels = native.ready()
+    assert kernels is not None, "ask `native.available` first"
+    y_MN = torch.empty((M, N))
+    kernels.linear_bfloat16(weight_NK.data_ptr(), N, K, x_MK.data_ptr(), M, y_MN.data_ptr())
+    return y_MN
+
+
 def top(
     weight: PackedWeight, x_MK: Tensor, count: int, skipped: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

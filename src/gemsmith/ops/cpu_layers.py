@@ -203,11 +203,15 @@ def run_layers(
             ple_MLP = ple_MLP.float().contiguous()
         ple, stride = ple_MLP.data_ptr(), ple_MLP.stride(0)
     fields: list[list[int]] = []
+    checked: set[tuple[int, ...]] = set()
     for layer, place, (cos_MR, sin_MR) in zip(layers, places, tables, strict=True):
         R, H = cos_MR.shape[-1], layer._H
-        native.check(cos_MR, "cos", torch.float32, (M, min(R, H // 2)))
-        native.check(sin_MR, "sin", torch.float32, (M, R))
-        native.check(place.ranges_R2, "ranges", torch.int64, (M, 2))
+        kind = id(cos_MR), id(sin_MR), id(place.ranges_R2), H
+        if kind not in checked:  # layers of a kind share them
+            native.check(cos_MR, "cos", torch.float32, (M, min(R, H // 2)))
+            native.check(sin_MR, "sin", torch.float32, (M, R))
+            native.check(place.ranges_R2, "ranges", torch.int64, (M, 2))
+            checked.add(kind)
         if (place.into is None) != (layer._K == 0):
             raise WeightsError(f"a layer of {layer._K} key/value heads was given {place.into}")
         if not place.spans:

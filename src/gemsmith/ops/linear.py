@@ -4,6 +4,9 @@ Many CPUs have no bfloat16 multiplier, and there a bfloat16 product of many rows
 slower than the same in float32. So a tall product widens the weight on the way, a block of rows at
 a time. The result differs from the plain product only by rounding (it accumulates in float32).
 
+Beside low-bit weights hidden states are float32, and what stayed bfloat16 is widened on the way
+too: for few rows by the C++ extension, in registers.
+
 A weight may also be something other than a tensor, stored in few bits for one: then it multiplies
 itself, and whoever asks for the product need not know.
 
@@ -16,6 +19,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gemsmith.ops import cpu, native
 
 MIN_ROWS = 32
 """Below this many rows reading the weight is what costs, and widening it only adds to that."""
@@ -56,16 +61,23 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor | Factor) -> Tensor:
-    """x @ weight.T, [T, O] in x's dtype."""
+    """x @ weight.T, [T, O] in x's dtype; a bfloat16 weight on the CPU takes float32 rows too."""
     if not isinstance(weight_OD, Tensor):
         return weight_OD.multiply(x_TD)
-    slow = weight_OD.dtype == torch.bfloat16 and x_TD.device.type == "cpu"
-    if not slow or x_TD.shape[0] < MIN_ROWS or cpu_multiplies_bfloat16() or _needs_grad(weight_OD):
+    narrow = weight_OD.dtype == torch.bfloat16 and x_TD.device.type == "cpu"
+    few, grads = x_TD.shape[0] < MIN_ROWS, _needs_grad(x_TD, weight_OD)
+    if narrow and x_TD.dtype == torch.float32:
+        if few and not grads and native.available():
+            return cpu.linear_bfloat16(weight_OD, x_TD.contiguous())
+    elif not narrow or few or cpu_multiplies_bfloat16() or _needs_grad(weight_OD):
         return F.linear(x_TD, weight_OD)
     wide_TD = x_TD.float()
     out_TO = x_TD.new_empty((x_TD.shape[0], weight_OD.shape[0]))
+    room_BD = torch.empty((min(BLOCK_OUTPUTS, weight_OD.shape[0]), weight_OD.shape[1]))
     for start in range(0, weight_OD.shape[0], BLOCK_OUTPUTS):
-        block = weight_OD[start : start + BLOCK_OUTPUTS].float()
+        block = weight_OD[start : start + BLOCK_OUTPUTS]
+        # Fresh memory costs more than widening, but a gradient needs every block again.
+        block = block.float() if grads else room_BD[: len(block)].copy_(block)
         out_TO[:, start : start + BLOCK_OUTPUTS] = F.linear(wide_TD, block)
     return out_TO
 
@@ -86,5 +98,5 @@ def top(
     return None if isinstance(weight_OD, Tensor) else weight_OD.top(x_TD, count, skipped)
 
 
-def _needs_grad(weight: Tensor) -> bool:
-    return torch.is_grad_enabled() and weight.requires_grad
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

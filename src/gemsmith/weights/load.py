@@ -71,6 +71,9 @@ from gemsmith.weights.tensors import (
 TABLE_DTYPES = DTYPES | {"I32": torch.int32, "U8": torch.uint8, "I8": torch.int8}
 COMPUTE = (torch.bfloat16, torch.float32)
 HEAD_ROWS_COMPARED = 256
+STAY_BFLOAT16 = ("per_layer_model_projection.weight", HEAD)
+"""Beside low-bit weights, which compute in float32 on the CPU: what `ops.linear` widens as it goes.
+A token reads half the bytes, and the file's pages serve as they are."""
 
 
 def load_model(
@@ -233,11 +236,14 @@ def _fill(
     """
     names = {key: name for name, key in chosen.items() if key not in low and name not in formats}
     reader, done = Reader(stored), 0
+    integer_products = device.type == "cpu" and len(names) < len(chosen)
     for key in sorted(names, key=lambda key: _order(stored[key])):
-        stays = device.type == "cpu" and DTYPES[stored[key].dtype] == dtype
-        tensor = reader.get(key, stays=stays)
+        its, wanted = DTYPES[stored[key].dtype], dtype
+        if integer_products and its == torch.bfloat16 and names[key] in STAY_BFLOAT16:
+            wanted = its
+        tensor = reader.get(key, stays=device.type == "cpu" and its == wanted)
         try:
-            ready = tensor.to(device, dtype)
+            ready = tensor.to(device, wanted)
         except torch.OutOfMemoryError:
             raise CapacityError(
                 f"{device}: out of memory at {key} after {done / 2**30:.1f} GiB of weights; "
