@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from typer.testing import CliRunner
@@ -114,3 +115,17 @@ def test_a_terminal_without_unicode_is_no_error():
 
 def test_version_is_that_of_the_package():
     assert run("--version").stdout.decode() == f"gemsmith {gemsmith.__version__}\n"
+
+
+def test_a_start_and_an_end_are_not_spent_on_looking_for_cycles():
+    code = """
+        import atexit, gc, sys
+        from gemsmith.cli.main import main
+        atexit.register(lambda: print(gc.get_threshold()[0], gc.get_freeze_count() > 1000))
+        sys.argv = ["gemsmith", "--version"]
+        main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[1:] == ["50000 True"]
