@@ -32,7 +32,7 @@ from gemsmith.media.video import load_video
 from gemsmith.text import chat
 from gemsmith.text.tokenizer import Tokenizer
 from gemsmith.train.data import model_turn_mask
-from gemsmith.train.media import IMAGE, SOUND, MediaWriter, pcm
+from gemsmith.train.media import IMAGE, SOUND, MediaWriter, Medium, pcm
 
 MAX_TOKENS = 1024
 """Of a conversation of text; pictures and sounds may come on top."""
@@ -53,18 +53,6 @@ one does after 17 million tokens at weight 1; 0.19 and 0.83 after 2.6 million mo
 VALUE_WEIGHT = 4
 """Of the token that begins an argument's value: which part of the request belongs there."""
 _tokenizer: Tokenizer
-
-
-@dataclass(frozen=True)
-class Medium:
-    """A picture or sound of a conversation; fields as in `train.media.RECORD`."""
-
-    kind: int
-    data: bytes
-    at: int
-    """Counted from the conversation's first token."""
-    tokens: int
-    budget: int
 
 
 @dataclass(frozen=True)
@@ -219,13 +207,7 @@ def build(
             too_long += left_out
             for talk in made:
                 for medium in talk.media:
-                    writer.add(
-                        medium.kind,
-                        medium.data,
-                        at=at + medium.at,
-                        tokens=medium.tokens,
-                        budget=medium.budget,
-                    )
+                    writer.add(medium, start=at)
                 at += len(talk.ids)
                 talks.append((talk.kind, talk.ids, talk.mask))
                 soft = sum(medium.tokens for medium in talk.media)

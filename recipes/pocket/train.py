@@ -1,7 +1,8 @@
 """Trains the embedded model and exports it as a checkpoint folder.
 
   python -m recipes.pocket.train fit --data DATA --run RUN [--minutes N] [--decay-now]
-                                   [--from CHECKPOINT] [--towers FILE] [--lr RATE]
+                                   [--from CHECKPOINT] [--towers FILE] [--frozen]
+                                   [--lr RATE] [--batch-tokens N]
   python -m recipes.pocket.train export --run RUN --tokenizer FOLDER --out FOLDER
 
 `fit` stops cleanly at any time and goes on where it stopped. The learning rate stays level until a
@@ -10,7 +11,7 @@ goes on from where the decay began.
 
 Data: see build_data.py. Data with pictures and sounds train the towers too; a run is with towers or
 without from its first step to its export. `--from` a checkpoint without towers adds fresh ones,
-or those that `--towers` names.
+or those that `--towers` names; with `--frozen` they stay as they were taught.
 
 Shape: E-series in small. Layers 5-8 own no K/V, so in training they and the head run on learned
 tokens alone (28 % of all): most of the parameters sit where they are cheap. Both towers see the
@@ -147,10 +148,13 @@ def fit(
     start: Path | None = None,
     taught: Path | None = None,
     lr: float = TRAIN.lr,
+    batch_tokens: int = TRAIN.batch_tokens,
+    frozen: bool = False,
 ) -> None:
     """One stretch of training in the run folder `run`; a new run begins with `start`'s weights.
 
-    With towers if the training set has pictures or sounds; `taught`: a file that has them.
+    With towers if the training set has pictures or sounds; `taught`: a file that has them;
+    `frozen`: they stay as they are, which makes a step cheaper.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(TRAIN.seed)
@@ -169,13 +173,15 @@ def fit(
             towers.load_state_dict(there.state_dict())
     if towers is not None and taught is not None:
         towers.load_state_dict(torch.load(taught, weights_only=True)["towers"])
+    if towers is not None:
+        towers.requires_grad_(not frozen)
     for name, part in (("decoder", model), ("towers", towers)):
         if part is not None:
             part.to(device)
             print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters", flush=True)
     trainer = Trainer(
         model,
-        replace(TRAIN, lr=lr),
+        replace(TRAIN, lr=lr, batch_tokens=batch_tokens),
         train,
         run,
         towers=towers,
@@ -231,6 +237,8 @@ def main() -> None:
     command.add_argument(
         "--lr", type=float, default=TRAIN.lr, help="level rate; a finished model wants a lower one"
     )
+    command.add_argument("--batch-tokens", type=int, default=TRAIN.batch_tokens, help="of a step")
+    command.add_argument("--frozen", action="store_true", help="leave the towers as they are")
     command.add_argument("--minutes", type=float, help="length of the stretch; default: no end")
     command.add_argument("--decay-now", action="store_true", help="end the run with this stretch")
     command = commands.add_parser("export", help="write a checkpoint folder")
@@ -248,6 +256,8 @@ def main() -> None:
             start=args.start,
             taught=args.towers,
             lr=args.lr,
+            batch_tokens=args.batch_tokens,
+            frozen=args.frozen,
         )
     else:
         export(args.run, args.tokenizer, args.out)

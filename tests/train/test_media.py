@@ -23,7 +23,7 @@ from gemsmith.model.towers import Towers
 from gemsmith.testing import assert_close, tiny_media_config, tolerance
 from gemsmith.train.data import MAX_PATCHES, TokenSet, make_batch, plan_epoch
 from gemsmith.train.loss import backward_in_chunks
-from gemsmith.train.media import IMAGE, RECORD, SOUND, MediaWriter, pcm
+from gemsmith.train.media import IMAGE, RECORD, SOUND, MediaWriter, Medium, pcm
 from gemsmith.train.trainer import TrainConfig, Trainer, checkpoints
 
 VOCABULARY = 40
@@ -98,7 +98,7 @@ def write_media_set(
                 else:
                     kind, data, budget = SOUND, pcm(part), 0
                     tokens, soft = audio.soft_tokens(len(part)), CONFIG.audio_token_id
-                writer.add(kind, data, at=at + len(ids), tokens=tokens, budget=budget)
+                writer.add(Medium(kind, data, len(ids), tokens, budget), start=at)
                 assert soft is not None
                 ids += [soft] * tokens
             sequences.append((ids, [0] * (len(ids) - 1) + [1]))
@@ -467,11 +467,11 @@ def test_soft_tokens_that_the_towers_would_not_make_are_refused(tmp_path: Path) 
     picture = square(10, np.random.default_rng(0))
     write_set(tmp_path, "train", [([2] + [34] * 63 + [7], [0] * 65)])
     with MediaWriter(tmp_path, "train") as writer:
-        writer.add(IMAGE, png(picture), at=1, tokens=63, budget=70)
+        writer.add(Medium(IMAGE, png(picture), 1, 63, 70), start=0)
     with pytest.raises(TrainError, match="medium 0 makes 64 soft tokens, its index says 63"):
         make_batch(TokenSet(tmp_path, "train"), [0], batch_tokens=128)
     with MediaWriter(tmp_path, "train") as writer:
-        writer.add(IMAGE, png(picture), at=1, tokens=64, budget=70)
+        writer.add(Medium(IMAGE, png(picture), 1, 64, 70), start=0)
     with pytest.raises(TrainError, match="64 soft tokens, its index says 64 of 2 ids"):
         make_batch(TokenSet(tmp_path, "train"), [0], batch_tokens=128)
 
@@ -482,12 +482,12 @@ def test_writing_begins_anew_and_leaves_no_set_where_it_failed(tmp_path: Path) -
     for _ in range(2):
         with MediaWriter(tmp_path, "train") as writer:
             for number in range(3):
-                writer.add(SOUND, sound, at=5 * number, tokens=2)
+                writer.add(Medium(SOUND, sound, 0, 2), start=5 * number)
     assert blob.read_bytes() == 3 * sound
     assert np.load(index)["end"].tolist() == [1600, 3200, 4800]
 
     def add_and_fail(writer: MediaWriter) -> None:
-        writer.add(SOUND, sound, at=0, tokens=2)
+        writer.add(Medium(SOUND, sound, 0, 2), start=0)
         raise KeyError
 
     with pytest.raises(KeyError), MediaWriter(tmp_path, "train") as writer:

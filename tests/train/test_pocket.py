@@ -19,7 +19,7 @@ from gemsmith.errors import TrainError
 from gemsmith.media import audio, image
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
-from gemsmith.train.media import SOUND, MediaWriter, pcm
+from gemsmith.train.media import SOUND, MediaWriter, Medium, pcm
 from gemsmith.weights.load import load_model, load_towers
 from gemsmith.weights.save import save_model
 
@@ -162,9 +162,9 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TextModel, Towers | Non
     return made
 
 
-def begin(data: Path, start: Path | None) -> None:
+def begin(data: Path, start: Path | None, *, frozen: bool = False) -> None:
     with pytest.raises(Stopped):
-        train.fit(data, data / "run", minutes=None, decay=False, start=start)
+        train.fit(data, data / "run", minutes=None, decay=False, start=start, frozen=frozen)
 
 
 def test_a_run_may_begin_with_the_weights_of_a_checkpoint(
@@ -192,7 +192,7 @@ def test_data_with_media_begin_towers_fresh_or_those_of_a_checkpoint(
     tokens = audio.soft_tokens(len(samples))
     write_set(tmp_path, "train", [([2] + [4092] * tokens, [0] * (tokens + 1))])
     writer = MediaWriter(tmp_path, "train")
-    writer.add(SOUND, pcm(samples), at=1, tokens=tokens)
+    writer.add(Medium(SOUND, pcm(samples), 1, tokens), start=0)
     writer.close()
     for name in ("blind", "seeing"):
         begin(tmp_path, tmp_path / name)
@@ -203,3 +203,8 @@ def test_data_with_media_begin_towers_fresh_or_those_of_a_checkpoint(
         ]
         assert all(same) != fresh
         assert all(p.requires_grad for p in towers.parameters())
+    begin(tmp_path, tmp_path / "seeing", frozen=True)
+    decoder, towers = begun[-1]
+    assert towers is not None
+    assert not any(p.requires_grad for p in towers.parameters())
+    assert all(p.requires_grad for p in decoder.parameters())

@@ -11,7 +11,7 @@ The ids hold the soft tokens already. The towers are in model/towers.py.
 Shapes: M media, C conversations, T packed tokens of a batch, P patches, S soft tokens, F mel bins.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -38,6 +38,18 @@ RECORD = np.dtype(
 )
 PATCHES_PER_TOKEN = 9
 """A soft token of an image stands for 3 x 3 patches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """A picture or sound of a conversation; the fields are those of RECORD."""
+
+    kind: int
+    data: bytes
+    at: int
+    """Counted from the conversation's first token."""
+    tokens: int
+    budget: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +134,13 @@ class MediaSet:
                 "together, build the data set again"
             )
 
+    def of(self, conversation: int) -> Iterator[Medium]:
+        """The media of one conversation."""
+        offset = int(self._offsets[conversation])
+        records = self.index[self._first[conversation] : self._first[conversation + 1]]
+        for at, tokens, begin, end, kind, budget in records.tolist():
+            yield Medium(kind, self._bytes[begin:end].tobytes(), at - offset, tokens, budget)
+
     def soft_inputs(self, conversations: Iterable[int], starts: Iterable[int]) -> SoftInputs | None:
         """Features of the conversations' media; starts: where each conversation begins in T.
 
@@ -135,18 +154,16 @@ class MediaSet:
         clips: list[tuple[Tensor, Tensor]] = []
         places: dict[int, list[np.ndarray]] = {IMAGE: [], SOUND: []}
         for conversation, start in zip(conversations, starts, strict=True):
-            shift = start - int(self._offsets[conversation])
-            for number in range(self._first[conversation], self._first[conversation + 1]):
-                at, tokens, begin, end, kind, budget = self.index[number].tolist()
-                data = self._bytes[begin:end].tobytes()
+            offset = int(self._offsets[conversation])
+            for number, medium in enumerate(self.of(conversation), self._first[conversation]):
                 try:
-                    if kind == IMAGE:
-                        made = image.patches(image.load_image(data), budget)
+                    if medium.kind == IMAGE:
+                        made = image.patches(image.load_image(medium.data), medium.budget)
                         shown.append(made)
                         count = made.soft_tokens
                     else:
                         samples = audio.load_audio(
-                            np.frombuffer(data, "<i2"), sample_rate=audio.SAMPLE_RATE
+                            np.frombuffer(medium.data, "<i2"), sample_rate=audio.SAMPLE_RATE
                         )
                         mel, valid = audio.mel(samples)
                         clips.append((torch.from_numpy(mel), torch.from_numpy(valid)))
@@ -156,13 +173,14 @@ class MediaSet:
                         f"{self.name}: medium {number} cannot be read ({error}); build the data "
                         "set again"
                     ) from None
-                held = self._ids[at : at + tokens]
-                if count != tokens or (held != held[0]).any():
+                first = offset + medium.at
+                held = self._ids[first : first + medium.tokens]
+                if count != medium.tokens or (held != held[0]).any():
                     raise TrainError(
                         f"{self.name}: medium {number} makes {count} soft tokens, its index says "
-                        f"{tokens} of {len(np.unique(held))} ids; build the data set again"
+                        f"{medium.tokens} of {len(np.unique(held))} ids; build the data set again"
                     )
-                places[kind].append(np.arange(at + shift, at + shift + tokens))
+                places[medium.kind].append(np.arange(medium.tokens) + start + medium.at)
         runs = places[IMAGE] + places[SOUND]
         if not runs:
             return None
@@ -201,13 +219,15 @@ class MediaWriter:
         elif self._file is not None:
             self._file.close()
 
-    def add(self, kind: int, data: bytes, *, at: int, tokens: int, budget: int = 0) -> None:
-        """Append one medium, in the order of `at`; see RECORD."""
+    def add(self, medium: Medium, *, start: int) -> None:
+        """Append a medium, in order, of the conversation whose first token is number `start`."""
         begin = self._records[-1][3] if self._records else 0
-        self._records.append((at, tokens, begin, begin + len(data), kind, budget))
+        end = begin + len(medium.data)
+        at = start + medium.at
+        self._records.append((at, medium.tokens, begin, end, medium.kind, medium.budget))
         if self._file is None:
             self._file = self._blob.open("wb")
-        self._file.write(data)
+        self._file.write(medium.data)
 
     def close(self) -> None:
         """Write the index. Nothing can be added after that."""
