@@ -115,9 +115,11 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(isa, mo
         assert torch.equal(logits(model, config, 300), wanted)
 
 
-def steps(model: TextModel, config: Gemma4Config, lengths: tuple[int, ...]) -> list[Tensor]:
-    """Hidden states of steps of so many tokens, K/V kept as int8; the first asks for one row."""
-    kv = RingCache(config.text_config, dtype=torch.int8, k_from_v=model.k_from_v)
+def steps(
+    model: TextModel, config: Gemma4Config, lengths: tuple[int, ...], dtype=torch.int8
+) -> list[Tensor]:
+    """Hidden states of steps of so many tokens, then K/V; the first step asks for one row."""
+    kv = RingCache(config.text_config, dtype=dtype, k_from_v=model.k_from_v)
     found = []
     for tokens in lengths:
         with kv.step(tokens) as positions_T:
@@ -143,6 +145,19 @@ def test_layers_in_one_call_give_the_same_bits_as_one_by_one(monkeypatch, size):
     assert max(calls) == layers if size == "E2B" else 1 < max(calls) < layers
     monkeypatch.setattr(type(model.layers), "run", Layers.run)
     for one, other in zip(found, steps(model, config, lengths), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_whose_keys_are_not_int8_run_one_by_one(monkeypatch, dtype):
+    config = tiny_config("E2B", vocab_size=320)
+    model = packed_model(config, Format(4))
+    fuse(model)
+    monkeypatch.setattr(cpu_layers, "run_layers", None)
+    lengths = (5, 1, 3, 1, 12, 1)
+    found = steps(model, config, lengths, dtype)
+    monkeypatch.setattr(type(model.layers), "run", Layers.run)
+    for one, other in zip(found, steps(model, config, lengths, dtype), strict=True):
         assert torch.equal(one, other)
 
 

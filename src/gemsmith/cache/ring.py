@@ -270,11 +270,13 @@ class RingCache:
     def place(self, layer: int, rows_R: Tensor | None) -> Place | None:
         """Where the extension itself stores and finds K/V of a layer this step, in the stead of
         `attend`; None where it cannot. Once a layer and step, in order."""
+        if self.dtype != torch.int8:
+            return None
         plan, own = self._plans[layer], self._layers.get(layer)
         into, slot = None, 0
         if own is None:
             view = self._views.get(plan.kv_source)
-        elif self.dtype != torch.int8 or own.slots.k is None:
+        elif own.slots.k is None:
             return None
         else:
             view, target, slot = self._view(own, self._step_tokens)
