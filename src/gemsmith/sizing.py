@@ -7,6 +7,7 @@ GiB is 2^30 bytes.
 Three places where a weight takes room, which differ by up to a fifth:
   file    as `gemsmith quantize` and `save_model` write it
   cpu     as the CPU's kernels read it: rows filled up to blocks of 16, what stays floats in float32
+          (but for a projection that the mobile mix leaves in bfloat16)
   gpu     codes as in the file with float32 scales, what stays floats in bfloat16
 
 Formats are those of weights/recipe.py: float32 and bfloat16 as they are, int8, int4, int2 (groups
@@ -187,6 +188,8 @@ def _weight_bytes(
         bits = low_bits(tensor, text, format)
         if bits is None:
             each = width
+            if format == "mobile" and tensor.part == "ple_projection" and tensor.linear:
+                each = min(width, FLOATS[stored])  # kernels read it as it is stored
             if tensor.part == "drafter":
                 each = 8 if tensor.name == shapes.TOKEN_ORDERING else 2
             nbytes = math.prod(tensor.shape) * each

@@ -125,12 +125,7 @@ def test_speed_and_memory_are_said_at_the_end(demo: Any):
 def test_the_weights_of_the_tour_are_of_four_bits_unless_asked_otherwise(
     demo: Any,
 ):
-    assert demo(TALKS, LOOP).loaded == {
-        "device": "auto",
-        "dtype": "auto",
-        "kv": "auto",
-        "quant": "int4",
-    }
+    assert demo(TALKS, LOOP).loaded == {"quant": "int4"}
     result = demo(TALKS, LOOP, quant="none")
     assert result.loaded["quant"] is None
     assert "Weights of floats: 10 tokens" in result.output

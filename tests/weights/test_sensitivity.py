@@ -9,7 +9,7 @@ from gemsmith.cache.none import NoCache
 from gemsmith.errors import RequestError, WeightsError
 from gemsmith.model.text import TextModel
 from gemsmith.testing import random_model
-from gemsmith.weights import load, sensitivity
+from gemsmith.weights import sensitivity, tensors
 from gemsmith.weights.load import load_model
 from gemsmith.weights.mixed import units_of
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE, module_name
@@ -48,7 +48,7 @@ def shake(weight: Tensor, name: str) -> float:
 @torch.no_grad()
 def test_each_unit_counts_what_it_does_to_the_distributions(tmp_path, monkeypatch, size):
     """Attention, MLPs, experts, K/V that later layers read: wherever it acts."""
-    monkeypatch.setattr(load, "PIECE_BYTES", 4096)  # the head in many pieces
+    monkeypatch.setattr(tensors, "PIECE_BYTES", 4096)  # the head in many pieces
     folder, config = floats(tmp_path / "floats", size), low_config(size).text_config
     units = units_of(config, Recipe("mixed", budget=1).candidates(low_config(size)))
     found = dict(zip(units, sensitivities(config, weights_of(folder), units, TOKENS), strict=True))

@@ -187,12 +187,14 @@ class CompletionRequest(Sampled):
     best_of: Annotated[int | None, only(1)] = None
 
 
-class ResponsesTool(Function):
-    """A function tool of the Responses API; no other kind can run here."""
-
-    model_config = ConfigDict(extra="forbid")
+class ResponsesTool(Strict):
+    """A function tool of the Responses API; no other kind can run here, so that is asked first."""
 
     type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Ignored = None
 
 
 class ResponsesNamedTool(Strict):
