@@ -26,7 +26,8 @@ from jsonschema import Draft202012Validator
 
 from benchmarks import measure
 from gemsmith.engine.batching import BatchEngine, EngineConfig, run_all
-from gemsmith.engine.engine import LM, collect
+from gemsmith.engine.engine import LM
+from gemsmith.engine.reply import collect
 from gemsmith.engine.request import Generation, Request
 from gemsmith.errors import GemsmithError
 from gemsmith.testing import random_tool

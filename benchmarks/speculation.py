@@ -24,8 +24,9 @@ from random import Random
 from typing import Any
 
 from gemsmith.engine.batching import BatchEngine, EngineConfig, run_all
-from gemsmith.engine.engine import LM, collect
+from gemsmith.engine.engine import LM
 from gemsmith.engine.media import Prompt
+from gemsmith.engine.reply import collect
 from gemsmith.engine.request import Generation, Request
 from gemsmith.errors import GemsmithError
 
@@ -78,7 +79,7 @@ def asked(lm: LM, tokens: int) -> dict[str, list[dict[str, Any]]]:
 
 def timed(lm: LM, request: dict[str, Any]) -> tuple[Generation, float]:
     """A reply, and seconds a token after the first."""
-    lm._kept = None  # every reply reads its whole prompt
+    lm._engine.kept = None  # every reply reads its whole prompt
     started = time.perf_counter()
     reply = lm.generate(**request) if isinstance(request["prompt"], str) else lm.complete(**request)
     seconds = time.perf_counter() - started - reply.usage.time_to_first_token_s

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any, cast
 
-from gemsmith.engine.engine import LM, collect
-from gemsmith.engine.reply import Event
+from gemsmith.engine.engine import LM
+from gemsmith.engine.reply import Event, collect
 from gemsmith.engine.request import Finished, FinishReason, Generation, Usage
 
 Reply = Sequence[Event | BaseException]

@@ -11,8 +11,9 @@ import pytest
 
 from gemsmith.engine.async_engine import AsyncEngine, Stream
 from gemsmith.engine.batching import BatchEngine, EngineConfig
-from gemsmith.engine.engine import LM, collect
+from gemsmith.engine.engine import LM
 from gemsmith.engine.media import Prompt
+from gemsmith.engine.reply import collect
 from gemsmith.engine.request import Finished, Request, SamplingParams
 from gemsmith.errors import CapacityError, GemsmithError, QueueFullError, RequestError
 from gemsmith.testing import random_model, tiny_config

@@ -9,9 +9,9 @@ import torch
 
 from gemsmith.engine.batching import BatchEngine, EngineConfig, Outcome, run_all
 from gemsmith.engine.context import Next
-from gemsmith.engine.engine import LM, collect
+from gemsmith.engine.engine import LM
 from gemsmith.engine.media import Prompt
-from gemsmith.engine.reply import Reply
+from gemsmith.engine.reply import Reply, collect
 from gemsmith.engine.request import Finished, FinishReason, Generation, Request, SamplingParams
 from gemsmith.errors import CapacityError, ConfigError, QueueFullError, RequestError, WeightsError
 from gemsmith.ops import native

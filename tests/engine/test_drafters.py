@@ -16,8 +16,9 @@ from gemsmith.engine import speculative
 from gemsmith.engine.batching import BatchEngine, EngineConfig, run_all
 from gemsmith.engine.context import Context
 from gemsmith.engine.drafters import CANDIDATES, KEY, MTP_REACH, REACH, Index, Lookup, Mtp, Text
-from gemsmith.engine.engine import LM, collect
+from gemsmith.engine.engine import LM
 from gemsmith.engine.media import Prompt
+from gemsmith.engine.reply import collect
 from gemsmith.engine.request import Request
 from gemsmith.engine.speculative import Speculation
 from gemsmith.errors import ConfigError, GemsmithError

@@ -68,7 +68,7 @@ def test_a_prompt_run_in_chunks_gives_the_same_tokens(tokenizer, monkeypatch):
     lm = random_lm("E2B", tokenizer)
     prompt = tokens(33, 3, tokenizer.vocab_size)
     whole = lm.complete(prompt, temperature=0, max_tokens=12).token_ids
-    lm._kept = None
+    lm._engine.kept = None
     monkeypatch.setattr("gemsmith.engine.context.CHUNK_TOKENS", 5)
     assert lm.complete(prompt, temperature=0, max_tokens=12).token_ids == whole
 
@@ -101,7 +101,7 @@ def test_greedy_tokens_on_cuda_equal_those_on_the_cpu(size, tokenizer):
     options = {"repetition_penalty": 1.1, "max_tokens": 24, "logprobs": 1}
     here = lm.complete(prompt, temperature=0, **options)
     lm.model.to("cuda")
-    lm._kept = None
+    lm._engine.kept = None
     there = lm.complete(prompt, temperature=0, **options)
     assert there.token_ids == here.token_ids
     sampled = [lm.complete(prompt, seed=3, top_k=20, top_p=0.9, max_tokens=8) for _ in range(2)]
@@ -639,7 +639,7 @@ def test_the_choice_is_what_a_masked_greedy_reply_would_be(size, tokenizer):
     lm = random_lm(size, tokenizer, end_ids=[1])
     choices = ["abc", "abd", "ab", "b", "bfgh", "cad"]
     for prompt in ("a", "hi there", "jjjj"):
-        ids = lm._raw_ids([(prompt, False)])
+        ids = lm.encode_text(prompt, markers=False).ids
         live = {(*tokenizer.encode(text), min(lm.end_ids)): text for text in choices}
         said: tuple[int, ...] = ()
         while len(live) > 1 or said not in live:

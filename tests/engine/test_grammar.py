@@ -15,8 +15,9 @@ from benchmarks.grammar import wrong
 from jsonschema import Draft202012Validator
 
 from gemsmith.engine import grammar as held
-from gemsmith.engine.engine import LM, collect
+from gemsmith.engine.engine import LM
 from gemsmith.engine.grammar import Constraint, Grammar, Grammars, Vocabulary
+from gemsmith.engine.reply import collect
 from gemsmith.engine.request import FinishReason, SamplingParams
 from gemsmith.errors import RequestError, ToolError
 from gemsmith.testing import SIZES, random_model, random_tool, tiny_config

@@ -68,7 +68,7 @@ def test_logits_equal_transformers_with_two_images(size, seeing, monkeypatch):
     hf_config._attn_implementation = "eager"
     hf = getattr(transformers, prefix + "ForConditionalGeneration")(hf_config).eval()
     state = {f"model.language_model.{k}": v for k, v in lm.model.state_dict().items()}
-    state |= {f"model.{k}": v for k, v in lm.towers.state_dict().items()}
+    state |= {f"model.{k}": v for k, v in lm.soft.towers.state_dict().items()}
     missing, unexpected = hf.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
@@ -124,7 +124,7 @@ def test_chunks_and_blocks_do_not_change_the_answer(size, seeing, monkeypatch):
     lm = seeing(size)
     messages = asked(picture(1), picture(2))
     whole = first_logprobs(lm, messages, image_budget=70)
-    lm._kept = None
+    lm._engine.kept = None
     monkeypatch.setattr("gemsmith.engine.context.CHUNK_TOKENS", 11)
     for (a, x), (b, y) in zip(first_logprobs(lm, messages, image_budget=70), whole, strict=True):
         assert a == b
@@ -145,7 +145,7 @@ def test_a_conversation_goes_on_behind_its_picture(seeing):
     config = replace(lm.config.text_config, sliding_window=512)
     lm.config = replace(lm.config, text_config=config)
     model = random_model(lm.config)
-    lm = LM(model, lm.tokenizer, lm.config, end_ids=lm.end_ids, towers=lm._load_towers)
+    lm = LM(model, lm.tokenizer, lm.config, end_ids=lm.end_ids, towers=lm.soft.load_towers)
     messages = asked(picture(1))
     reply = lm.generate(messages, image_budget=70, temperature=0, max_tokens=4)
     more = [*messages, reply.message, {"role": "user", "content": "de"}]

@@ -50,10 +50,10 @@ def test_a_reply_guessed_ahead_is_the_same(size, params, wrong_every, low_bit, m
     assert ours.usage.drafted_tokens > 0
     assert (ours.usage.accepted_tokens == 0) == (wrong_every == 1)
     # What is kept for the next request is what a reply without guesses leaves.
-    assert lm._kept is not None
-    assert plain._kept is not None
-    assert lm._kept.keys == plain._kept.keys
-    assert torch.equal(lm._kept.run([40]), plain._kept.run([40]))
+    assert lm._engine.kept is not None
+    assert plain._engine.kept is not None
+    assert lm._engine.kept.keys == plain._engine.kept.keys
+    assert torch.equal(lm._engine.kept.run([40]), plain._engine.kept.run([40]))
 
 
 @needs_extension
@@ -113,9 +113,9 @@ def test_stop_strings_thoughts_and_limits_act_as_without(scripted, tokenizer, mo
             ours = lm.generate("Hi", enable_thinking=True, **options)
         assert same(ours, expected)
         assert ours.usage.accepted_tokens > 0
-        assert lm._kept is not None
-        assert plain._kept is not None
-        assert lm._kept.keys == plain._kept.keys
+        assert lm._engine.kept is not None
+        assert plain._engine.kept is not None
+        assert lm._engine.kept.keys == plain._engine.kept.keys
 
 
 def test_guesses_save_passes_and_never_reach_beyond_the_reply(scripted, monkeypatch):
@@ -137,11 +137,11 @@ def test_a_stream_dropped_in_the_middle_leaves_what_was_accepted(scripted, monke
     for _ in range(40):
         next(stream)
     stream.close()
-    assert lm._kept is not None
+    assert lm._engine.kept is not None
     prompt = lm.encode([{"role": "user", "content": "Hi"}]).ids
     said = lm.tokenizer.encode("abcdefgh " * 20)
-    assert lm._kept.keys == [*prompt, *said][: len(lm._kept.keys)]
-    assert lm._kept._cache.length == len(lm._kept.keys)
+    assert lm._engine.kept.keys == [*prompt, *said][: len(lm._engine.kept.keys)]
+    assert lm._engine.kept._cache.length == len(lm._engine.kept.keys)
     assert lm.generate("Hi").text == "abcdefgh " * 20
 
 

@@ -9,9 +9,9 @@ from tests.engine.conftest import GREEDY, NOTE, Oracle, always, needs_extension,
 
 from gemsmith.engine.batching import BatchEngine, EngineConfig, run_all
 from gemsmith.engine.context import Next, Rows
-from gemsmith.engine.engine import LM, collect
+from gemsmith.engine.engine import LM
 from gemsmith.engine.media import Prompt
-from gemsmith.engine.reply import Reply
+from gemsmith.engine.reply import Reply, collect
 from gemsmith.engine.request import Generation, Request, SamplingParams
 from gemsmith.errors import WeightsError
 from gemsmith.testing import SIZES

@@ -9,8 +9,8 @@ from rich.progress import Progress
 
 import gemsmith
 from gemsmith.cli.console import spell, write
-from gemsmith.engine.engine import LM, collect
-from gemsmith.engine.reply import Event
+from gemsmith.engine.engine import LM
+from gemsmith.engine.reply import Event, collect
 from gemsmith.engine.request import Finished, FinishReason, Generation, Usage
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
 

@@ -243,7 +243,7 @@ class BatchEngine:
             follow=request.follow,
             max_model_len=self.plan.max_model_len,
         )
-        together = lm.blocks(prompt, 0) is not None
+        together = lm.soft.see_each_other(prompt)
         wholes = tuple((span.start, span.stop) for span in prompt.spans if span.run.kind != "audio")
         sequence = Sequence(
             len(prompt.ids),
@@ -427,7 +427,7 @@ class BatchEngine:
         if not any(span.start < stop and start < span.stop for span in spans):
             return None
         if not 0 <= job.soft_from <= start:
-            soft = self.lm.soft(job.reply.prompt, start)
+            soft = self.lm.soft.rows(job.reply.prompt, start)
             assert soft is not None, "there are soft tokens here"
             job.soft, job.soft_from = (soft[0] + start, soft[1]), start
         found = between(job.soft, start, stop)
@@ -447,8 +447,7 @@ class BatchEngine:
         self._drafts += slice.drafts > 0
         self._draft_tokens += slice.drafts
         self._accepted_tokens += accepted
-        while reply.knows_next and not reply.ended:
-            events += reply.take(None)  # the next step reads all that is known
+        events += reply.take_known()
         new = reply.token_ids[before:]
         self._generated += len(new)
         job.keys += new

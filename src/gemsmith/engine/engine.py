@@ -8,7 +8,6 @@ in chunks (`context`) -> one token at a time (`sampler`) -> text -> thinking, co
 (`text.stream`) -> stop strings (`stop`) -> events. From the sampler on it is one object, `reply`.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,32 +17,26 @@ import torch
 from torch import Tensor
 
 from gemsmith.config import Gemma4Config
-from gemsmith.engine.context import Context, Soft, kv_format
+from gemsmith.engine.context import Context, kv_format
 from gemsmith.engine.drafters import Mtp, Text
 from gemsmith.engine.grammar import Constraint, Follow, Grammar, Grammars
+from gemsmith.engine.load import load_parts
 from gemsmith.engine.media import Prompt, expand
 from gemsmith.engine.media import collect as collect_media
-from gemsmith.engine.reply import Event, Reply
-from gemsmith.engine.request import MIN_TEMPERATURE, Finished, Generation, SamplingParams
-from gemsmith.engine.sampler import Sampler
-from gemsmith.engine.speculative import Speculation
-from gemsmith.errors import ConfigError, MediaError, RequestError, TokenizerError
+from gemsmith.engine.reply import Event, Reply, collect
+from gemsmith.engine.request import Generation, SamplingParams
+from gemsmith.engine.single import SingleEngine
+from gemsmith.engine.soft import SoftTokens
+from gemsmith.engine.speculative import Speculation, check_speculation
+from gemsmith.errors import MediaError, RequestError, TokenizerError
 from gemsmith.model.drafter import MTPDrafter, TargetKV
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.text import chat
 from gemsmith.text.grammar import ToolChoice
-from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
 from gemsmith.text.template import ChatTemplate
 from gemsmith.text.tokenizer import Tokenizer
-from gemsmith.weights.drafter import load_drafter
 from gemsmith.weights.fuse import same_bits_in_any_pass
-from gemsmith.weights.generation import load_generation_config
-from gemsmith.weights.hub import resolve
-from gemsmith.weights.load import Advance, load_model, load_towers, quantized_values, silent
-
-RESERVED_TOKENS = 1024
-"""K/V space set aside for a reply of no given length; it grows beyond that."""
 
 
 class LM:
@@ -76,7 +69,7 @@ class LM:
           TokenizerError: the vocabulary has more tokens than the model.
           ConfigError: kv or speculation is unknown, or there is no use for a drafter.
         """
-        _check_speculation(speculation, drafter)
+        check_speculation(speculation, drafter)
         vocab_size = config.text_config.vocab_size
         if tokenizer.vocab_size > vocab_size:
             raise TokenizerError(
@@ -109,19 +102,20 @@ class LM:
         variant = "edge" if config.text_config.hidden_size_per_layer_input else "large"
         self._encode = partial(chat.encode, variant=variant)
         self._grammars = Grammars(tokenizer)
-        self._kept: Context | None = None
-        self._load_towers, self._towers = towers, None
         weight: Any = model.embed_tokens.weight
         self.device: torch.device = weight.device
         self.kv = kv_format(kv, weight.dtype, self.device)
         """How K/V are stored."""
+        self.soft = SoftTokens(config.text_config, towers, self.device)
+        """Makes rows of what is seen and heard."""
         self.drafter = drafter
         """Guesses where nothing else does."""
         self.speculates = speculation != "off" and (
             speculation == "on" or drafter is not None or same_bits_in_any_pass(model)
         )
         """Whether replies are guessed ahead where that saves time."""
-        self._speculation = self.speculation(lambda texts: texts[0].past.kv)
+        ahead = self.speculation(lambda texts: texts[0].past.kv)
+        self._engine = SingleEngine(model, self.kv, self.soft, ahead)
 
     def speculation(self, kv_of: Callable[[Sequence[Text]], TargetKV]) -> Speculation | None:
         """What guesses an engine's replies ahead; None where none are. kv_of: finds their K/V."""
@@ -167,57 +161,20 @@ class LM:
         Raises:
           HubError, ConfigError, WeightsError, TokenizerError: see there.
         """
-        if towers not in ("auto", "none"):
-            raise ConfigError(f"towers {towers!r}: must be auto (loaded once needed) or none")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        _check_speculation(speculation, drafter)
-        kv_format(kv, torch.float32, torch.device(device))  # refused before anything is read
-        folder = resolve(name, revision=revision, offline=offline)
-        tokenizer = Tokenizer.load(folder)
-        mtp = None
-        if drafter is not None:  # before what may take minutes: it may be another model's
-            beside = resolve(drafter, offline=offline)
-            mtp = load_drafter(beside, Gemma4Config.load(folder).text_config, device=device)
-        told = _told(progress, folder, quant)
-        config, model = load_model(
-            folder, device=device, dtype=_dtype(dtype), quant=quant, advance=told
-        )
-        if mtp is not None:
-            mtp.to(model.embed_tokens.weight.dtype)
-        habits = load_generation_config(folder, config)
-        greedy = not habits.do_sample or habits.temperature < MIN_TEMPERATURE
-        sampling = SamplingParams(
-            repetition_penalty=habits.repetition_penalty,
-            temperature=0.0 if greedy else habits.temperature,
-            top_k=habits.top_k,
-            top_p=habits.top_p,
-            min_p=habits.min_p,
-            max_tokens=habits.max_new_tokens,
-        )
-        return cls(
-            model,
-            tokenizer,
-            config,
-            sampling=sampling,
-            end_ids=habits.eos_token_id,
-            suppressed_ids=habits.suppress_tokens,
-            template=ChatTemplate.load(folder),
-            towers=None
-            if towers == "none"
-            else partial(
-                load_towers,
-                folder,
-                config,
-                device=device,
-                dtype=model.embed_tokens.weight.dtype,
-                quant=quant,
-            ),
+        parts = load_parts(
+            name,
+            device=device,
+            dtype=dtype,
+            towers=towers,
             kv=kv,
+            quant=quant,
             speculation=speculation,
-            drafter=mtp,
-            name=str(name),
+            drafter=drafter,
+            progress=progress,
+            revision=revision,
+            offline=offline,
         )
+        return cls(**parts)
 
     # -- asking -------------------------------------------------------------------------------
 
@@ -308,7 +265,7 @@ class LM:
                     "begin on its own"
                 )
             if not (self.is_chat or tools or enable_thinking):
-                raw = Prompt(self._raw_ids([(prompt, False)]))
+                raw = self.encode_text(prompt, markers=False)
                 follow = self.follow(response_format=response_format)
                 return self._start(raw, params, chat=False, follow=follow)
             prompt = [{"role": "user", "content": prompt}]
@@ -358,16 +315,21 @@ class LM:
             )
         ids = self._chat_ids(messages, tools, enable_thinking, preserve_thinking, reply_follows)
         media = collect_media(messages, self.config, image_budget=image_budget)
-        if media and self._load_towers is None:
+        if media and self.soft.load_towers is None:
             raise MediaError(
                 f"{self.name} was loaded without its image and audio towers; load it again with "
                 "towers='auto' to use images, sound or video"
             )
         return expand(ids, media, self.config, self.tokenizer)
 
-    def encode_text(self, text: str) -> Prompt:
-        """What `complete` reads of a text: `<bos>`, and tokens for the markers written in it."""
-        return Prompt(self._raw_ids([(text, True)]))
+    def encode_text(self, text: str, *, markers: bool = True) -> Prompt:
+        """What `complete` reads of a text, with `<bos>` in front unless it is there.
+
+        markers: whether those written in it become their tokens; otherwise they are plain text.
+        """
+        bos = self.tokenizer.special.bos
+        ids = self.tokenizer.encode_parts([(text, markers)])
+        return Prompt(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
 
     def complete(
         self,
@@ -406,7 +368,7 @@ class LM:
         if isinstance(prompt, str) and self.is_chat:
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str):
-            encoded = Prompt(self._raw_ids([(prompt, False)]))
+            encoded = self.encode_text(prompt, markers=False)
         else:
             encoded = self.encode(prompt)
         turn_close = self.tokenizer.special.turn_close
@@ -422,41 +384,7 @@ class LM:
                 f"but the model's context holds {limit}; shorten them"
             )
         self._check_ids(encoded.ids)
-        context, self._kept = self._kept or Context(self.model, self.kv), None
-        try:
-            return replies[self._chosen(context, encoded, list(replies))]
-        finally:
-            if context.whole:
-                self._kept = context
-
-    def _chosen(
-        self, context: Context, prompt: Prompt, replies: list[tuple[int, ...]]
-    ) -> tuple[int, ...]:
-        sampler = Sampler(
-            SamplingParams(temperature=0),
-            vocab_size=self.config.text_config.vocab_size,
-            prompt_ids=prompt.ids,
-            device=context.device,
-        )
-        following, read, at = None, 0, 0  # tokens of the reply that the model has read, and chosen
-        while len(replies) > 1:
-            allowed = {reply[at] for reply in replies}
-            if len(allowed) > 1:
-                if following is None:
-                    cached = context.rewind_for(prompt.keys())
-                    following = context.step(
-                        prompt.ids[cached:],
-                        keys=prompt.keys()[cached:],
-                        soft=self.soft(prompt, cached),
-                        blocks_T=self.blocks(prompt, cached),
-                    )
-                if read < at:
-                    following = context.step(replies[0][read:at])
-                    read = at
-                token = sampler.choose_next(following, allowed)
-                replies = [reply for reply in replies if reply[at] == token]
-            at += 1
-        return replies[0]
+        return replies[self._engine.choose(encoded, list(replies))]
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Logits after each of the given tokens, float32 [T, V], on the model's device.
@@ -476,17 +404,18 @@ class LM:
             prompt.ids,
             block=block,
             keys=prompt.keys(),
-            soft=self.soft(prompt, 0),
-            blocks_T=self.blocks(prompt, 0),
+            soft=self.soft.rows(prompt, 0),
+            blocks_T=self.soft.blocks(prompt, 0),
         )
 
     def memory(self) -> dict[str, int]:
         """Bytes held: `weights` in memory, `kv` of the last request, kept for the next."""
-        modules = [m for m in (self.model, self._towers, self.drafter) if m is not None]
+        modules = [m for m in (self.model, self.soft.loaded, self.drafter) if m is not None]
         tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        kept = self._engine.kept
         return {
             "weights": sum(t.nbytes for t in tensors),
-            "kv": self._kept.nbytes if self._kept else 0,
+            "kv": kept.nbytes if kept else 0,
         }
 
     # -- the prompt ---------------------------------------------------------------------------
@@ -508,11 +437,6 @@ class LM:
             preserve_thinking=preserve_thinking,
             add_generation_prompt=reply_follows,
         )
-
-    def _raw_ids(self, parts: list[tuple[str, bool]]) -> list[int]:
-        bos = self.tokenizer.special.bos
-        ids = self.tokenizer.encode_parts(parts)
-        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def _check_ids(self, ids: list[int]) -> None:
         text = self.config.text_config
@@ -565,52 +489,7 @@ class LM:
     def _start(
         self, prompt: Prompt, params: SamplingParams, *, chat: bool, follow: Follow | None = None
     ) -> Iterator[Event]:
-        return self._events(self.reply(prompt, params, chat=chat, follow=follow))
-
-    def _events(self, reply: Reply) -> Iterator[Event]:
-        """Prefill, then a token at a time. Nothing is left behind if it is abandoned."""
-        reply.started = time.perf_counter()
-        context, self._kept = self._kept or Context(self.model, self.kv), None
-        try:
-            yield from self._run(context, reply)
-        finally:
-            if context.whole:
-                self._kept = context
-
-    def _run(self, context: Context, reply: Reply) -> Iterator[Event]:
-        prompt, params = reply.prompt, reply.params
-        keys = prompt.keys()
-        cached = context.rewind_for(keys)
-        new = min(reply.max_tokens, params.max_tokens or RESERVED_TOKENS)
-        context.reserve(len(prompt.ids) + new)
-        following = context.step(
-            prompt.ids[cached:],
-            keys=keys[cached:],
-            soft=self.soft(prompt, cached),
-            blocks_T=self.blocks(prompt, cached),
-        )
-        text, ahead = Text(reply, context), self._speculation
-        events, _ = text.take([following])
-        while True:
-            yield from events
-            if reply.ended:
-                break
-            if reply.knows_next:  # all that is known is read in one pass
-                events = reply.take(None)
-                continue
-            unread = text.ids[text.read :]
-            if ahead:
-                ahead.propose([text], len(unread))
-            started, drafts = time.perf_counter(), text.drafts
-            reply.prepare()
-            if drafts:
-                events, accepted = text.take(context.verify(unread, drafts))
-                context.keep(len(unread) + accepted)
-            else:
-                events, _ = text.take([context.step(unread)])
-            if ahead:
-                ahead.observe(len(unread) + len(drafts), time.perf_counter() - started)
-        yield from reply.finish(cached)
+        return self._engine.run(self.reply(prompt, params, chat=chat, follow=follow))
 
     def reply(
         self,
@@ -654,98 +533,3 @@ class LM:
             chat=chat,
             follow=follow,
         )
-
-    # -- soft tokens --------------------------------------------------------------------------
-
-    @property
-    def towers(self) -> Towers:
-        """The image and audio towers, read the first time they are needed."""
-        if self._towers is None:
-            assert self._load_towers is not None, "media were refused"
-            self._towers = self._load_towers()
-        return self._towers
-
-    @torch.inference_mode()
-    def soft(self, prompt: Prompt, cached: int) -> Soft | None:
-        """Indices and rows of the soft tokens beyond the first `cached`; a run at a time."""
-        at, rows = [], []
-        for span in prompt.spans:
-            if span.stop <= cached:
-                continue
-            features, places = (
-                torch.from_numpy(array).to(self.device)
-                for array in (span.run.features, span.run.places)
-            )
-            if span.run.kind == "audio":
-                rows_SD = self.towers.hear(features, places)
-            else:
-                rows_SD = self.towers.see(features, places, [len(features)])
-            first = max(cached - span.start, 0)
-            at += range(span.start + first - cached, span.stop - cached)
-            rows.append(rows_SD[first:])
-        return (torch.tensor(at, device=self.device), torch.cat(rows)) if rows else None
-
-    def blocks(self, prompt: Prompt, cached: int) -> Tensor | None:
-        if self.config.text_config.use_bidirectional_attention != "vision" or not prompt.spans:
-            return None
-        return torch.tensor(prompt.blocks()[cached:], device=self.device)
-
-
-def _dtype(name: str | torch.dtype) -> torch.dtype | None:
-    """None leaves the choice to the checkpoint."""
-    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if isinstance(name, torch.dtype):
-        return name
-    if name not in known:
-        raise ConfigError(f"dtype {name!r}: must be one of {', '.join(known)}")
-    return known[name]
-
-
-def _check_speculation(name: str, drafter: object) -> None:
-    if name not in ("auto", "on", "off"):
-        raise ConfigError(f"speculation {name!r}: must be auto, on or off")
-    if name == "off" and drafter is not None:
-        raise ConfigError("speculation 'off' leaves nothing to do for a drafter: drop one of them")
-
-
-def _told(progress: Callable[[int, int], None] | None, folder: Path, quant: str | None) -> Advance:
-    """`progress` as `load_model` calls it: a piece at a time, summed here."""
-    if progress is None or quant is None:
-        return silent
-    total, done = quantized_values(Gemma4Config.load(folder), quant), 0
-
-    def advance(key: str, values: int) -> None:
-        nonlocal done
-        done += values
-        progress(done, total)
-
-    return advance
-
-
-def collect(events: Iterable[Event]) -> Generation:
-    """All events of a stream as one reply."""
-    text, thinking = [], []
-    calls, problems = [], []
-    for event in events:
-        match event:
-            case Content():
-                text.append(event.text)
-            case Thinking():
-                thinking.append(event.text)
-            case ToolCallEvent():
-                calls.append(event.call)
-            case ToolProblem():
-                problems.append(event.problem)
-            case Finished():
-                return Generation(
-                    text="".join(text),
-                    thinking="".join(thinking),
-                    tool_calls=tuple(calls),
-                    problems=tuple(problems),
-                    finish_reason=event.finish_reason,
-                    usage=event.usage,
-                    token_ids=event.token_ids,
-                    logprobs=event.logprobs,
-                    notes=event.notes,
-                )
-    raise AssertionError("a stream ends with Finished")

@@ -13,11 +13,18 @@ import torch
 from gemsmith.engine.context import Next
 from gemsmith.engine.grammar import Follow
 from gemsmith.engine.media import Prompt
-from gemsmith.engine.request import Finished, FinishReason, SamplingParams, TokenLogprob, Usage
+from gemsmith.engine.request import (
+    Finished,
+    FinishReason,
+    Generation,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+)
 from gemsmith.engine.sampler import Sampler, token_logprob
 from gemsmith.engine.stop import StopStrings
 from gemsmith.engine.thinking import Thought
-from gemsmith.text.stream import Content, Splitter, ToolCallEvent
+from gemsmith.text.stream import Content, Splitter, Thinking, ToolCallEvent, ToolProblem
 from gemsmith.text.stream import Event as SplitEvent
 from gemsmith.text.tokenizer import Detokenizer, Tokenizer
 
@@ -128,6 +135,13 @@ class Reply:
         self.ended = self._closed or len(self.token_ids) == self.max_tokens
         return events
 
+    def take_known(self) -> list[Event]:
+        """Take the tokens that are known without the model; its next pass reads all of them."""
+        events: list[Event] = []
+        while self.knows_next and not self.ended:
+            events += self.take(None)
+        return events
+
     def _choose(self, following: Next) -> int:
         constraint, sampler = self._constraint, self._sampler
         if constraint is None:
@@ -166,6 +180,35 @@ class Reply:
             )
         )
         return events
+
+
+def collect(events: Iterable[Event]) -> Generation:
+    """All events of a stream as one reply."""
+    text, thinking = [], []
+    calls, problems = [], []
+    for event in events:
+        match event:
+            case Content():
+                text.append(event.text)
+            case Thinking():
+                thinking.append(event.text)
+            case ToolCallEvent():
+                calls.append(event.call)
+            case ToolProblem():
+                problems.append(event.problem)
+            case Finished():
+                return Generation(
+                    text="".join(text),
+                    thinking="".join(thinking),
+                    tool_calls=tuple(calls),
+                    problems=tuple(problems),
+                    finish_reason=event.finish_reason,
+                    usage=event.usage,
+                    token_ids=event.token_ids,
+                    logprobs=event.logprobs,
+                    notes=event.notes,
+                )
+    raise AssertionError("a stream ends with Finished")
 
 
 class _Output:

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gemsmith.engine.drafters import Drafter, Forced, Lookup, Text
+from gemsmith.errors import ConfigError
 
 MAX_DRAFTS = 15
 """Of one reply: with the token before them 16 rows, up to which a pass of low-bit weights is bound
@@ -42,6 +43,18 @@ PATIENCE = 64
 was measured may have been disturbed."""
 STALE = 512
 """Passes after which what larger ones cost is forgotten, so that they are tried: costs change."""
+
+
+def check_speculation(name: str, drafter: object) -> None:
+    """Whether an `LM` speculates: "auto", "on" or "off", and whatever it was given to guess with.
+
+    Raises:
+      ConfigError: an unknown name, or nothing to do for the drafter.
+    """
+    if name not in ("auto", "on", "off"):
+        raise ConfigError(f"speculation {name!r}: must be auto, on or off")
+    if name == "off" and drafter is not None:
+        raise ConfigError("speculation 'off' leaves nothing to do for a drafter: drop one of them")
 
 
 class Costs:

@@ -8,7 +8,8 @@ import asyncio
 import time
 from typing import Any, Literal, cast
 
-from gemsmith.engine.engine import LM, collect
+from gemsmith.engine.engine import LM
+from gemsmith.engine.reply import collect
 from gemsmith.engine.request import Generation
 from gemsmith.engine.transcribe import Transcript, transcribe
 from gemsmith.errors import CapacityError
