@@ -175,7 +175,7 @@ def main() -> int:
     ahead = LM.load(args.model, quant=args.quant, speculation="on")
     plain = LM(
         ahead.model, ahead.tokenizer, ahead.config, sampling=ahead.sampling,
-        end_ids=ahead.end_ids, template=ahead._template, kv=str(ahead.kv).removeprefix("torch."),
+        end_ids=ahead.end_ids, template=ahead.template, kv=str(ahead.kv).removeprefix("torch."),
         speculation="off", name=ahead.name,
     )  # fmt: skip
     found = measure(plain, ahead, args.rounds, args.tokens)

@@ -3,9 +3,10 @@ bits, and guesses of what they say."""
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partialmethod
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tokenizers
@@ -18,6 +19,7 @@ from gemsmith.engine.drafters import Lookup, Text
 from gemsmith.engine.engine import LM
 from gemsmith.engine.request import Generation, SamplingParams
 from gemsmith.engine.speculative import Speculation
+from gemsmith.model.text import TextModel
 from gemsmith.ops import native
 from gemsmith.testing import random_model, tiny_config, whole_groups
 from gemsmith.text.tokenizer import MARKERS, SPACE, Tokenizer
@@ -101,7 +103,7 @@ class ScriptedLM(LM):
     """Tells the script where each prompt ends."""
 
     def _start(self, prompt, params, *, chat, follow=None):
-        self.model.start = len(prompt.ids)
+        cast(ScriptedModel, self.model).start = len(prompt.ids)
         return super()._start(prompt, params, chat=chat, follow=follow)
 
 
@@ -122,7 +124,7 @@ def scripted(tokenizer: Tokenizer) -> Callable[..., LM]:
         model = ScriptedModel(config, tokenizer.encode(reply))
         ends = [tokenizer.special.turn_close, tokenizer.special.tool_response_open]
         options = {"end_ids": ends, "sampling": SamplingParams(temperature=0)} | options
-        return ScriptedLM(model, tokenizer, config, **options)
+        return ScriptedLM(cast(TextModel, model), tokenizer, config, **options)
 
     return make
 
@@ -183,3 +185,16 @@ def same(a: Generation, b: Generation) -> bool:
 def random_ids(count: int, vocab: int, seed: int = 1) -> list[int]:
     draw = random.Random(seed)
     return [draw.randrange(30, vocab) for _ in range(count)]
+
+
+def random_lm(size: str, tokenizer: Tokenizer, **options) -> LM:
+    """K/V are kept in float32: what others compute is compared to the last bits."""
+    config = tiny_config(size, vocab_size=tokenizer.vocab_size)
+    return LM(random_model(config), tokenizer, config, **{"kv": "float32", **options})
+
+
+def short_context(lm: LM, limit: int) -> LM:
+    text = replace(lm.config.text_config, max_position_embeddings=limit)
+    lm.config = replace(lm.config, text_config=text)
+    lm.model.config = text
+    return lm

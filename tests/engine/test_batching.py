@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.engine.conftest import random_lm
 
 from gemsmith.engine.batching import BatchEngine, EngineConfig, Outcome, run_all
 from gemsmith.engine.context import Next
@@ -30,11 +31,6 @@ from gemsmith.weights.save import save_model
 LENGTHS = (1, 40, 7, 120, 8, 23, 64, 3)
 SMALL = EngineConfig(max_num_seqs=5, max_num_batched_tokens=48, max_model_len=200, block_tokens=4)
 GREEDY = SamplingParams(temperature=0, max_tokens=9)
-
-
-def random_lm(size: str, tokenizer, **options) -> LM:
-    config = tiny_config(size, vocab_size=tokenizer.vocab_size)
-    return LM(random_model(config), tokenizer, config, **{"kv": "float32", **options})
 
 
 def prompts(vocab_size: int, lengths=LENGTHS) -> list[list[int]]:

@@ -284,7 +284,8 @@ def test_a_base_model_keeps_a_form_too(tokenizer):
 
 
 def constraint(tokenizer: Tokenizer, **asked: Any) -> Constraint:
-    ends = [tokenizer.special.eos, tokenizer.special.turn_close]
+    special = tokenizer.special
+    ends = [id for id in (special.eos, special.turn_close) if id is not None]
     made = Grammar(tokenizer, **asked)
     return Constraint(made, vocab_size=tokenizer.vocab_size + 3, end_ids=ends)
 
@@ -367,6 +368,7 @@ def test_a_wrong_token_is_an_error(tokenizer):
 def test_the_same_request_compiles_once(tokenizer, monkeypatch):
     kept = Grammars(tokenizer)
     first = kept.get(tools=[GET])
+    assert first is not None
     assert kept.get(tools=[GET]) is first
     assert kept.get(tools=[GET], tool_choice="required") is not first
     assert kept.get(tools=None) is None
@@ -388,9 +390,10 @@ def test_masks_computed_beside_the_model_are_the_same(tokenizer, monkeypatch):
         monkeypatch.setattr(held, "THREADED", 10**9)
         here.prepare()
         one, other = here.allowed_mask(), there.allowed_mask()
-        assert (one is None and other is None) or torch.equal(one, other)
-        if one is None:
+        if one is None or other is None:
+            assert one is other
             break
+        assert torch.equal(one, other)
         ids = one.nonzero().flatten().tolist()
         token = random.choice(ids)
         here.accept(token)

@@ -81,7 +81,7 @@ def test_logits_equal_transformers_with_two_images(size, seeing, monkeypatch):
     counts = [m.soft_tokens for m in made]
     assert reply.usage.image_tokens == sum(counts)
     special = lm.tokenizer.special
-    ids = lm._chat_ids(asked(*images), None, False, False)
+    ids = lm._encode(asked(*images), None, lm.tokenizer, add_generation_prompt=True)
     for count in counts:  # written out by hand: <|image> n x <|image|> <image|>
         at = ids.index(special.image)
         ids[at : at + 1] = [special.boi, *[-1] * count, special.eoi]
@@ -247,7 +247,7 @@ def test_a_video_is_frames_with_times_and_its_sound_where_the_model_hears(size, 
     assert reply.usage.image_tokens == 0
     hears = size != "31B"
     assert (reply.usage.audio_tokens > 70) == hears
-    ids = lm._chat_ids(asked(part), None, False, False)
+    ids = lm._encode(asked(part), None, lm.tokenizer, add_generation_prompt=True)
     prompt = expand(ids, collect(asked(part), lm.config, image_budget=70), lm.config, lm.tokenizer)
     special = lm.tokenizer.special
     text = lm.tokenizer.decode([i for i in prompt.ids if i != special.video])

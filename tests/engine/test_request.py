@@ -48,8 +48,8 @@ def test_every_parameter_is_checked():
 
 
 def test_one_stop_string_may_stand_alone():
-    assert SamplingParams(stop="END").stop == ("END",)
-    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams().changed(stop="END").stop == ("END",)
+    assert SamplingParams().changed(stop=["a", "b"]).stop == ("a", "b")
 
 
 def test_changing_keeps_the_other_parameters():

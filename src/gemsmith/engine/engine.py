@@ -98,9 +98,10 @@ class LM:
         )  # fmt: skip
         never = {id for id in foreign if id is not None} if self.is_chat else set()
         self._suppressed_in_chat = tuple(sorted({*self._suppressed, *never} - self.end_ids))
-        self._template = template
+        self.template = template
+        """The checkpoint's own, in place of `text.chat`."""
         variant = "edge" if config.text_config.hidden_size_per_layer_input else "large"
-        self._encode = partial(chat.encode, variant=variant)
+        self._encode = template.encode if template else partial(chat.encode, variant=variant)
         self._grammars = Grammars(tokenizer)
         weight: Any = model.embed_tokens.weight
         self.device: torch.device = weight.device
@@ -313,7 +314,14 @@ class LM:
             raise RequestError(
                 "no messages: give at least one, such as {'role': 'user', 'content': 'Hello'}"
             )
-        ids = self._chat_ids(messages, tools, enable_thinking, preserve_thinking, reply_follows)
+        ids = self._encode(
+            messages,
+            tools,
+            self.tokenizer,
+            enable_thinking=enable_thinking,
+            preserve_thinking=preserve_thinking,
+            add_generation_prompt=reply_follows,
+        )
         media = collect_media(messages, self.config, image_budget=image_budget)
         if media and self.soft.load_towers is None:
             raise MediaError(
@@ -418,41 +426,6 @@ class LM:
             "kv": kept.nbytes if kept else 0,
         }
 
-    # -- the prompt ---------------------------------------------------------------------------
-
-    def _chat_ids(
-        self,
-        messages: Sequence[chat.Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        enable_thinking: bool,
-        preserve_thinking: bool,
-        reply_follows: bool = True,
-    ) -> list[int]:
-        encode = self._template.encode if self._template else self._encode
-        return encode(
-            messages,
-            tools,
-            self.tokenizer,
-            enable_thinking=enable_thinking,
-            preserve_thinking=preserve_thinking,
-            add_generation_prompt=reply_follows,
-        )
-
-    def _check_ids(self, ids: list[int]) -> None:
-        text = self.config.text_config
-        if not ids:
-            raise RequestError("no token ids: give at least one, such as that of <bos>")
-        for id in ids:
-            if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < text.vocab_size:
-                raise RequestError(
-                    f"token id {id!r}: must be a whole number from 0 to {text.vocab_size - 1}"
-                )
-        if len(ids) > text.max_position_embeddings:
-            raise RequestError(
-                f"{len(ids)} token ids, but the model's context holds "
-                f"{text.max_position_embeddings}; give fewer, in pieces"
-            )
-
     # -- the reply ----------------------------------------------------------------------------
 
     def follow(
@@ -533,3 +506,18 @@ class LM:
             chat=chat,
             follow=follow,
         )
+
+    def _check_ids(self, ids: list[int]) -> None:
+        text = self.config.text_config
+        if not ids:
+            raise RequestError("no token ids: give at least one, such as that of <bos>")
+        for id in ids:
+            if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < text.vocab_size:
+                raise RequestError(
+                    f"token id {id!r}: must be a whole number from 0 to {text.vocab_size - 1}"
+                )
+        if len(ids) > text.max_position_embeddings:
+            raise RequestError(
+                f"{len(ids)} token ids, but the model's context holds "
+                f"{text.max_position_embeddings}; give fewer, in pieces"
+            )
