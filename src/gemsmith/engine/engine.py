@@ -5,7 +5,8 @@ streaming cannot differ. What this is not: no batching, no server, no tool is ru
 
 Life of a request: messages -> token ids (`text.chat`, or the checkpoint's own template) -> prefill
 in chunks (`context`) -> one token at a time (`sampler`) -> text -> thinking, content, tool calls
-(`text.stream`) -> stop strings (`stop`) -> events. From the sampler on it is one object, `reply`.
+(`text.stream`) -> stop strings (`stop`) -> events. From the sampler on it is one object, `reply`;
+the loop around it is `single`. What a checkpoint gives an LM is read in `load`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -108,7 +109,7 @@ class LM:
         self.kv = kv_format(kv, weight.dtype, self.device)
         """How K/V are stored."""
         self.soft = SoftTokens(config.text_config, towers, self.device)
-        """Makes rows of what is seen and heard."""
+        """What stands in a prompt for images and sounds."""
         self.drafter = drafter
         """Guesses where nothing else does."""
         self.speculates = speculation != "off" and (

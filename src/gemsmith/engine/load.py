@@ -1,7 +1,7 @@
-"""What of a checkpoint an `LM` is made of, and what asks for too much before anything is read.
+"""What a checkpoint gives an `LM`: model, vocabulary, template, sampling, towers, drafter.
 
-What this is not: where a checkpoint lies, what its files say and how weights get into memory is
-known to `weights` alone.
+What cannot be meant is refused before anything is read. What this is not: how a name becomes a
+folder and a file becomes weights is known to `weights` alone.
 """
 
 from collections.abc import Callable

@@ -46,10 +46,10 @@ STALE = 512
 
 
 def check_speculation(name: str, drafter: object) -> None:
-    """Whether an `LM` speculates: "auto", "on" or "off", and whatever it was given to guess with.
+    """Check the `speculation` and the drafter that somebody asks for, see `LM.load`.
 
     Raises:
-      ConfigError: an unknown name, or nothing to do for the drafter.
+      ConfigError: an unknown name, or a drafter (anything but None) with nothing to do.
     """
     if name not in ("auto", "on", "off"):
         raise ConfigError(f"speculation {name!r}: must be auto, on or off")
