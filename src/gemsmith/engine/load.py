@@ -78,10 +78,12 @@ def load_parts(
     config, model = load_model(
         folder, device=device, dtype=_dtype(dtype), quant=quant, advance=told
     )
-    made_in = model.embed_tokens.weight.dtype
+    weights_dtype = model.embed_tokens.weight.dtype
     if mtp is not None:
-        mtp.to(made_in)
-    read_towers = partial(load_towers, folder, config, device=device, dtype=made_in, quant=quant)
+        mtp.to(weights_dtype)
+    read_towers = partial(
+        load_towers, folder, config, device=device, dtype=weights_dtype, quant=quant
+    )
     habits = load_generation_config(folder, config)
     return Parts(
         model=model,
