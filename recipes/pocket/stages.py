@@ -85,9 +85,11 @@ def choose(data: TokenSet, out: Path, stage: Stage, *, seed: int = 0) -> None:
     kinds = {"names": data.kind_names, "kinds": data.kinds[kept].tolist()}
     (out / f"{SPLIT}.kinds.json").write_text(json.dumps(kinds), encoding="utf-8")
     with MediaWriter(out, SPLIT) as writer:
-        for conversation, start in zip(np.flatnonzero(kept), offsets[:-1], strict=True):
+        for conversation, start in zip(
+            np.flatnonzero(kept).tolist(), offsets.tolist(), strict=False
+        ):
             for medium in data.media.of(conversation) if data.media else ():
-                writer.add(medium, start=int(start))
+                writer.add(medium, start=start)
     print(f"{'kind':22} {'talks':>7} {'tokens':>10} {'weight':>10}")
     for number, name in enumerate(data.kind_names):
         mine = kept & (data.kinds == number)
