@@ -117,6 +117,8 @@ class RingCache:
         self._plans = config.layers
         self._sources = {plan.kv_source for plan in self._plans if not plan.owns_kv}
         self._views: dict[int, _View] = {}
+        self._pasts: dict[int, list[tuple[int, int]]] = {}
+        self._places: dict[tuple[int, bool, bool], Place | None] = {}
         self._queries: dict[tuple[int, int | None, bool], Queries] = {}
         self._pending: dict[int, Slots] = {}
         self._overwritten: dict[int, tuple[int, dict[str, Tensor]]] = {}
@@ -220,6 +222,8 @@ class RingCache:
         finally:
             self._overwritten.clear()
             self._views.clear()
+            self._pasts.clear()
+            self._places.clear()
             self._queries.clear()
             self._step_tokens, self._blocks_T = 0, None
 
@@ -264,7 +268,7 @@ class RingCache:
             first, spans = 0, [(slots, 0, self.length)]
         else:
             first = max(0, self.length - window + 1)
-            spans = _turns(slots, first, self.length, window)
+            spans = [(slots, *turn) for turn in _turns(first, self.length, window)]
         return stored_attention(q_BNH, spans, Queries(1, self.length - first, None, origin=first))
 
     def place(self, layer: int, rows_R: Tensor | None) -> Place | None:
@@ -272,7 +276,15 @@ class RingCache:
         `attend`; None where it cannot. Once a layer and step, in order."""
         if self.dtype != torch.int8:
             return None
-        plan, own = self._plans[layer], self._layers.get(layer)
+        plan = self._plans[layer]
+        # Layers that read the same keys share a place.
+        kind = (plan.kv_source, plan.owns_kv, rows_R is None)
+        if kind not in self._places:
+            self._places[kind] = self._place(plan, rows_R)
+        return self._places[kind]
+
+    def _place(self, plan: LayerPlan, rows_R: Tensor | None) -> Place | None:
+        own = self._layers.get(plan.index)
         into, slot = None, 0
         if own is None:
             view = self._views.get(plan.kv_source)
@@ -281,8 +293,8 @@ class RingCache:
         else:
             view, target, slot = self._view(own, self._step_tokens)
             into = target._native
-            if layer in self._sources:
-                self._views[layer] = view
+            if plan.index in self._sources:
+                self._views[plan.index] = view
         if view is None or any(slots._native is None for slots, _, _ in view.spans):
             return None
         spans = [(slots._native, first, n) for slots, first, n in view.spans if slots._native]
@@ -316,34 +328,35 @@ class RingCache:
             if start >= window:
                 old = {name: tensor[slot].clone() for name, tensor in slots.tensors.items()}
                 self._overwritten[layer.plan.index] = (slot, old)
-            spans = self._past(slots, max(0, stop - window), stop, window)
+            spans = self._past(slots, stop, window)
             return _View(spans, _keys(spans)), slots, slot
         pending = self._pending[layer.plan.index] = self._empty(layer.plan, tokens)
-        past = max(0, start - window + 1)
-        spans = [*self._past(slots, past, start, window), (pending, 0, tokens)]
+        spans = [*self._past(slots, start, window), (pending, 0, tokens)]
         return _View(spans, _keys(spans)), pending, 0
 
-    @staticmethod
-    def _past(ring: Slots, first: int, stop: int, window: int) -> list[Span]:
-        """Where positions first..stop-1 of a sliding layer lie, in order.
+    def _past(self, ring: Slots, stop: int, window: int) -> list[Span]:
+        """Where positions up to stop-1 that the step's first token sees lie, in order.
 
         Before them as many slots as bring them to where they would stand if all keys from position
         0 on were given. They lie outside of every window; but for them a query's bits would depend
         on how many tokens a step has, as each step begins with another key.
         """
-        before, spans = first % ALIGNED if ring._native is not None else 0, []
-        while before:
-            spans.append((ring, 0, min(before, len(ring))))
-            before -= spans[-1][2]
-        return [*spans, *_turns(ring, first, stop, window)]
+        if window not in self._pasts:  # rings of a window are equally long
+            first = max(0, self.length - window + 1)
+            before, runs = first % ALIGNED if ring._native is not None else 0, []
+            while before:
+                runs.append((0, min(before, len(ring))))
+                before -= runs[-1][1]
+            self._pasts[window] = [*runs, *_turns(first, stop, window)]
+        return [(ring, *run) for run in self._pasts[window]]
 
     def _write_ring(self, layer: _Layer, pending: Slots, tokens: int) -> None:
         window = layer.plan.window
         assert window is not None
         at = max(0, tokens - window)
         first, stop = self.length + at, self.length + tokens
-        for slots, slot, count in _turns(layer.slots, first, stop, window):
-            for name, tensor in slots.tensors.items():
+        for slot, count in _turns(first, stop, window):
+            for name, tensor in layer.slots.tensors.items():
                 tensor[slot : slot + count] = pending.tensors[name][at : at + count]
             at += count
 
@@ -448,9 +461,10 @@ def _keys(spans: list[Span]) -> int:
     return sum(count for _, _, count in spans)
 
 
-def _turns(ring: Slots, first: int, stop: int, window: int) -> list[Span]:
-    """Where positions first..stop-1, at most `window` of them, lie in a ring: up to two spans."""
+def _turns(first: int, stop: int, window: int) -> list[tuple[int, int]]:
+    """Where positions first..stop-1, at most `window` of them, lie in a ring: up to two runs of
+    slots, (first, count)."""
     slot, count = first % window, stop - first
     until_end = min(count, window - slot)
-    spans = [(ring, slot, until_end), (ring, 0, count - until_end)]
-    return [span for span in spans if span[2]]
+    runs = [(slot, until_end), (0, count - until_end)]
+    return [run for run in runs if run[1]]

@@ -203,37 +203,13 @@ def run_layers(
             ple_MLP = ple_MLP.float().contiguous()
         ple, stride = ple_MLP.data_ptr(), ple_MLP.stride(0)
     fields: list[list[int]] = []
-    checked: set[tuple[int, ...]] = set()
+    known: dict[tuple[int, ...], list[int]] = {}
     for layer, place, (cos_MR, sin_MR) in zip(layers, places, tables, strict=True):
-        R, H = cos_MR.shape[-1], layer._H
-        kind = id(cos_MR), id(sin_MR), id(place.ranges_R2), H
-        if kind not in checked:  # layers of a kind share them
-            native.check(cos_MR, "cos", torch.float32, (M, min(R, H // 2)))
-            native.check(sin_MR, "sin", torch.float32, (M, R))
-            native.check(place.ranges_R2, "ranges", torch.int64, (M, 2))
-            checked.add(kind)
-        if (place.into is None) != (layer._K == 0):
-            raise WeightsError(f"a layer of {layer._K} key/value heads was given {place.into}")
-        if not place.spans:
-            raise WeightsError("a layer needs keys: no spans were given")
-        heads = place.spans[0][0].heads
-        own = [] if place.into is None else [(place.into, place.slot, M)]
-        for (kv, start, count), wanted in zip(
-            (*own, *place.spans), [layer._K] * len(own) + [heads] * len(place.spans), strict=True
-        ):
-            kv.check_slots(start, count)
-            if kv.formats != INT8 or kv.rule or (kv.heads, kv.head_dim) != (wanted, H):
-                raise WeightsError(
-                    f"keys and values [{kv.heads}, {kv.head_dim}] of formats {kv.formats}; "
-                    f"the layer runs on int8 [{wanted}, {H}]"
-                )
-        if layer._N % heads:
-            raise WeightsError(f"{layer._N} query heads do not share {heads} key/value heads")
-        into = (0, 0, 0, 0) if place.into is None else place.into.arguments
-        addresses = (place.ranges_R2.data_ptr(), cos_MR.data_ptr(), sin_MR.data_ptr())
-        fields.append([*into, place.slot, heads, *addresses, R])
-        for kv, start, count in place.spans:
-            fields[-1] += (*kv.arguments, start, count)
+        # Layers that are alike and read the same keys, as most of E2B do, need one look.
+        kind = id(place), id(cos_MR), id(sin_MR), layer._N, layer._K, layer._H
+        if kind not in known:
+            known[kind] = _fields(layer, place, cos_MR, sin_MR, M)
+        fields.append(known[kind])
     kernels = native.ready()
     assert kernels is not None, "the layers were made by the extension"
     y_MD = torch.empty((M, D))
@@ -242,3 +218,34 @@ def run_layers(
         y_MD.data_ptr(),
     )  # fmt: skip
     return y_MD
+
+
+def _fields(layer: Layer, place: Place, cos_MR: Tensor, sin_MR: Tensor, M: int) -> list[int]:
+    """What `run_layers` of the extension wants to know of a layer's place, checked."""
+    R, H = cos_MR.shape[-1], layer._H
+    native.check(cos_MR, "cos", torch.float32, (M, min(R, H // 2)))
+    native.check(sin_MR, "sin", torch.float32, (M, R))
+    native.check(place.ranges_R2, "ranges", torch.int64, (M, 2))
+    if (place.into is None) != (layer._K == 0):
+        raise WeightsError(f"a layer of {layer._K} key/value heads was given {place.into}")
+    if not place.spans:
+        raise WeightsError("a layer needs keys: no spans were given")
+    heads = place.spans[0][0].heads
+    own = [] if place.into is None else [(place.into, place.slot, M)]
+    for (kv, start, count), wanted in zip(
+        (*own, *place.spans), [layer._K] * len(own) + [heads] * len(place.spans), strict=True
+    ):
+        kv.check_slots(start, count)
+        if kv.formats != INT8 or kv.rule or (kv.heads, kv.head_dim) != (wanted, H):
+            raise WeightsError(
+                f"keys and values [{kv.heads}, {kv.head_dim}] of formats {kv.formats}; "
+                f"the layer runs on int8 [{wanted}, {H}]"
+            )
+    if layer._N % heads:
+        raise WeightsError(f"{layer._N} query heads do not share {heads} key/value heads")
+    into = (0, 0, 0, 0) if place.into is None else place.into.arguments
+    addresses = (place.ranges_R2.data_ptr(), cos_MR.data_ptr(), sin_MR.data_ptr())
+    fields = [*into, place.slot, heads, *addresses, R]
+    for kv, start, count in place.spans:
+        fields += (*kv.arguments, start, count)
+    return fields
