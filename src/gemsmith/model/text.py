@@ -19,6 +19,7 @@ Module names are the checkpoint's own, below `model.language_model.`.
 Sources: transformers 5.23 modeling_gemma4.py; google-deepmind/gemma gemma/gm/nn/gemma4.
 """
 
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -62,6 +63,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), wide, eps).to(x.dtype)
 
 
+@cache
+def _root(dim: int, dtype: torch.dtype) -> float:
+    """Square root, rounded to dtype."""
+    return torch.tensor(dim**0.5, dtype=dtype).item()
+
+
 class Linear(nn.Linear):
     """A matrix product without bias, allocated but not filled."""
 
@@ -103,6 +110,8 @@ def rope_table(positions_T: Tensor, rope: RopeParameters, head_dim: int) -> tupl
     return table(positions_T, rope_frequencies(rope, head_dim, positions_T.device))
 
 
+@cache
+@torch.inference_mode(False)  # kept for others
 def rope_frequencies(
     rope: RopeParameters, head_dim: int, device: torch.device | None = None
 ) -> Tensor:
@@ -351,8 +360,9 @@ class TextModel(nn.Module):
 
     def embed(self, input_ids_T: Tensor) -> Tensor:
         """Token embeddings times sqrt(D), the root rounded to the weights' dtype first."""
-        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype)
-        return self.embed_tokens(input_ids_T) * scale.to(input_ids_T.device)
+        return self.embed_tokens(input_ids_T) * _root(
+            self.config.hidden_size, self.embed_tokens.weight.dtype
+        )
 
     def per_layer_inputs(self, h_TD: Tensor, ids_T: Tensor, first: int, stop: int) -> Tensor | None:
         """The small vector that each of layers first..stop-1 adds for each token, [T, l, P].
@@ -367,7 +377,7 @@ class TextModel(nn.Module):
         rows = self.embed_tokens_per_layer(ids_T)[:, first * P : stop * P].view(shape)
         weight = self.per_layer_model_projection.weight[first * P : stop * P]
         context = (linear(h_TD, weight) * self.config.hidden_size**-0.5).view(shape)
-        identity = rows * torch.tensor(P**0.5, dtype=rows.dtype).to(rows.device)
+        identity = rows * _root(P, rows.dtype)
         return (self.per_layer_projection_norm(context) + identity) * 2**-0.5
 
     def logits(self, hidden_RD: Tensor) -> Tensor:

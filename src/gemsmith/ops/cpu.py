@@ -306,7 +306,8 @@ def _stray(ids: Tensor, outputs: int) -> int | None:
     """An id that is none of so many outputs; None if there is none."""
     if not len(ids):
         return None
-    low, high = int(ids.min()), int(ids.max())
+    listed = ids.tolist()
+    low, high = min(listed), max(listed)
     return low if low < 0 else high if high >= outputs else None
 
 

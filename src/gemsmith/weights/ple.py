@@ -73,14 +73,18 @@ class PLEStore(nn.Module):
           RequestError: an id is negative or not below num_embeddings.
           WeightsError: the file can no longer be read.
         """
-        unique_U, place_T = torch.unique(ids_T.cpu(), return_inverse=True)
-        index = unique_U.tolist()
+        ids = ids_T.flatten().tolist()
+        index = sorted(set(ids))
         if index and not 0 <= index[0] <= index[-1] < self.num_embeddings:
             raise RequestError(
                 f"token id {index[0] if index[0] < 0 else index[-1]}: the per-layer table has "
                 f"rows 0 to {self.num_embeddings - 1}; the tokenizer belongs to another model"
             )
-        return self._read(index).to(self._like)[place_T.to(self._like.device)]
+        rows = self._read(index).to(self._like)
+        if ids != index:
+            place = {id: row for row, id in enumerate(index)}
+            rows = rows[torch.tensor([place[id] for id in ids], device=rows.device)]
+        return rows.view(*ids_T.shape, self.embedding_dim)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 on the CPU, as stored."""
