@@ -195,12 +195,10 @@ class Context:
         hidden_1D = torch.empty(0)
         for start, stop in _chunks(len(ids), blocks_T):
             # Layers without K/V of their own run at the prompt's last token only.
-            last = [stop - start - 1] if stop == len(ids) else []
-            rows_R = torch.tensor(last, dtype=torch.long, device=self.device)
             hidden_1D = self._pass(
                 ids[start:stop],
                 (keys or ids)[start:stop],
-                rows_R,
+                [stop - start - 1] if stop == len(ids) else [],
                 between(soft, start, stop),
                 None if blocks_T is None else blocks_T[start:stop],
             )
@@ -214,8 +212,8 @@ class Context:
         as it was until `keep` tells how many of all these tokens are part of the text.
         """
         tokens = [*ids, *drafts]
-        rows_R = torch.arange(len(ids) - 1, len(tokens), device=self.device)
-        hidden_RD = self._pass(tokens, (), rows_R, None, None, left_open=True)
+        rows = range(len(ids) - 1, len(tokens))
+        hidden_RD = self._pass(tokens, (), rows, None, None, left_open=True)
         self._verified = tokens
         return Rows(self.model, hidden_RD).all()
 
@@ -257,18 +255,19 @@ class Context:
         self,
         ids: Sequence[int],
         keys: Sequence[Hashable],
-        rows_R: Tensor | None,
+        rows: Sequence[int] | None,
         soft: Soft | None,
         blocks_T: Tensor | None,
         *,
         left_open: bool = False,
     ) -> Tensor:
-        ids_T = torch.tensor(ids, device=self.device)
+        """Hidden states of the tokens that rows names, None: of all, after a pass over ids."""
+        ids_T, rows_R = torch.tensor(ids, device=self.device), None
+        # Where every row is asked for, a single token's, there is nothing to pick.
+        if rows is not None and len(rows) < len(ids):
+            rows_R = torch.tensor(rows, dtype=torch.long, device=self.device)
         self.whole = False
         with self._cache.step(len(ids), blocks_T, left_open=left_open) as positions_T:
-            # Where every row is asked for, a single token's, there is nothing to pick.
-            if rows_R is not None and len(rows_R) == len(ids):
-                rows_R = None
             hidden_RD = self.model(ids_T, positions_T, self._cache, rows_R=rows_R, soft=soft)
         self.keys += keys
         self.whole = True

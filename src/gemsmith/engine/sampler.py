@@ -15,6 +15,7 @@ Source of the definitions: transformers 5.23 generation/logits_process.py.
 """
 
 from collections.abc import Collection, Sequence
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -174,7 +175,7 @@ class Sampler:
 
     def _choice(self, logits_C: Tensor, ids_C: Tensor | None) -> int:
         """One of the ids that the logits are of; None: of all."""
-        if not torch.isfinite(logits_C.max()):
+        if not isfinite(logits_C.max().item()):
             raise WeightsError(
                 "the model's logits are not finite: its weights are damaged, or overflow in "
                 "this dtype; check the checkpoint's files, or load with dtype='float32'"

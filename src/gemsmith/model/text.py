@@ -20,6 +20,7 @@ Sources: transformers 5.23 modeling_gemma4.py; google-deepmind/gemma gemma/gm/nn
 """
 
 from functools import cache
+from math import isfinite
 from typing import Any, Protocol
 
 import torch
@@ -407,15 +408,18 @@ class TextModel(nn.Module):
         if found is None:
             return None
         raw_RC, ids_RC, most_R = found
-        values_RC = self._capped(raw_RC)
-        # Capping rounds: what was in order before may be equal now.
-        ids_RC, order = ids_RC.sort(dim=1)
-        values_RC, order = values_RC.gather(1, order).sort(dim=1, descending=True, stable=True)
-        ids_RC = ids_RC.gather(1, order)
-        apart = wanted == left or bool((values_RC[:, count - 1] - values_RC[:, -1] > NEAR).all())
-        if not apart or not bool(self._capped(most_R).isfinite().all()):
+        if not all(map(isfinite, self._capped(most_R).tolist())):
             return None
-        return values_RC[:, :count], ids_RC[:, :count]
+        values_RC = self._capped(raw_RC)
+        values, ids = [], []
+        for pairs in zip(values_RC.tolist(), ids_RC.tolist(), strict=True):
+            # Capping rounds: what was in order before may be equal now.
+            row = sorted(zip(*pairs, strict=True), key=lambda pair: (-pair[0], pair[1]))
+            if wanted < left and row[count - 1][0] - row[-1][0] <= NEAR:
+                return None
+            values.append([value for value, _ in row[:count]])
+            ids.append([id for _, id in row[:count]])
+        return values_RC.new_tensor(values), ids_RC.new_tensor(ids)
 
     @property
     def _head(self) -> Any:

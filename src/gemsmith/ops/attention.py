@@ -242,17 +242,16 @@ class Queries:
     @cached_property
     def ranges_R2(self) -> Tensor:
         """int64 on the CPU: the first key that each one sees, and one after the last."""
-        at_R = torch.arange(self.tokens) if self.rows_R is None else self.rows_R.cpu()
-        last_R = at_R + (self.past + 1)
-        first_R = torch.zeros_like(last_R)
-        if self.window is not None:
-            first_R = (last_R - self.window).clamp(min=0)
-        if self.block_T is not None:
-            last_R = torch.maximum(last_R, self.past + _block_ends(self.block_T)[at_R])
-        return torch.stack((first_R, last_R), 1)
+        at = range(self.tokens) if self.rows_R is None else self.rows_R.tolist()
+        ends = [0] * self.tokens if self.block_T is None else _block_ends(self.block_T)
+        window = self.keys if self.window is None else self.window
+        ranges = [
+            (max(0, self.past + t + 1 - window), self.past + max(t + 1, ends[t])) for t in at
+        ]
+        return torch.tensor(ranges, dtype=torch.int64).view(-1, 2)
 
 
-def _block_ends(block_T: Tensor) -> Tensor:
+def _block_ends(block_T: Tensor) -> list[int]:
     """[T]: one after the last token of each one's block, or 0 where it belongs to none."""
     blocks = block_T.tolist()
     ends = [0] * len(blocks)
@@ -260,7 +259,7 @@ def _block_ends(block_T: Tensor) -> Tensor:
         if blocks[t] >= 0:
             goes_on = t + 1 < len(blocks) and blocks[t + 1] == blocks[t]
             ends[t] = ends[t + 1] if goes_on else t + 1
-    return torch.tensor(ends)
+    return ends
 
 
 def stored_attention(q_RNH: Tensor, spans: Sequence[Span], queries: Queries) -> Tensor:

@@ -19,6 +19,7 @@ The inner sum is exact; the outer one is float32, in ascending order, each produ
 rounded. So every instruction set and torch give equal bits, whatever the number of threads.
 """
 
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -263,9 +264,10 @@ def top(
     left = weight.outputs - len(skipped)
     if not 0 < count <= left:
         raise WeightsError(f"the {count} greatest of {left} outputs")
-    if len(skipped) and not (
-        0 <= int(skipped[0]) <= int(skipped[-1]) < weight.outputs
-        and bool((skipped[1:] > skipped[:-1]).all())
+    passed = skipped.tolist()
+    if passed and not (
+        0 <= passed[0] <= passed[-1] < weight.outputs
+        and all(low < high for low, high in pairwise(passed))
     ):
         raise WeightsError(f"skipped: ids must ascend within {weight.outputs} outputs")
     kernels = native.ready()
