@@ -68,11 +68,40 @@ def empty_slots(
 
 
 @dataclass(slots=True)
+class _Group:
+    """Layers that own K/V and whose slots follow each other in one storage, so that one copy serves
+    them all: the sliding ones that are alike. A full layer is alone: to grow takes its bytes twice.
+    """
+
+    plans: list[LayerPlan]
+    storage: Slots
+
+    @property
+    def slots(self) -> int:
+        """Of a layer."""
+        return len(self.storage) // len(self.plans)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """[layers, slots, ...] each."""
+        return self.storage.stacked(len(self.plans))
+
+    def layers(self) -> "dict[int, _Layer]":
+        """By number."""
+        parts = self.storage.split(len(self.plans))
+        return {
+            plan.index: _Layer(plan, slots, self)
+            for plan, slots in zip(self.plans, parts, strict=True)
+        }
+
+
+@dataclass(slots=True)
 class _Layer:
     """Storage of a layer that owns K/V."""
 
     plan: LayerPlan
     slots: Slots
+    group: _Group
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -111,23 +140,35 @@ class RingCache:
         self._k_from_v = k_from_v
         k_eq_v = [p.index for p in config.layers if p.owns_kv and p.k_eq_v]
         self._rules = {index: k_from_v(index) for index in k_eq_v if k_from_v is not None}
-        self._layers = {
-            plan.index: _Layer(plan, self._empty(plan)) for plan in config.layers if plan.owns_kv
-        }
+        alike: dict[object, list[LayerPlan]] = {}
+        for plan in config.layers:
+            if plan.owns_kv:
+                sliding = plan.window, plan.num_key_value_heads, plan.head_dim, plan.k_eq_v
+                alike.setdefault(plan.index if plan.window is None else sliding, []).append(plan)
+        self._groups = [_Group(plans, self._empty(plans)) for plans in alike.values()]
+        self._layers: dict[int, _Layer] = {}
+        for group in self._groups:
+            self._layers |= group.layers()
         self._plans = config.layers
         self._sources = {plan.kv_source for plan in self._plans if not plan.owns_kv}
         self._views: dict[int, _View] = {}
         self._pasts: dict[int, list[tuple[int, int]]] = {}
         self._places: dict[tuple[int, bool, bool], Place | None] = {}
         self._queries: dict[tuple[int, int | None, bool], Queries] = {}
+        self._unwritten: dict[int, Slots] = {}
+        """By a group's first layer: of the step's tokens, what its rings do not hold yet."""
         self._pending: dict[int, Slots] = {}
-        self._overwritten: dict[int, tuple[int, dict[str, Tensor]]] = {}
+        """Each layer's part of it."""
+        self._overwritten: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        """By a group's first layer: places, and what they held before the step."""
         self._step_tokens = 0
         self._open_tokens = 0
         self._blocks_T: Tensor | None = None
 
-    def _empty(self, plan: LayerPlan, slots: int = 0) -> Slots:
-        return empty_slots(plan, slots, self.dtype, self.device, self._rules.get(plan.index))
+    def _empty(self, plans: list[LayerPlan], slots: int = 0) -> Slots:
+        """Storage of so many slots for each of layers that are alike."""
+        rule = self._rules.get(plans[0].index)
+        return empty_slots(plans[0], len(plans) * slots, self.dtype, self.device, rule)
 
     @property
     def nbytes(self) -> int:
@@ -151,12 +192,12 @@ class RingCache:
         if sizing.slab_tokens(tokens) > sizing.slab_tokens(self.reserved):
             self._check_room(tokens)
         try:
-            for layer in self._layers.values():
-                slots = sizing.slab_tokens(tokens)
-                if layer.plan.window is not None:
-                    slots = min(slots, layer.plan.window)
-                if slots > len(layer.slots):
-                    layer.slots = self._grown(layer, slots)
+            for group in self._groups:
+                slots, window = sizing.slab_tokens(tokens), group.plans[0].window
+                if window is not None:
+                    slots = min(slots, window)
+                if slots > group.slots:
+                    self._grow(group, slots)
         except (RuntimeError, MemoryError) as error:
             need = sizing.kv_bytes(self.config, tokens, self.dtype.itemsize) / 2**30
             raise CapacityError(
@@ -186,13 +227,14 @@ class RingCache:
             f"{room / 2**30:.2f} GiB are free; {way}"
         )
 
-    def _grown(self, layer: _Layer, slots: int) -> Slots:
+    def _grow(self, group: _Group, slots: int) -> None:
         # A ring only grows until it is as long as its window, so slot = position still holds.
-        new = self._empty(layer.plan, slots)
-        held = min(self.length, len(layer.slots))
-        for name, old in layer.slots.tensors.items():
-            new.tensors[name][:held] = old[:held]
-        return new
+        new = self._empty(group.plans, slots)
+        held, old = min(self.length, group.slots), group.tensors
+        for name, tensor in new.stacked(len(group.plans)).items():
+            tensor[:, :held] = old[name][:, :held]
+        group.storage = new
+        self._layers |= group.layers()
 
     @contextmanager
     def step(
@@ -214,9 +256,9 @@ class RingCache:
             if not left_open:
                 self.commit(tokens)
         except BaseException:
-            for index, (slot, old) in self._overwritten.items():
-                for name, tensor in self._layers[index].slots.tensors.items():
-                    tensor[slot] = old[name]
+            for places in self._overwritten.values():
+                for place, old in places:
+                    place.copy_(old)
             self._drop_open()
             raise
         finally:
@@ -233,12 +275,13 @@ class RingCache:
         Without it all of that step is dropped by the next one, or by `trim`.
         """
         assert 0 <= tokens <= self._open_tokens, f"{tokens} of {self._open_tokens} tokens"
-        for index, pending in self._pending.items():
-            self._write_ring(self._layers[index], pending, tokens)
+        for index, unwritten in self._unwritten.items():
+            self._write_rings(self._layers[index].group, unwritten, tokens)
         self.length += tokens
         self._drop_open()
 
     def _drop_open(self) -> None:
+        self._unwritten.clear()
         self._pending.clear()
         self._open_tokens = 0
 
@@ -323,14 +366,20 @@ class RingCache:
                 raise ValueError(f"layer {layer.plan.index} is K = V: RingCache needs k_from_v")
             return _View([(slots, 0, stop)], stop), slots, start
         assert slots.k is not None, "K = V layers are full-attention layers"
+        plans, first = layer.group.plans, layer.group.plans[0].index
         if tokens == 1:
             slot = start % window
-            if start >= window:
-                old = {name: tensor[slot].clone() for name, tensor in slots.tensors.items()}
-                self._overwritten[layer.plan.index] = (slot, old)
+            if start >= window and first not in self._overwritten:
+                places = [tensor[:, slot] for tensor in layer.group.tensors.values()]
+                self._overwritten[first] = [(place, place.clone()) for place in places]
             spans = self._past(slots, stop, window)
             return _View(spans, _keys(spans)), slots, slot
-        pending = self._pending[layer.plan.index] = self._empty(layer.plan, tokens)
+        if first not in self._unwritten:
+            self._unwritten[first] = whole = self._empty(plans, tokens)
+            self._pending |= {
+                plan.index: part for plan, part in zip(plans, whole.split(len(plans)), strict=True)
+            }
+        pending = self._pending[layer.plan.index]
         spans = [*self._past(slots, start, window), (pending, 0, tokens)]
         return _View(spans, _keys(spans)), pending, 0
 
@@ -350,14 +399,14 @@ class RingCache:
             self._pasts[window] = [*runs, *_turns(first, stop, window)]
         return [(ring, *run) for run in self._pasts[window]]
 
-    def _write_ring(self, layer: _Layer, pending: Slots, tokens: int) -> None:
-        window = layer.plan.window
+    def _write_rings(self, group: _Group, unwritten: Slots, tokens: int) -> None:
+        window, new = group.plans[0].window, unwritten.stacked(len(group.plans))
         assert window is not None
         at = max(0, tokens - window)
         first, stop = self.length + at, self.length + tokens
         for slot, count in _turns(first, stop, window):
-            for name, tensor in layer.slots.tensors.items():
-                tensor[slot : slot + count] = pending.tensors[name][at : at + count]
+            for name, tensor in group.tensors.items():
+                tensor[:, slot : slot + count] = new[name][:, at : at + count]
             at += count
 
     def trim(self, length: int) -> None:
@@ -390,9 +439,11 @@ class RingCache:
         copy = type(self)(
             self.config, dtype=self.dtype, device=self.device, k_from_v=self._k_from_v
         )
-        copy.length, copy.reserved = self.length, self.reserved
-        for index, layer in self._layers.items():
-            copy._layers[index] = _Layer(layer.plan, layer.slots.clone())
+        copy.reserve(self.reserved)
+        copy.length = self.length
+        for group, own in zip(copy._groups, self._groups, strict=True):
+            for name, tensor in group.storage.tensors.items():
+                tensor.copy_(own.storage.tensors[name])
         return copy
 
     def save(self, path: str | Path) -> None:

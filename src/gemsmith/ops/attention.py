@@ -173,11 +173,16 @@ class Slots:
         named = {"v": self.v, "v_scale": self.v_scale, "k": self.k, "k_scale": self.k_scale}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def clone(self) -> Self:
-        k, v_scale, k_scale = (
-            None if t is None else t.clone() for t in (self.k, self.v_scale, self.k_scale)
-        )
-        return type(self)(self.v.clone(), k, v_scale, k_scale, self.rule)
+    def stacked(self, layers: int) -> dict[str, Tensor]:
+        """`tensors` of so many layers whose slots follow each other: [layers, slots, ...] each."""
+        shape = layers, len(self) // layers
+        return {name: tensor.unflatten(0, shape) for name, tensor in self.tensors.items()}
+
+    def split(self, layers: int) -> list[Self]:
+        """The slots of each of these layers, on the same memory."""
+        parts = {"k": [None] * layers, **self.stacked(layers)}
+        each = ({name: part[at] for name, part in parts.items()} for at in range(layers))
+        return [type(self)(**tensors, rule=self.rule) for tensors in each]
 
     def write(self, first: int, k_TKH: Tensor, v_TKH: Tensor) -> None:
         """Store T tokens from slot `first` on; k is ignored where values alone are stored."""
@@ -245,9 +250,7 @@ class Queries:
         at = range(self.tokens) if self.rows_R is None else self.rows_R.tolist()
         ends = [0] * self.tokens if self.block_T is None else _block_ends(self.block_T)
         window = self.keys if self.window is None else self.window
-        ranges = [
-            (max(0, self.past + t + 1 - window), self.past + max(t + 1, ends[t])) for t in at
-        ]
+        ranges = [(max(0, self.past + t + 1 - window), self.past + max(t + 1, ends[t])) for t in at]
         return torch.tensor(ranges, dtype=torch.int64).view(-1, 2)
 
 
