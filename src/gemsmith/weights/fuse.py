@@ -4,7 +4,8 @@ The same numbers as the modules they hold, up to the order in which norms add; a
 spends its time reading weights then, and not on calls.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,13 +115,8 @@ FEW_ROWS = 32
 between them a signal is heard."""
 
 
-@runtime_checkable
-class Places(Protocol):
-    """A `KVStore` whose K/V the extension can store and find by itself."""
-
-    def place(self, layer: int, rows_R: Tensor | None) -> Place | None:
-        """None where it cannot. Asked once a layer and step, in order, in the stead of `attend`."""
-        ...
+Places = Callable[[int, Tensor | None], Place | None]
+"""`place` of a `KVStore` whose K/V the extension can store and find by itself, see `RingCache`."""
 
 
 class PackedLayers(Layers):
@@ -136,7 +132,8 @@ class PackedLayers(Layers):
         kv: KVStore,
         rows_R: Tensor | None,
     ) -> Tensor:
-        if len(x_TD) > FEW_ROWS or not isinstance(kv, Places):
+        place_of: Places | None = getattr(kv, "place", None)
+        if len(x_TD) > FEW_ROWS or place_of is None:
             return super().run(first, stop, x_TD, ple_TLP, tables, kv, rows_R)
         angles = {key: (c.flatten(1), s.flatten(1)) for key, (c, s) in tables.items()}
         done = first
@@ -146,7 +143,7 @@ class PackedLayers(Layers):
             turns: list[tuple[Tensor, Tensor]] = []
             for index in range(done, stop):
                 layer: Any = self._modules[str(index)]
-                place = kv.place(index, rows_R) if isinstance(layer, PackedLayer) else None
+                place = place_of(index, rows_R) if isinstance(layer, PackedLayer) else None
                 if place is None:
                     break
                 layers.append(layer._native)
