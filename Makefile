@@ -30,7 +30,7 @@ demo: $(VENV)/.run
 	@$(BIN)/gemsmith demo
 
 test: $(VENV)/.dev
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
