@@ -100,4 +100,5 @@ def _check_size(size: int, name: str, max_bytes: int | None) -> None:
 def short(text: str | bytes) -> str:
     """A name for an error's one line, whatever a caller took for a path."""
     text = os.fsdecode(text)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+    # Paths are rarely longer, and end in what tells them apart.
+    return text if len(text) <= 250 else f"{text[:60]}... ({len(text):,} characters)"
