@@ -2,11 +2,12 @@
 
   python -m recipes.pocket.stages runs/media runs/seeing seeing
   python -m recipes.pocket.stages runs/media runs/all all
+  python -m recipes.pocket.stages runs/media runs/text text
 
 Why stages: a decoder that reads text must find out that the rows of a picture say something, and
 where it has little else to learn it finds out soon. In a mixture of everything its answers about
 shapes were guesses after 3 million tokens; after 1.5 million that were nearly all pictures they
-were read. So "seeing" comes first, and "all" brings back what was pushed aside.
+were read. So "seeing" comes first; "all" and "text" bring back what was pushed aside.
 
 Files: see gemsmith.train.data and gemsmith.train.media. Each time the same conversations are
 chosen.
@@ -52,6 +53,17 @@ STAGES = {
         rest=0.25,
         weights=dict.fromkeys(SHAPES, 4)
         | {"film": 3, "picture/note": 3, "speech/transcribe": 3, "speech/reading": 3}
+        | {"speech/answer": 2},
+    ),
+    "text": Stage(
+        shares={"picture/scene": 0.2, "picture/detect": 0.3, "picture/count": 0.25}
+        | {"picture/buttons": 0.3, "picture/note": 0.4, "picture/read": 0.02}
+        | {"picture/table": 0.05, "picture/page": 0.0, "film": 0.15, "speech/call": 0.12}
+        | {"speech/transcribe": 0.35, "speech/answer": 0.6, "speech/reading": 0.3}
+        | {"which": 0.5, "choices": 0.4, "thinking_arithmetic": 0.3},
+        rest=0.95,
+        weights=dict.fromkeys(SHAPES, 3)
+        | {"film": 2, "picture/note": 2, "speech/transcribe": 3, "speech/reading": 2}
         | {"speech/answer": 2},
     ),
 }
