@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -64,7 +64,8 @@ def fake(answers: Callable[[dict[str, Any]], Given], models: Any = None) -> Iter
             self.send_header("content-type", kind)
             self.send_header("content-length", str(len(made)))
             self.end_headers()
-            self.wfile.write(made)
+            with suppress(BrokenPipeError):  # who asked may have left: some probes do
+                self.wfile.write(made)
 
         def log_message(self, format: str, *args: Any) -> None: ...
 
