@@ -5,8 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from gemsmith.ops import native
+
 # Tiny tensors gain nothing from threads and lose much to them on a busy machine.
 torch.set_num_threads(1)
+
+needs_extension = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
 
 @pytest.fixture(scope="session", autouse=True)

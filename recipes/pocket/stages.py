@@ -98,7 +98,7 @@ def choose(data: TokenSet, out: Path, stage: Stage, *, seed: int = 0) -> None:
     (out / f"{SPLIT}.kinds.json").write_text(json.dumps(kinds), encoding="utf-8")
     with MediaWriter(out, SPLIT) as writer:
         for conversation, start in zip(
-            np.flatnonzero(kept).tolist(), offsets.tolist(), strict=False
+            np.flatnonzero(kept).tolist(), offsets[:-1].tolist(), strict=True
         ):
             for medium in data.media.of(conversation) if data.media else ():
                 writer.add(medium, start=start)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.conftest import needs_extension
 
 from gemsmith import sizing
 from gemsmith.cache.block_pool import BlockPool, Blocks, Pages
@@ -13,7 +14,6 @@ from gemsmith.cache.none import NoCache
 from gemsmith.cache.paged import Chunk, PagedCache
 from gemsmith.cache.ring import RingCache
 from gemsmith.errors import CapacityError, ConfigError
-from gemsmith.ops import native
 from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
 
 # Eight reductions a layer in eight layers.
@@ -240,7 +240,7 @@ def test_a_budget_is_never_exceeded_and_well_used():
         assert plan.full_blocks == 150 or budget - plan.nbytes < block
 
 
-@pytest.mark.skipif(not native.available(), reason="needs the C++ extension")
+@needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_attention_gives_a_token_the_same_bits_in_any_chunk(dtype):
     config = tiny_config("E2B", sliding_window=150).text_config  # wider than a kernel block

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.conftest import needs_extension
 from typer.testing import CliRunner
 
 from gemsmith.cli.main import app
@@ -38,7 +39,7 @@ def test_the_machine_and_the_versions_are_told():
     assert facts["machine"]["cpu"] in doctor()
 
 
-@pytest.mark.skipif(not native.available(), reason="the extension is not built")
+@needs_extension
 def test_the_instruction_set_in_use_is_told():
     native.force_isa("generic")
     try:

@@ -20,13 +20,11 @@ from gemsmith.engine.engine import LM
 from gemsmith.engine.request import Generation, SamplingParams
 from gemsmith.engine.speculative import Speculation
 from gemsmith.model.text import TextModel
-from gemsmith.ops import native
 from gemsmith.testing import random_model, tiny_config, whole_groups
 from gemsmith.text.tokenizer import MARKERS, SPACE, Tokenizer
 from gemsmith.weights.load import load_model
 from gemsmith.weights.save import save_model
 
-needs_extension = pytest.mark.skipif(not native.available(), reason="needs the C++ extension")
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 
 NOTE = {

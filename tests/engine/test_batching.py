@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.conftest import needs_extension
 from tests.engine.conftest import random_lm
 
 from gemsmith.engine.batching import BatchEngine, EngineConfig, Outcome, run_all
@@ -15,7 +16,6 @@ from gemsmith.engine.media import Prompt
 from gemsmith.engine.reply import Reply, collect
 from gemsmith.engine.request import Finished, FinishReason, Generation, Request, SamplingParams
 from gemsmith.errors import CapacityError, ConfigError, QueueFullError, RequestError, WeightsError
-from gemsmith.ops import native
 from gemsmith.testing import (
     SIZES,
     media_ids,
@@ -232,9 +232,6 @@ def lm_encode(lm: LM, tokenizer, content) -> Prompt:
     """A chat, for a model without end markers."""
     lm.is_chat = True
     return lm.encode([{"role": "user", "content": content}])
-
-
-needs_extension = pytest.mark.skipif(not native.available(), reason="needs the C++ extension")
 
 
 @needs_extension

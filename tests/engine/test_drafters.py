@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.conftest import GREEDY, NOTE, always, needs_extension, random_ids, same
+from tests.conftest import needs_extension
+from tests.engine.conftest import GREEDY, NOTE, always, random_ids, same
 from tests.engine.test_speculative import Endless, Fixed
 
 import gemsmith

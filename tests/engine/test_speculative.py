@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.conftest import GREEDY, NOTE, Oracle, always, needs_extension, random_ids, same
+from tests.conftest import needs_extension
+from tests.engine.conftest import GREEDY, NOTE, Oracle, always, random_ids, same
 
 from gemsmith.engine.context import Context, Next
 from gemsmith.engine.drafters import Lookup, Text

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.engine.conftest import GREEDY, NOTE, Oracle, always, needs_extension, random_ids, same
+from tests.conftest import needs_extension
+from tests.engine.conftest import GREEDY, NOTE, Oracle, always, random_ids, same
 
 from gemsmith.engine.batching import BatchEngine, EngineConfig, run_all
 from gemsmith.engine.context import Next, Rows

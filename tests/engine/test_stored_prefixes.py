@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tests.conftest import needs_extension
 from tests.engine.test_batching import (
     GREEDY,
     SMALL,
     idle,
     logits_of,
     low_bit_lm,
-    needs_extension,
     reply_of,
 )
 

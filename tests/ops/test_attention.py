@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.conftest import needs_extension
 from torch import Tensor
 
 from gemsmith.errors import WeightsError
@@ -22,7 +23,6 @@ from gemsmith.testing import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 CPU = torch.device("cpu")
-needs_extension = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.conftest import needs_extension
 from torch import Tensor
 
 from gemsmith.errors import WeightsError
 from gemsmith.ops import cpu, native
 
 BITS = (2, 4, 8)
-needs_extension = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
 
 def random_codes(outputs: int, inputs: int, bits: int, seed: int = 0) -> Tensor:

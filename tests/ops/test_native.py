@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import needs_extension
 
 from gemsmith.errors import WeightsError
 from gemsmith.ops import native
 
 ROOT = Path(__file__).parents[2]
-needs_extension = pytest.mark.skipif(not native.available(), reason="the extension is not built")
 
 
 @needs_extension

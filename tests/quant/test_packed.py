@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tests.conftest import needs_extension
 from torch import Tensor
 
 from gemsmith.errors import WeightsError
-from gemsmith.ops import native
 from gemsmith.ops.linear import linear
 from gemsmith.quant.formats import Format
 from gemsmith.quant.linear import (
@@ -19,7 +19,7 @@ from gemsmith.quant.packed import Packed
 from gemsmith.quant.quantize import quantize
 
 FORMATS = [Format(8), Format(4), Format(2), Format(8, 32), Format(4, 32), Format(2, 64)]
-pytestmark = pytest.mark.skipif(not native.available(), reason="the extension is not built")
+pytestmark = needs_extension
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -115,9 +115,13 @@ def test_a_full_queue_says_when_to_come_back(says):
         config = EngineConfig(max_num_seqs=1, max_model_len=2000, queue_limit=1)
         async with serving(says("a" * 1500), config=config) as (client, service):
             body = ASKED | {"max_tokens": 1500}
-            tasks = [asyncio.create_task(client.post(CHAT, json=body)) for _ in range(2)]
-            while service.engine.stats().running + service.engine.stats().waiting < 2:
-                await asyncio.sleep(0.01)
+            stats = service.engine.stats
+            tasks = [asyncio.create_task(client.post(CHAT, json=body))]
+            while not stats().running:
+                await asyncio.sleep(0.001)
+            tasks.append(asyncio.create_task(client.post(CHAT, json=body)))
+            while not stats().waiting:
+                await asyncio.sleep(0.001)
             for path in (CHAT, MESSAGES):
                 refused = await client.post(path, json=body)
                 assert refused.status_code == 503

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import needs_extension
 from tests.weights.test_convert import floats, logits
 
-from gemsmith.ops import native
 from gemsmith.quant.packed import Packed
 from gemsmith.weights import cached, load, rounding
 from gemsmith.weights.convert import Recipe, quantize_checkpoint
 from gemsmith.weights.load import load_model, load_towers, quantized_values
 from gemsmith.weights.names import PLE_TABLE
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="the extension is not built")
+pytestmark = needs_extension
 
 
 @pytest.fixture

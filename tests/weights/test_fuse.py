@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import needs_extension
 from torch import Tensor, nn
 
 from gemsmith.cache.none import NoCache
@@ -23,7 +24,7 @@ from gemsmith.quant.quantize import quantize
 from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
 from gemsmith.weights.fuse import PackedLayer, fuse
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="the extension is not built")
+pytestmark = needs_extension
 
 
 @pytest.fixture(params=native.isas())

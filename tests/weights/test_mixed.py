@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import needs_extension
 from tests.weights.low_bit import floats, growth_with_the_table, low_config
 from tests.weights.test_calibrate import sequences
 from tests.weights.test_convert import (
@@ -20,7 +21,6 @@ from tests.weights.test_convert import (
 from gemsmith.cache.none import NoCache
 from gemsmith.errors import ConfigError, WeightsError
 from gemsmith.evals.items import read_items
-from gemsmith.ops import native
 from gemsmith.quant.formats import Format
 from gemsmith.quant.packed import Packed
 from gemsmith.quant.quantize import quantize
@@ -164,7 +164,7 @@ def test_the_files_hold_what_was_chosen_within_the_budget(tmp_path, monkeypatch,
     assert_close(logits(model), expected, tolerance(torch.float32, 64, steps=60))
 
 
-@pytest.mark.skipif(not native.available(), reason="the extension is not built")
+@needs_extension
 def test_the_kernels_take_any_mix(tmp_path, monkeypatch):
     source = floats(tmp_path / "floats")
     rows = make(source, tmp_path / "low", sum(limits(source, tmp_path / "wide")) // 2)
