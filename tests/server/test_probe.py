@@ -11,7 +11,7 @@ NO_MEDIA = "this model takes no"
 SKIPPED = {
     "image-read": NO_MEDIA, "image-detail": NO_MEDIA, "image-budget": NO_MEDIA,
     "image-two": NO_MEDIA, "image-again": NO_MEDIA,
-    "audio-read": NO_MEDIA, "audio-long": NO_MEDIA, "audio-transcribed": NO_MEDIA,
+    "audio-read": NO_MEDIA, "audio-long": "refused, and said so", "audio-transcribed": NO_MEDIA,
     "stream-pieces": "the reply is short",
     "json-object": "the answer was cut by max_tokens",
     "other-seeds": "six seeds, one reply",

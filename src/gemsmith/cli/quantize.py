@@ -274,25 +274,26 @@ def judge(target: str | Path, recipe: Recipe) -> str:
 
 def table(kinds: Iterable[Kind]) -> Table:
     kinds = list(kinds)
-    columns = ["", "format", "tensors", "weights", "bits each", "", "error"]
     data = any(kind.calibrated for kind in kinds)
-    columns += ["calibrated"] * data
-    out = Table(box=SIMPLE_HEAD)
+    # As wide as a terminal of 80 columns has room for with billions of weights; names may wrap.
+    columns = ["", "format", "calibrated" if data else "tensors", "weights", "bits", "", "error"]
+    out = Table(box=SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        out.add_column(column, justify="right" if index > 1 else "left", no_wrap=True)
+        justify, whole = ("right", True) if index > 1 else ("left", index > 0)
+        out.add_column(column, justify=justify, no_wrap=whole)
     weights = nbytes = 0
     for kind in kinds:
         error = f"{kind.error:.1e}" if kind.squares[1] else ""
+        calibrated = f"{kind.calibrated:,} of {kind.matrices:,}" if kind.calibrated else ""
         weights, nbytes = weights + kind.weights, nbytes + kind.nbytes
         out.add_row(
             kind.kind,
             kind.format,
-            f"{kind.tensors:,}",
+            calibrated if data else f"{kind.tensors:,}",
             f"{kind.weights:,}",
             f"{8 * kind.nbytes / kind.weights:.2f}",
             size(kind.nbytes),
             error,
-            *[f"{kind.calibrated:,} of {kind.matrices:,}" if kind.calibrated else ""] * data,
         )
     out.add_section()
     out.add_row("all", "", "", f"{weights:,}", f"{8 * nbytes / weights:.2f}", size(nbytes), "")

@@ -11,7 +11,7 @@ from uuid import uuid4
 from gemsmith.evals.conformance import probe
 from gemsmith.evals.endpoint import Answer, Endpoint, Json, Reply, Skipped, need, whole
 
-SEA = "Tell me about the sea."
+YOU = "Tell me about yourself."
 CHAT = "/v1/chat/completions"
 
 
@@ -44,7 +44,11 @@ def cache_same(e: Endpoint) -> None:
              f"{reply.content!r}")  # fmt: skip
 
 
-@probe("cache", "log-probabilities are the same cold and warm, to a hundredth")
+BFLOAT16_NATS = 0.05
+"""What rounding a logit of 13 to bfloat16 may cost, 13 / 2**8: a prompt in pieces rounds apart."""
+
+
+@probe("cache", "log-probabilities are the same cold and warm, to a twentieth")
 def cache_logprobs(e: Endpoint) -> None:
     text = _long() + " Go on."
     asked: Json = {"logprobs": True, "top_logprobs": 1, "max_tokens": 4}
@@ -54,7 +58,7 @@ def cache_logprobs(e: Endpoint) -> None:
     for a, b in zip(cold, warm, strict=True):
         need(a["token"] == b["token"], f"cold {a['token']!r}, warm {b['token']!r}")
         gap = abs(a["logprob"] - b["logprob"])
-        need(gap < 0.01, f"{a['token']!r} differs by {gap:.3g} nats")
+        need(gap < BFLOAT16_NATS, f"{a['token']!r} differs by {gap:.3g} nats")
 
 
 @probe("cache", "the second time, cached tokens are told; the first time, few are")
@@ -103,26 +107,26 @@ def cache_first_words(e: Endpoint) -> None:
 
 @probe("determinism", "at temperature 0 the same request has the same reply")
 def same_greedy(e: Endpoint) -> None:
-    found = {e.ask(SEA, must=True, max_tokens=32).content for _ in range(3)}
+    found = {e.ask(YOU, must=True, max_tokens=32).content for _ in range(3)}
     need(len(found) == 1, f"{len(found)} replies: {sorted(found)}")
 
 
 @probe("determinism", "with a seed the same request has the same reply")
 def same_seed(e: Endpoint) -> None:
-    found = {e.ask(SEA, temperature=1, seed=7, max_tokens=32).content for _ in range(3)}
+    found = {e.ask(YOU, temperature=1, seed=7, max_tokens=32).content for _ in range(3)}
     need(len(found) == 1, f"{len(found)} replies: {sorted(found)}")
 
 
 @probe("determinism", "other seeds have other replies")
 def other_seeds(e: Endpoint) -> None:
-    found = {e.ask(SEA, temperature=1.5, seed=seed, max_tokens=32).content for seed in range(6)}
+    found = {e.ask(YOU, temperature=1.5, seed=seed, max_tokens=32).content for seed in range(6)}
     if len(found) == 1:
         raise Skipped("six seeds, one reply: the model may be that sure")
 
 
 @probe("determinism", "asked together, requests have the replies that they have alone")
 def same_together(e: Endpoint) -> None:
-    texts = [SEA, "Count to five.", "Say hello.", "What is a tree?"]
+    texts = [YOU, "Count to five.", "Say hello.", "What is a tree?"]
     alone = [e.ask(text, must=True, max_tokens=16).content for text in texts]
     with ThreadPoolExecutor(len(texts)) as pool:
         bodies = [e.body(text, max_tokens=16) for text in texts]
@@ -133,7 +137,7 @@ def same_together(e: Endpoint) -> None:
 
 def _logprobs(e: Endpoint, **fields: Any) -> list[Json]:
     asked = {"logprobs": True, "top_logprobs": 4, "max_tokens": 12, **fields}
-    found = e.ask(SEA, **asked).first.logprobs
+    found = e.ask(YOU, **asked).first.logprobs
     if not found:
         raise Skipped("no log-probabilities are given")
     return found
@@ -159,7 +163,7 @@ def logprobs_order(e: Endpoint) -> None:
 
 @probe("determinism", "tokens of log-probabilities, joined, are the reply")
 def logprobs_tokens(e: Endpoint) -> None:
-    reply = e.ask(SEA, logprobs=True, max_tokens=12)
+    reply = e.ask(YOU, logprobs=True, max_tokens=12)
     entries = reply.first.logprobs
     if not entries or reply.first.reasoning:
         raise Skipped("no log-probabilities, or a thought before the reply")
@@ -183,7 +187,7 @@ def logprobs_same(e: Endpoint) -> None:
 
 
 def _said(e: Endpoint) -> str:
-    text = e.ask(SEA, must=True).content
+    text = e.ask(YOU, must=True).content
     if len(text) < 16:
         raise Skipped("the reply is too short to be stopped")
     return text
@@ -194,14 +198,14 @@ def stop_anywhere(e: Endpoint) -> None:
     text = _said(e)
     for start, length in ((4, 1), (5, 4), (7, 8)):
         stop = text[start : start + length]
-        choice = e.ask(SEA, stop=stop).first
+        choice = e.ask(YOU, stop=stop).first
         wanted = text[: text.find(stop)]
         need(choice.content == wanted, f"stop {stop!r}: {choice.content!r}, not {wanted!r}")
 
 
 @probe("stop", "finish_reason is stop")
 def stop_reason(e: Endpoint) -> None:
-    choice = e.ask(SEA, stop=[_said(e)[6:10]]).first
+    choice = e.ask(YOU, stop=[_said(e)[6:10]]).first
     need(choice.finish == "stop", f"finish_reason is {choice.finish!r}")
 
 
@@ -209,7 +213,7 @@ def stop_reason(e: Endpoint) -> None:
 def stop_several(e: Endpoint) -> None:
     text = _said(e)
     late, early = text[10:14], text[5:8]
-    choice = e.ask(SEA, stop=[late, early, "never to be said"]).first
+    choice = e.ask(YOU, stop=[late, early, "never to be said"]).first
     wanted = text[: min(text.find(late), text.find(early))]
     need(choice.content == wanted, f"{choice.content!r}, not {wanted!r}")
 
@@ -217,14 +221,14 @@ def stop_several(e: Endpoint) -> None:
 @probe("stop", "one that never comes changes nothing")
 def stop_never(e: Endpoint) -> None:
     text = _said(e)
-    found = e.ask(SEA, stop=["\N{SNOWMAN}\N{SNOWMAN}\N{SNOWMAN}"]).content
+    found = e.ask(YOU, stop=["\N{SNOWMAN}\N{SNOWMAN}\N{SNOWMAN}"]).content
     need(found == text, f"{text!r} became {found!r}")
 
 
 @probe("stop", "one that only begins in the reply takes nothing away from its end")
 def stop_begun(e: Endpoint) -> None:
     text = _said(e)
-    found = e.ask(SEA, stop=[text[-1] + "\N{SNOWMAN}"]).content
+    found = e.ask(YOU, stop=[text[-1] + "\N{SNOWMAN}"]).content
     need(found == text, f"{text!r} became {found!r}")
 
 
@@ -233,14 +237,14 @@ def stop_begun(e: Endpoint) -> None:
 
 @probe("limits", "max_tokens 1 gives one token, and the reason is length")
 def length_one(e: Endpoint) -> None:
-    reply = e.ask(SEA, must=True, max_tokens=1)
+    reply = e.ask(YOU, must=True, max_tokens=1)
     need(reply.count("completion_tokens") == 1, f"{reply.count('completion_tokens')} tokens")
     need(reply.first.finish == "length", f"finish_reason is {reply.first.finish!r}")
 
 
 @probe("limits", "max_completion_tokens is max_tokens by its new name")
 def length_new_name(e: Endpoint) -> None:
-    reply = e.ask(SEA, max_tokens=None, max_completion_tokens=3)
+    reply = e.ask(YOU, max_tokens=None, max_completion_tokens=3)
     need(reply.count("completion_tokens") <= 3, f"{reply.count('completion_tokens')} tokens of 3")
     need(reply.first.finish == "length", f"finish_reason is {reply.first.finish!r}")
 
@@ -255,25 +259,25 @@ def length_stop(e: Endpoint) -> None:
 
 @probe("limits", "a shorter reply is the beginning of the longer one")
 def length_prefix(e: Endpoint) -> None:
-    short, long = (e.ask(SEA, must=True, max_tokens=most).content for most in (5, 20))
+    short, long = (e.ask(YOU, must=True, max_tokens=most).content for most in (5, 20))
     need(long.startswith(short.rstrip("\ufffd")), f"{short!r} is not how {long!r} begins")
 
 
 @probe("limits", "a length below 0 is refused")
 def length_negative(e: Endpoint) -> None:
-    _refused(e.chat(SEA, max_tokens=-5))
+    _refused(e.chat(YOU, max_tokens=-5))
 
 
 @probe("limits", "n replies come, with indexes from 0 on, at temperature 0 the same")
 def n_replies(e: Endpoint) -> None:
-    choices = e.ask(SEA, n=3, max_tokens=8).choices
+    choices = e.ask(YOU, n=3, max_tokens=8).choices
     need([each.index for each in choices] == [0, 1, 2], f"indexes {[c.index for c in choices]}")
     need(len({each.content for each in choices}) == 1, f"{[c.content for c in choices]}")
 
 
 @probe("limits", "n = 0 is refused")
 def n_none(e: Endpoint) -> None:
-    _refused(e.chat(SEA, n=0))
+    _refused(e.chat(YOU, n=0))
 
 
 # -- errors -----------------------------------------------------------------------------------

@@ -121,8 +121,10 @@ def tool_auto_finish(e: Endpoint) -> None:
 
 @probe("tools", "required: a call that fits comes, whatever is asked")
 def tool_required(e: Endpoint) -> None:
-    reply = _required(e, WEATHER, messages="Hello!")
-    fits(reply, WEATHER)
+    # Its values end by themselves: a model that has nothing to say in a string may never end it.
+    clock = tool("get_time", {"zone": {"enum": ["UTC", "CET"]}})
+    reply = _required(e, clock, messages="Hello!")
+    fits(reply, clock)
     clean(reply)
 
 
