@@ -40,7 +40,7 @@ CONTEXTS, USERS = (512, 8192, 32_768), (1, 8)
 PROMPT, STEPS, REPEATS = 512, 8, 5
 LIMITS = {"weights": 0.005, "kv": 0.005, "peak": 0.05, "decode": 0.15, "prefill": 0.25}
 """Of the error, as a part of what was measured."""
-MODELS = (*random_checkpoint.SIZES, POCKET)
+MODELS = random_checkpoint.SIZES
 CALIBRATION = Path(fit.__file__).with_name("calibration.json")
 
 
