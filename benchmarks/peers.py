@@ -10,8 +10,8 @@ llama.cpp comes as the source package llama-cpp-python, compiled for this CPU in
 environment of its own below build/; without network or compiler gemsmith is measured alone, and
 the reason is said. It is no dependency of gemsmith.
 
-"8 streams" of gemsmith are 8 rows of one sequence in one pass: it has no batches yet, so this is
-an upper bound of what they will reach and no measurement of them.
+"8 streams" of gemsmith are 8 rows of one sequence in one pass: an upper bound of what 8 requests
+reach and no measurement of them; `serve.py` measures those.
 
 Run: python -m benchmarks.peers [--record]
 """

@@ -54,7 +54,7 @@ class Gemsmith:
         return {"seconds": time.perf_counter() - start, "fill": filled}
 
     def streams(self, count: int, depth: int, tokens: int) -> Seconds:
-        """An upper bound, as there are no batches yet: `count` rows of one sequence in a pass."""
+        """An upper bound of `count` requests in a batch: as many rows of one sequence in a pass."""
         context = self.context(depth + (tokens + 1) * count)
         context.run(ids_of(depth, self.vocabulary))
         rows = ids_of(count, self.vocabulary, depth)
