@@ -2,7 +2,7 @@
 
   python -m recipes.pocket.train fit --data DATA --run RUN [--minutes N] [--decay-now]
                                    [--from CHECKPOINT] [--towers FILE] [--frozen]
-                                   [--lr RATE] [--batch-tokens N]
+                                   [--lr RATE] [--batch-tokens N] [--bits 4]
   python -m recipes.pocket.train export --run RUN --tokenizer FOLDER --out FOLDER
 
 `fit` stops cleanly at any time and goes on where it stopped. The learning rate stays level until a
@@ -11,7 +11,8 @@ goes on from where the decay began.
 
 Data: see build_data.py. Data with pictures and sounds train the towers too; a run is with towers or
 without from its first step to its export. `--from` a checkpoint without towers adds fresh ones,
-or those that `--towers` names; with `--frozen` they stay as they were taught.
+or those that `--towers` names; with `--frozen` they stay as they were taught. With `--bits` the
+decoder learns to be rounded, and what is exported is rounded already.
 
 Shape: E-series in small. Layers 5-8 own no K/V, so in training they and the head run on learned
 tokens alone (28 % of all): most of the parameters sit where they are cheap. Both towers see the
@@ -19,6 +20,7 @@ world through a 128-wide stream of 4 layers: 2.8 of the 10.3 million parameters.
 """
 
 import argparse
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from gemsmith.errors import TrainError
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.train.data import TokenSet
+from gemsmith.train.rounding import decoder_formats, rounded
 from gemsmith.train.trainer import TrainConfig, Trainer, checkpoints
 from gemsmith.weights.generation import GenerationConfig
 from gemsmith.weights.load import load_model, load_towers
@@ -150,6 +153,7 @@ def fit(
     lr: float = TRAIN.lr,
     batch_tokens: int = TRAIN.batch_tokens,
     frozen: bool = False,
+    bits: str | None = None,
 ) -> None:
     """One stretch of training in the run folder `run`; a new run begins with `start`'s weights.
 
@@ -181,7 +185,7 @@ def fit(
             print(f"{name}: {sum(p.numel() for p in part.parameters()):,} parameters", flush=True)
     trainer = Trainer(
         model,
-        replace(TRAIN, lr=lr, batch_tokens=batch_tokens),
+        replace(TRAIN, lr=lr, batch_tokens=batch_tokens, bits=bits),
         train,
         run,
         towers=towers,
@@ -216,7 +220,9 @@ def export(run: Path, tokenizer: Path, out: Path) -> None:
     if "towers" in state:
         towers = Towers(POCKET)
         towers.load_state_dict(state["towers"])
-    save_model(model, POCKET, out, towers=towers, dtype=torch.bfloat16)
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    with rounded(model, decoder_formats(model, record["train"].get("bits"))):
+        save_model(model, POCKET, out, towers=towers, dtype=torch.bfloat16)
     GenerationConfig(do_sample=False, eos_token_id=END_IDS).save(out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, out / name)
@@ -239,6 +245,7 @@ def main() -> None:
     )
     command.add_argument("--batch-tokens", type=int, default=TRAIN.batch_tokens, help="of a step")
     command.add_argument("--frozen", action="store_true", help="leave the towers as they are")
+    command.add_argument("--bits", help="of the recipe that the decoder is to be rounded by")
     command.add_argument("--minutes", type=float, help="length of the stretch; default: no end")
     command.add_argument("--decay-now", action="store_true", help="end the run with this stretch")
     command = commands.add_parser("export", help="write a checkpoint folder")
@@ -258,6 +265,7 @@ def main() -> None:
             lr=args.lr,
             batch_tokens=args.batch_tokens,
             frozen=args.frozen,
+            bits=args.bits,
         )
     else:
         export(args.run, args.tokenizer, args.out)

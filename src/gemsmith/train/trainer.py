@@ -36,6 +36,7 @@ from gemsmith.train.data import Batch, Packer, TokenSet, make_batch, plan_epoch
 from gemsmith.train.loss import backward_in_chunks, chunk_rows, sum_cross_entropy
 from gemsmith.train.media import IMAGE, SOUND, SoftInputs
 from gemsmith.train.optim import Decay, lr_scale, make_optimizers, set_lr
+from gemsmith.train.rounding import decoder_formats, rounded
 
 LOG_STEPS = 10
 KEPT_CHECKPOINTS = 2
@@ -58,6 +59,9 @@ class TrainConfig:
     seed: int = 0
     row_multiple: int = 1024
     """Learned rows are rounded up to a multiple of this, for few distinct compiled shapes."""
+    bits: str | None = None
+    """The recipe of `gemsmith quantize` that the decoder is trained for: every product sees its
+    weights rounded by it. None: as they are."""
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
@@ -107,6 +111,7 @@ class Trainer:
         Raises:
           TrainError: the run folder belongs to a run of another kind, or the data has pictures or
             sounds for which there is no tower.
+          ConfigError: the model cannot be rounded to `config.bits`.
         """
         self.model, self.towers, self.config, self.heldout = model, towers, config, heldout
         for data in (train, heldout):
@@ -120,6 +125,7 @@ class Trainer:
             seed=config.seed,
             row_multiple=config.row_multiple,
         )
+        self.formats = decoder_formats(model, config.bits)
         self.trained = model if towers is None else torch.nn.ModuleList((model, towers))
         self.optimizers = make_optimizers(
             self.trained, lr=config.lr, weight_decay=config.weight_decay, muon=config.muon
@@ -199,7 +205,7 @@ class Trainer:
         """
         batch = batch.to(self.device)
         chunk = min(chunk_rows(self.model.config.vocab_size), self.config.row_multiple)
-        with self._autocast():
+        with rounded(self.model, self.formats), self._autocast():
             hidden_RD = self._hidden(batch)
             loss = backward_in_chunks(
                 self._head, hidden_RD, batch.targets_R, batch.weights_R, chunk=chunk
@@ -218,12 +224,14 @@ class Trainer:
         self.step += 1
         return loss.item(), norm.item()
 
-    @torch.no_grad()
     def evaluate(self, *, batches: int = 16) -> dict[str, float]:
         """Mean held-out loss of each kind of conversation, over the same `batches` batches."""
-        data = self.heldout
-        if data is None:
+        if self.heldout is None:
             return {}
+        with rounded(self.model, self.formats), torch.no_grad():
+            return self._losses(self.heldout, batches)
+
+    def _losses(self, data: TokenSet, batches: int) -> dict[str, float]:
         plan = plan_epoch(
             data.lengths,
             batch_tokens=self.config.batch_tokens,
