@@ -127,6 +127,9 @@ def test_frames_of_the_reference_run_are_taken(tmp_path: Path):
         ("mpegts", "libx264", {"g": "10"}),
         ("avi", "libx264", {"g": "10", "bf": "3"}),
         ("h264", "libx264", {"g": "10", "bf": "3"}),
+        ("mpegts", "libx264", {"x264-params": "tff=1:keyint=10:bframes=3"}),
+        ("mp4", "libx265", {"x265-params": "keyint=10:bframes=3:log-level=none"}),
+        ("mpegts", "mpeg2video", {"g": "10", "bf": "2", "flags": "+ildct+ilme"}),
         ("webm", "libvpx-vp9", {"g": "10", "lag-in-frames": "16", "auto-alt-ref": "1"}),
         ("webm", "libvpx", {"lag-in-frames": "16", "auto-alt-ref": "1"}),
         ("mjpeg", "mjpeg", {}),
@@ -220,6 +223,25 @@ def test_only_packets_that_chosen_frames_need_are_decoded(tmp_path: Path):
     assert len(runs) == 3
     assert sum(last - first + 1 for first, last in runs) < 10
     assert numbers(load_video(path, frames=3)) == [0, 66, 133]
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg2video"])
+def test_frames_that_no_other_needs_are_left_out_and_the_rest_is_the_same(
+    codec: str, tmp_path: Path
+):
+    path = tmp_path / "film"
+    encoded(path, 60, codec=codec, rate=25, options={"g": "60", "bf": "3"})
+    with av.open(str(path)) as file:
+        whole = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    reel, problems = survey(path), []
+    for number in range(0, 60, 7):
+        film = video._decoded(reel, [number], problems)
+        assert np.array_equal(np.asarray(film[number]), whole[number])
+    runs, number_of = video._runs(reel, [58])
+    with av.open(str(path)) as file:
+        made = video._frames(file, file.streams.video[0], runs, set(number_of), problems)
+        assert sum(1 for _ in made) < 45
+    assert problems == []
 
 
 # Cost
