@@ -66,6 +66,7 @@ bench-26B: $(VENV)/.dev
 
 # Half an hour, the first time 15 minutes more to compile llama-server.
 bench-serve: $(VENV)/.dev
+	@$(RUN)conformance --record $(NUMBERS)
 	@for model in pocket E2B; do \
 	  $(RUN)serve --model $$model --record $(NUMBERS) && \
 	  $(RUN)agent --model $$model --record $(NUMBERS) || exit 1; done

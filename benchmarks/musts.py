@@ -65,6 +65,7 @@ def musts(records: Iterable[Record]) -> list[Must]:
         *_alone(latest),
         *_large(latest),
         _grammar(latest),
+        _probes(latest),
         *_serving(latest),
         *_soak(latest),
     ]
@@ -159,6 +160,16 @@ def _grammar(latest: Mapping[tuple[str, str, str], Record]) -> Must:
             why = "a call or reply is wrong" if found["failures"] else "no more were asked"
     text = "random schemas on end, calls that all parse and fit, no empty reply"
     return Must(text, SCHEMAS, "schemas", False, measured, why)
+
+
+def _probes(latest: Mapping[tuple[str, str, str], Record]) -> Must:
+    found = latest.get(("conformance", "pocket", "bfloat16"))
+    text = "probes that fail at gemsmith serve"
+    if not found or not found["complete"]:
+        why = "run python -m benchmarks.conformance"
+        return Must(text, 0, "probes", True, None, why)
+    failed = found["programs"][SERVERS[0]]["failed"]
+    return Must(text, 0, "probes", True, len(failed), ", ".join(failed))
 
 
 def _serving(latest: Mapping[tuple[str, str, str], Record]) -> Iterator[Must]:

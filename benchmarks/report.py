@@ -273,6 +273,32 @@ def agent(record: Record) -> list[str]:
     return lines
 
 
+def conformance(record: Record) -> list[str]:
+    lines = [
+        f"## `gemsmith probe`, {record['model']}, {record['dtype']}",
+        "",
+        "Passed, of those that could be asked; what is skipped is not counted.",
+        "",
+        "| | " + " | ".join(record["programs"]) + " |",
+        "|---|" + "--:|" * len(record["programs"]),
+    ]
+    asked = {name: each for name, each in record["programs"].items() if not each["missing"]}
+    for group in next(iter(asked.values()))["groups"]:
+        cells = []
+        for program in record["programs"].values():
+            found = program.get("groups", {}).get(group, {})
+            passed, failed = found.get("pass", 0), found.get("fail", 0)
+            cells.append(f"{passed} of {passed + failed}" if passed + failed else "")
+        if any(cells):
+            lines.append(f"| {group} | {' | '.join(cells)} |")
+    for name, program in record["programs"].items():
+        if program["missing"]:
+            lines += ["", f"{name}: {program['missing']}."]
+        elif program["failed"]:
+            lines += ["", f"Failed at {name}: {', '.join(program['failed'])}."]
+    return lines
+
+
 def soak(record: Record) -> list[str]:
     least, most = (f"{of(record['resident']) / 2**20:.0f}" for of in (min, max))
     return [
@@ -297,6 +323,7 @@ def provenance(record: Record) -> str:
 
 SECTIONS = {
     "agent": agent,
+    "conformance": conformance,
     "decode": decode,
     "fit": fit,
     "grammar": grammar,

@@ -15,7 +15,19 @@ import pytest
 from PIL import Image
 from tests.benchmarks.test_measurements import record
 
-from benchmarks import agent, client, musts, report, serve, servers, soak, soak_worker, to_gguf
+from benchmarks import (
+    agent,
+    client,
+    conformance,
+    musts,
+    report,
+    serve,
+    servers,
+    soak,
+    soak_worker,
+    to_gguf,
+)
+from gemsmith.evals.conformance import Outcome, Report
 from gemsmith.weights.hub import resolve
 
 SHAPE = serve.Shape(20, 6, 3, 5, turns=3, generated=4, pause_s=0.01)
@@ -237,6 +249,42 @@ def test_a_gguf_file_has_the_folders_own_tokens(tmp_path: Path) -> None:
     kind = gguf.TokenType
     assert [kinds[token] for token in ("<bos>", "<|tool_call>", '<|"|>', "<0x41>", "a")] == [
         kind.CONTROL, kind.USER_DEFINED, kind.USER_DEFINED, kind.BYTE, kind.NORMAL]  # fmt: skip
+
+
+def test_probes_are_counted_by_group_and_those_that_failed_are_named() -> None:
+    asked = [
+        Outcome("a", "chat", "", "pass"),
+        Outcome("b", "chat", "", "fail", "why"),
+        Outcome("c", "stop", "", "skip"),
+    ]
+    found = conformance.counted(Report("http://x", "m", asked))
+    assert found["groups"]["chat"] == {"pass": 1, "fail": 1}
+    assert found["groups"]["stop"] == {"skip": 1}
+    assert found["groups"]["tools"] == {}
+    assert found["failed"] == {"b": "why"}
+
+
+@pytest.mark.slow
+def test_our_server_is_probed_and_a_missing_peer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv(servers.LLAMA_SERVER, "nowhere")
+    options = ["--only", "models", "tool-const", "--threads", "1", "--record", str(tmp_path / "n")]
+    monkeypatch.setattr(sys, "argv", ["conformance", *options])
+    conformance.main()
+    [found] = report.latest(tmp_path / "n")
+    groups = found["programs"]["gemsmith serve"]["groups"]
+    assert set(groups["models"]) == {"pass"}
+    assert groups["tools"] == {"pass": 1}
+    page = report.page([found])
+    assert "| tools | 1 of 1 |  |" in page
+    assert "llama-server: GEMSMITH_LLAMA_SERVER: no file nowhere." in page
+    verdicts = {must.text: must.verdict for must in musts.musts([found])}
+    few = "not measured: run python -m benchmarks.conformance"
+    assert verdicts["probes that fail at gemsmith serve"] == few
+    verdicts = {must.text: must.verdict for must in musts.musts([found | {"complete": True}])}
+    assert verdicts["probes that fail at gemsmith serve"] == "pass"
 
 
 @pytest.mark.slow
