@@ -2,8 +2,7 @@
 
 One sequence, one low-bit checkpoint with random weights, the whole path of a token: embedding and
 per-layer rows, layers, K/V, logits. Contexts are filled by a real prompt. Passes of 4 and 8 tokens
-are what verifying a draft costs, given as multiples of a pass of one; 8 rows of one sequence are
-also the most that 8 sequences in one batch could reach, which gemsmith does not have yet.
+are what verifying a draft costs, given as multiples of a pass of one.
 
 Ceiling of a speed: what one token has to read (weights once, the K/V of its context) at the rate
 of plain reading of as many bytes, measured in turn with the decoding in the same process.

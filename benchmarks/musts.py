@@ -83,10 +83,7 @@ def _decoding(peers: Record | None) -> Iterator[Must]:
             why = "" if share >= 0.85 else why
         yield Must(f"decode, {name}, weights read", 0.85, "%", False, share, why)
         yield _within(peers, name)
-    yield _ratio(
-        peers, "8 streams", OURS, LLAMA, 2.0,
-        why=lambda *_: "8 rows of one sequence, an upper bound of what 8 requests reach",
-    )  # fmt: skip
+    yield _ratio(peers, "8 streams", OURS, LLAMA, 2.0)
 
 
 def _within(peers: Record | None, name: str) -> Must:

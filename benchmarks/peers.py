@@ -10,8 +10,8 @@ llama.cpp comes as the source package llama-cpp-python, compiled for this CPU in
 environment of its own below build/; without network or compiler gemsmith is measured alone, and
 the reason is said. It is no dependency of gemsmith.
 
-"8 streams" of gemsmith are 8 rows of one sequence in one pass: an upper bound of what 8 requests
-reach and no measurement of them; `serve.py` measures those.
+"8 streams" of gemsmith are 8 requests in the engine of its server, which chooses their tokens; the
+others are given theirs.
 
 Run: python -m benchmarks.peers [--record]
 """
@@ -310,9 +310,8 @@ def report(
                 share = (
                     f"   {s['median'] / most:.0%} of {most:.1f} (weights at {rate / 1e9:.1f} GB/s)"
                 )
-            bound = " (upper bound)" if task == "8 streams" and "gemsmith" in program.name else ""
             print(
-                f"{program.name:18} {task + bound:26} {s['median']:8.2f} tok/s "
+                f"{program.name:18} {task:26} {s['median']:8.2f} tok/s "
                 f"({s['min']:.2f}-{s['max']:.2f}, n={s['n']}){share}"
             )
         if program.peaks:

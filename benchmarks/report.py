@@ -126,9 +126,8 @@ def peers(record: Record) -> list[str]:
     for name, program in programs.items():
         for task, run in program["speeds"].items():
             ratio = ours[task]["median"] / run["median"] if task in ours and name != OURS else None
-            bound = ", upper bound" if task == "8 streams" and "gemsmith" in name else ""
             lines.append(
-                f"| {name}: {task}{bound} | {run['median']:.2f} | {run['min']:.2f} - "
+                f"| {name}: {task} | {run['median']:.2f} | {run['min']:.2f} - "
                 f"{run['max']:.2f} | {run['n']} | {f'{ratio:.2f}x' if ratio else ''} |"
             )
         if program["missing"]:

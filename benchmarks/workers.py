@@ -1,7 +1,7 @@
 """gemsmith and Transformers at work on one job of `peers.py`; llama.cpp is in `llama_worker.py`.
 
 One process, one model, the same tasks by the same names: `prefill`, `decode`, `streams`, `logits`.
-Every decoded token has its logits made; the tokens are given, none is sampled.
+Every decoded token has its logits made; the tokens are given, none is chosen but in our `streams`.
 
 Run by peers.py: python -m benchmarks.workers gemsmith|transformers
 """
@@ -19,15 +19,20 @@ from benchmarks import llama_worker
 from benchmarks.llama_worker import Seconds, ids_of
 from benchmarks.measure import Reader
 from benchmarks.prefill import transformers_model
+from gemsmith import sizing
+from gemsmith.engine.batching import BatchEngine, EngineConfig
 from gemsmith.engine.context import Context
 from gemsmith.engine.engine import LM
+from gemsmith.engine.media import Prompt
+from gemsmith.engine.request import Request, SamplingParams
 from gemsmith.ops import native
 from gemsmith.weights.load import load_model
 
 
 class Gemsmith:
     def __init__(self, folder: str) -> None:
-        self.lm = LM.load(folder, device="cpu")
+        # Guesses would make more than one token of a step, which the others do not.
+        self.lm = LM.load(folder, device="cpu", speculation="off")
         self.vocabulary = self.lm.config.text_config.vocab_size
 
     def context(self, tokens: int) -> Context:
@@ -54,15 +59,35 @@ class Gemsmith:
         return {"seconds": time.perf_counter() - start, "fill": filled}
 
     def streams(self, count: int, depth: int, tokens: int) -> Seconds:
-        """An upper bound of `count` requests in a batch: as many rows of one sequence in a pass."""
-        context = self.context(depth + (tokens + 1) * count)
-        context.run(ids_of(depth, self.vocabulary))
-        rows = ids_of(count, self.vocabulary, depth)
-        list(context.scan(rows))
+        """Steps of `count` requests in the server's engine, likeliest tokens chosen: all prompts
+        are read in the first step, and nobody is done before the last."""
+        engine = BatchEngine(
+            self.lm,
+            EngineConfig(
+                max_num_seqs=count,
+                max_num_batched_tokens=count * (depth + 1),
+                # Admission keeps a block free for each sequence that runs.
+                max_model_len=depth + tokens + 3 + sizing.BLOCK_TOKENS,
+                prefix_caching=False,
+            ),
+        )
+        params = SamplingParams(temperature=0, ignore_eos=True)
+        for sequence in range(count):
+            prompt = Prompt(ids_of(depth, self.vocabulary, 1000 * sequence))
+            engine.add(Request(prompt=prompt, params=params, chat=False))
+        engine.step()
+        engine.step()
+        before = engine.stats()
+        assert before.generated_tokens == 2 * count, "not all are decoding"
         start = time.perf_counter()
         for _ in range(tokens):
-            list(context.scan(rows))
-        return [time.perf_counter() - start]
+            engine.step()
+        seconds = time.perf_counter() - start
+        after = engine.stats()
+        made = after.generated_tokens - before.generated_tokens
+        assert made == count * tokens, f"{made} tokens in {tokens} steps of {count} requests"
+        assert after.running == count, "requests ended while they were timed"
+        return [seconds]
 
     def logits(self, ids: list[int], path: str) -> None:
         _save(Context(self.lm.model, self.lm.kv).run(ids), path)

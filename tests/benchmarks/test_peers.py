@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 
 from benchmarks import decode, llama_worker, peers, random_checkpoint, to_gguf, workers
 from gemsmith.config import PRESETS, Gemma4Config, text_only
+from gemsmith.engine.batching import BatchEngine, Outcome
 from gemsmith.engine.context import Context
 from gemsmith.engine.engine import LM
+from gemsmith.engine.request import Request
 from gemsmith.errors import CapacityError
 from gemsmith.weights.load import load_model
 from gemsmith.weights.names import expected_shapes
@@ -146,6 +149,40 @@ def test_a_worker_does_its_tasks_and_reports_each(four: Path, tmp_path: Path) ->
 
 
 @torch.inference_mode()
+def test_streams_are_distinct_requests_timed_while_all_of_them_decode(
+    four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[list[int]] = []
+    asked: list[int] = []
+    """Of each step, the requests that got a token."""
+    clock: list[int] = []
+    """Steps done when the time was taken."""
+
+    class Watched(BatchEngine):
+        def add(self, request: Request) -> int:
+            prompts.append(request.prompt.ids)
+            return super().add(request)
+
+        def step(self) -> list[tuple[int, Outcome]]:
+            outcomes = super().step()
+            asked.append(len(outcomes))
+            return outcomes
+
+    def now() -> float:
+        clock.append(len(asked))
+        return float(len(asked))
+
+    engine = workers.Gemsmith(str(four))
+    monkeypatch.setattr(workers, "BatchEngine", Watched)
+    monkeypatch.setattr(workers, "time", SimpleNamespace(perf_counter=now))
+    assert engine.streams(4, 300, 5) == [5.0]
+    assert prompts == [llama_worker.ids_of(300, 1024, 1000 * n) for n in range(4)]
+    assert len({tuple(ids) for ids in prompts}) == 4
+    assert asked == [4] * 7
+    assert clock == [2, 7]
+
+
+@torch.inference_mode()
 def test_transformers_does_the_same_tasks_to_the_same_logits(tmp_path: Path) -> None:
     folder = random_checkpoint.made("tiny-E2B", None, tmp_path / "folder")
     theirs = workers.Transformers(str(folder))
@@ -212,7 +249,7 @@ def test_programs_take_turns_and_are_compared(
     assert record["programs"]["llama.cpp Q4_0"]["speeds"]["decode 16"]["median"] == 4.0
     assert record["programs"]["Transformers bf16"]["missing"] == "exit code 1: out of luck"
     assert record["logit_distance"] == 0.0
-    assert "8 streams (upper bound)" in out
+    assert "gemsmith int4      8 streams  " in out
 
 
 def test_without_llama_gemsmith_is_measured_and_the_reason_said(
