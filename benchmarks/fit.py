@@ -1,15 +1,18 @@
 """What `gemsmith fit` predicts beside what is measured: weights, K/V, peak memory, speed.
 
-Each combination of format, context and number of users runs in a process of its own: the model is
-loaded, one conversation is filled by a real prompt, those of the other users with zeros (their
-memory is touched, nothing is computed: gemsmith runs one sequence at a time). Then tokens are
-decoded. Bytes are what the modules and the caches hold, the peak is the process's.
+Each combination of format, context and number of users runs in a process of its own, where `worker`
+fills a context for each user; one of them decodes, the others' memory is there. Bytes are what the
+modules and the caches hold, the peak is the process's. The speed of a prompt does not depend on who
+else is there, and is measured with one user.
 
 Speed is predicted from this machine's rates, measured in the same process just after, and from the
 shares in calibration.json. With --calibrate the shares are taken from these very runs instead and
 written there: then the errors say how well two numbers a kind (share of the bound, seconds a layer)
 describe all models, contexts and formats, and nothing more. Without a record for a kind, its speed
 has no prediction.
+
+What is measured is noted in --progress at once, and taken from there by the next run on the same
+machine, at whatever commit: a run that was stopped goes on where it was. --fresh measures anew.
 
 Run: python -m benchmarks.fit [--models E2B pocket] [--formats int4] [--record] [--calibrate]
 """
@@ -19,17 +22,20 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import measure, random_checkpoint
+from benchmarks import measure, random_checkpoint, report
 from benchmarks.llama_worker import ids_of, status_bytes
 from gemsmith import fit, probe, sizing
 from gemsmith.config import Gemma4Config
-from gemsmith.engine.context import Context
+from gemsmith.engine.context import CHUNK_TOKENS, Context
 from gemsmith.engine.engine import LM
 from gemsmith.fit import Target
 from gemsmith.ops import native
@@ -42,6 +48,10 @@ LIMITS = {"weights": 0.005, "kv": 0.005, "peak": 0.05, "decode": 0.15, "prefill"
 """Of the error, as a part of what was measured."""
 MODELS = random_checkpoint.SIZES
 CALIBRATION = Path(fit.__file__).with_name("calibration.json")
+PROGRESS = measure.REPOSITORY / "build" / "fit.jsonl"
+KEY = ("machine", "model", "format", "context", "users")
+"""What a row is known by."""
+Row = dict[str, Any]
 
 
 def config_of(name: str) -> Gemma4Config:
@@ -51,60 +61,157 @@ def config_of(name: str) -> Gemma4Config:
 
 
 @torch.inference_mode()
-def worker(folder: str, quant: str | None, context: int, users: int) -> dict[str, Any]:
-    """One combination, measured in this process."""
+def worker(folder: str, quant: str | None, context: int, users: int) -> Row:
+    """One combination, measured in this process.
+
+    A context is filled with zeros up to the prompt's last pass, which is a real one. Neither time
+    nor memory tell that from a whole prompt: K/V are as large and every key is read whatever it
+    holds, all storage is written to, and no pass of a prompt takes more than the last, which sees
+    the most keys.
+    """
     lm = LM.load(folder, device="cpu", quant=quant)
-    text = lm.config.text_config
-    room, prompt = STEPS * (REPEATS + 1), min(PROMPT, context // 2)
-    first = Context(lm.model, lm.kv)
-    first.reserve(context)
-    ids = ids_of(context - room, text.vocab_size)
-    first.run(ids[:prompt])  # whatever is done once is done
-    prefill = []
-    for _ in range(REPEATS):
-        first.rewind_for([])
-        start = time.perf_counter()
-        first.run(ids[:prompt])
-        prefill.append(prompt / (time.perf_counter() - start))
-    if len(ids) > prompt:
-        first.run(ids[prompt:])
-    held = [first]
-    for _ in range(users - 1):
-        held.append(Context(lm.model, lm.kv))
-        held[-1].reserve(context)
-        for layer in held[-1]._cache._layers.values():
-            for tensor in layer.tensors.values():
-                tensor.zero_()
+    vocabulary = lm.config.text_config.vocab_size
+    ids = ids_of(context - STEPS * (REPEATS + 1), vocabulary)
+    held = [Context(lm.model, lm.kv) for _ in range(users)]
+    for each in held:
+        each.reserve(context)
+    first, prompt, prefill = held[0], min(PROMPT, context // 2), []
+    if users == 1:
+        for _ in range(REPEATS + 1):
+            first.rewind_for([])
+            start = time.perf_counter()
+            first.run(ids[:prompt])
+            prefill.append(prompt / (time.perf_counter() - start))
+    read = max(0, len(ids) - CHUNK_TOKENS)
+    for each in held:
+        fill(each, read)
+    first.run(ids[read:])
     decode = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
-        for id in ids_of(STEPS, text.vocab_size, 1):
+        for id in ids_of(STEPS, vocabulary, 1):
             first.run([id])
         decode.append(STEPS / (time.perf_counter() - start))
     peak = status_bytes("VmHWM")
     rates = probe.measure(native.threads())
     return {
-        "weights": lm.memory()["weights"],
-        "kv": sum(each.nbytes for each in held),
-        "peak": peak,
-        "decode": median(decode[1:]),
-        "prefill": median(prefill),
         "prompt": prompt,
         "rates": {"bandwidth": rates.bandwidth, "float": rates.float_rate, "low": rates.int_rate},
+        "measured": {
+            "weights": lm.memory()["weights"],
+            "kv": sum(each.nbytes for each in held),
+            "peak": peak,
+            # The first of each does what is done once.
+            "decode": median(decode[1:]),
+            "prefill": median(prefill[1:]) if prefill else None,
+        },
     }
 
 
-def measured(folder: Path, quant: str | None, context: int, users: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.fit", "--worker", str(folder)]
-    command += ["--contexts", str(context), "--users", str(users)]
-    command += ["--quant", quant] if quant else []
-    made = subprocess.run(command, capture_output=True, text=True, cwd=measure.REPOSITORY)
+def fill(context: Context, tokens: int) -> None:
+    """Make so many tokens of a context its past, with zeros for K/V."""
+    context.rewind_for([])
+    for layer in context.kv._layers.values():
+        for tensor in layer.tensors.values():
+            tensor.zero_()
+    context.kv.length = tokens
+    context.keys += [0] * tokens
+
+
+def combinations(
+    models: list[str], formats: list[str], contexts: list[int], users: list[int], machine: str
+) -> list[Row]:
+    """What is to be measured: the keys of the rows."""
+    return [
+        {"machine": machine, "model": model, "format": format, "context": context, "users": count}
+        for model in models
+        for format in formats
+        if (model, format) != (POCKET, "mobile")  # it has no such checkpoint
+        for context in contexts
+        if context <= config_of(model).text_config.max_position_embeddings
+        for count in users
+    ]
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in KEY)
+
+
+def rows_of(wanted: list[Row], progress: Path, *, fresh: bool = False) -> list[Row]:
+    """The rows of these combinations, in order: noted before, or measured now and noted.
+
+    fresh: forget what was noted of them.
+    """
+    noted = {key_of(row): row for row in measure.noted(progress)}
+    keys = [key_of(each) for each in wanted]
+    if fresh:
+        progress.unlink(missing_ok=True)
+        for key in set(noted) - set(keys):
+            measure.note(progress, noted[key])
+        noted.clear()
+    rows, run = [], f"commit {measure.commit()}, {measure.now()} UTC"
+    with Progress(
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    ) as bar:
+        task = bar.add_task("", total=len(wanted))
+        for number, (key, each) in enumerate(zip(keys, wanted, strict=True), 1):
+            what = f"{each['model']} {each['format']}, {each['context']} x {each['users']}"
+            bar.update(task, description=what)
+            row = noted.get(key)
+            if row is None:
+                began = time.monotonic()
+                row = each | {"run": run} | measured(each)
+                measure.note(progress, row)
+                how = f"{time.monotonic() - began:.0f} s"
+            else:
+                how = f"measured before, {row['run']}"
+            found = row["measured"]
+            print(
+                f"{number} of {len(wanted)}: {what}: {found['decode']:.2f} tok/s, "
+                f"peak {found['peak'] / 1e9:.2f} GB ({how})",
+                flush=True,
+            )
+            bar.advance(task)
+            rows.append(row)
+    return rows
+
+
+def measured(combination: Row) -> Row:
+    """What a process of its own measures of it."""
+    folder, quant = checkpoint(combination["model"], combination["format"])
+    made = subprocess.run(
+        [sys.executable, "-m", "benchmarks.fit", "--worker", str(folder), quant or "",
+         "--contexts", str(combination["context"]), "--users", str(combination["users"])],
+        capture_output=True, text=True, cwd=measure.REPOSITORY,
+    )  # fmt: skip
     if made.returncode:
-        sys.exit(f"measuring {folder} at {context} x {users} failed: {made.stderr.strip()}")
+        sys.exit(f"measuring {key_of(combination)[1:]} failed: {made.stderr.strip()}")
     return json.loads(made.stdout.splitlines()[-1])
 
 
-def predicted(config: Gemma4Config, format: str, row: dict[str, Any]) -> dict[str, Any]:
+@cache
+def checkpoint(model: str, format: str) -> tuple[Path, str | None]:
+    """The folder of a model in a format, and what to make of its weights while they are loaded.
+
+    They are loaded once: packing them, which is done at the first load, would be a peak of its own.
+    """
+    if model == POCKET:
+        folder, quant = resolve(POCKET), None if format == "bfloat16" else format
+    else:
+        folder, quant = random_checkpoint.made(model, BITS[format], None), None
+    load = "import sys; from gemsmith import LM; LM.load(sys.argv[1], device='cpu', quant=QUANT)"
+    subprocess.run(
+        [sys.executable, "-c", load.replace("QUANT", repr(quant)), str(folder)],
+        check=True,
+        cwd=measure.REPOSITORY,
+    )
+    return folder, quant
+
+
+def predicted(config: Gemma4Config, format: str, row: Row) -> Row:
     """What fit says of the same combination on a machine of these rates; memory for all users,
     speed for one, the others idle."""
     rates = row["rates"]
@@ -123,7 +230,7 @@ def predicted(config: Gemma4Config, format: str, row: dict[str, Any]) -> dict[st
     }
 
 
-def shares(rows: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+def shares(rows: list[Row], source: str) -> list[Row]:
     """Records for calibration.json: of each kind the part of its bound and what a layer takes
     besides, so that seconds = bound / share + layers * layer_seconds.
 
@@ -137,6 +244,7 @@ def shares(rows: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
                 for row in rows
                 if (row["format"] in sizing.FLOATS) == (kind == "float")
                 and row["predicted"]["bounds"][what]
+                and row["measured"][what]
             ]
             if not points:
                 continue
@@ -148,7 +256,7 @@ def shares(rows: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
     return records
 
 
-def _point(row: dict[str, Any], what: str) -> tuple[float, int, float]:
+def _point(row: Row, what: str) -> tuple[float, int, float]:
     """Seconds of the bound, layers run, seconds measured: of a token, or of a prompt."""
     tokens = row["prompt"] if what == "prefill" else 1
     passes = -(-tokens // sizing.CHUNK_TOKENS)
@@ -170,8 +278,8 @@ def _least_squares(points: list[tuple[float, int, float]]) -> tuple[float, float
     return x / xx, 0.0
 
 
-def error(row: dict[str, Any], what: str) -> float | None:
-    """Predicted over measured, less 1; None without a prediction."""
+def error(row: Row, what: str) -> float | None:
+    """Predicted over measured, less 1; None without one of them."""
     said, found = row["predicted"][what], row["measured"][what]
     return said / found - 1 if said and found else None
 
@@ -183,35 +291,27 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--users", type=int, nargs="+", default=USERS)
     parser.add_argument("--calibrate", action="store_true", help="write calibration.json anew")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--quant", help=argparse.SUPPRESS)
+    parser.add_argument("--progress", type=Path, default=PROGRESS, help="where rows are noted")
+    parser.add_argument("--fresh", action="store_true", help="measure what is noted there, too")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     measure.add_record(parser)
     options = parser.parse_args()
     if options.worker:
-        print(
-            json.dumps(worker(options.worker, options.quant, options.contexts[0], options.users[0]))
-        )
+        folder, quant = options.worker
+        print(json.dumps(worker(folder, quant or None, options.contexts[0], options.users[0])))
         return
     about = measure.machine()
+    machine = report.machine_of({"machine": about})
+    asked = options.models, options.formats, options.contexts, options.users
+    wanted = combinations(*asked, machine)
+    try:
+        rows = rows_of(wanted, options.progress, fresh=options.fresh)
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; the same command goes on from what {options.progress} has")
     configs = {name: config_of(name) for name in options.models}
-    rows: list[dict[str, Any]] = []
-    for name, config in configs.items():
-        text = config.text_config
-        for format in options.formats:
-            if name == POCKET and format == "mobile":
-                continue  # it has no such checkpoint
-            folder = resolve(POCKET) if name == POCKET else None
-            folder = folder or random_checkpoint.made(name, BITS[format], None)
-            quant = format if name == POCKET and format != "bfloat16" else None
-            for context in options.contexts:
-                if context > text.max_position_embeddings:
-                    continue
-                for users in options.users:
-                    found = measured(folder, quant, context, users)
-                    row = {"model": name, "format": format, "context": context, "users": users}
-                    row |= {"layers": text.num_hidden_layers}
-                    row |= {key: found.pop(key) for key in ("rates", "prompt")}
-                    rows.append(row | {"measured": found})
+    for row in rows:
+        del row["machine"]
+        row["layers"] = configs[row["model"]].text_config.num_hidden_layers
     if options.calibrate:
         for row in rows:
             row["predicted"] = predicted(configs[row["model"]], row["format"], row)
@@ -236,12 +336,13 @@ def main() -> None:
         print(f"{row['model']:8} {row['format']:9} {row['context']:6} x {row['users']}: {shown}")
     for what, limit in LIMITS.items():
         found = worst.get(what)
-        verdict = "no prediction" if found is None else "holds" if found <= limit else "MISSED"
+        verdict = "nothing to compare" if found is None else "holds" if found <= limit else "MISSED"
         shown = "" if found is None else f"at most {found:.2%} off, "
         print(f"{what:8} {shown}limit {limit:.1%}: {verdict}")
     results = {
         "model": ", ".join(configs),
         "dtype": ", ".join(options.formats),
+        "runs": Counter(row.pop("run") for row in rows),
         "rows": rows,
         "worst": worst,
         "limits": LIMITS,

@@ -13,7 +13,6 @@ Run: python -m benchmarks.grammar [--count 10000] [--temperature 2] [--free] [--
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -114,10 +113,10 @@ def total(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def noted(path: Path, settings: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
     """Pieces that were done with these settings before, by their first seed and count."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    pieces = [json.loads(line) for line in lines]
     return {
-        (piece["first"], piece["count"]): piece for piece in pieces if piece["settings"] == settings
+        (piece["first"], piece["count"]): piece
+        for piece in measure.noted(path)
+        if piece["settings"] == settings
     }
 
 
@@ -142,7 +141,6 @@ def main() -> int:
         "commit": measure.commit(),
     }
     done = noted(asked.progress, settings)
-    asked.progress.parent.mkdir(parents=True, exist_ok=True)
     engine = BatchEngine(LM.load(asked.model, device="cpu", quant=f"int{BITS}"), ENGINE)
     pieces: list[dict[str, Any]] = []
     end = asked.first + asked.count
@@ -154,8 +152,7 @@ def main() -> int:
                 engine, seeds, temperature=asked.temperature, constrained=not asked.free
             )
             piece = {"first": first, "count": len(seeds), "settings": settings, **found}
-            with asked.progress.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(piece) + "\n")
+            measure.note(asked.progress, piece)
         pieces.append(piece)
         so_far = total(pieces)
         print(

@@ -6,6 +6,7 @@ report.py makes a page.
 """
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import gc
@@ -135,22 +136,43 @@ def finish(
     about: `machine()`, taken before the measurements so that its load average is not their own.
     """
     module = f"benchmarks.{name}"
-    line = json.dumps(
-        {
-            "name": name,
-            **results,
-            "machine": dict(about),
-            "versions": versions(),
-            "commit": commit(),
-            "command": " ".join(["python -m", module, *sys.argv[1:]]),
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
-        }
-    )
+    line = {
+        "name": name,
+        **results,
+        "machine": dict(about),
+        "versions": versions(),
+        "commit": commit(),
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
+        "date": now(),
+    }
     if record:
-        record.mkdir(parents=True, exist_ok=True)
-        with (record / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    print(line)
+        note(record / f"{name}.jsonl", line)
+    print(json.dumps(line))
+
+
+def now() -> str:
+    """Date and time, UTC."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
+
+
+def note(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a line of JSON to a file; what comes after one that was cut off begins a new line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+def noted(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that `note` writes; those that were cut off are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def label(bits: str | None) -> str:

@@ -193,7 +193,8 @@ def fit(record: Record) -> list[str]:
     lines = [
         f"## `gemsmith fit` beside what was measured, {record['model']}",
         "",
-        f"Predicted over measured, less 1; speeds by shares of the bound {how}.",
+        f"Predicted over measured, less 1; speeds by shares of the bound {how}. Rows by when they "
+        f"were measured: {'; '.join(f'{rows} at {run}' for run, rows in record['runs'].items())}.",
         "",
         "| model | format | context | users | " + " | ".join(record["limits"]) + " |",
         "|---|---|--:|--:|" + "--:|" * len(record["limits"]),

@@ -1,17 +1,26 @@
 """The comparison of `gemsmith fit` with measurements, and the page made from the command."""
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import fit as bench
-from benchmarks import fit_page, random_checkpoint, report
+from benchmarks import fit_page, measure, random_checkpoint, report
 from gemsmith import fit, sizing
+from gemsmith.engine.context import Context
+from gemsmith.engine.engine import LM
+from gemsmith.probe import Rates
 
 CONFIG = random_checkpoint.config_of("tiny-E2B")
 
 
-def row(format: str, **measured: float) -> dict[str, Any]:
+def row(format: str, **measured: float | None) -> dict[str, Any]:
     rates = {"bandwidth": 1e9, "float": 1e11, "low": 1e12}
     made = {"model": "E2B", "format": format, "context": 512, "users": 2, "prompt": 256}
     made |= {"layers": CONFIG.text_config.num_hidden_layers, "rates": rates}
@@ -71,8 +80,158 @@ def test_the_report_shows_every_error():
                 "limits": bench.LIMITS,
                 "worst": {"peak": 0.031, "prefill": 0.2},
                 "calibrated_here": False,
+                "runs": {"commit abc, 2026-01-01 00:00 UTC": 1},
             }
         )
     )
     assert "| E2B | int4 | 512 | 2 | +0.0% | +0.0% | +3.1% | - | -20.0% |" in text
     assert "peak 3.1% of 5.0%, prefill 20.0% of 25.0%" in text
+    assert "when they were measured: 1 at commit abc, 2026-01-01 00:00 UTC." in text
+
+
+def test_a_speed_that_was_not_measured_has_no_error_and_no_share():
+    each = row("int4", decode=10.0, prefill=None)
+    each["predicted"] = bench.predicted(CONFIG, "int4", each)
+    assert bench.error(each, "prefill") is None
+    assert [record["what"] for record in bench.shares([each], "here")] == ["decode"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint.made("tiny-E2B", "4", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("users", [1, 3])
+def test_zeros_stand_for_a_prompt_up_to_its_last_pass(
+    users: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    passes: list[tuple[int, int]] = []
+    """Tokens held before, and run."""
+    held: list[Context] = []
+    run = Context.run
+
+    def watched(self: Context, ids: list[int]) -> Any:
+        passes.append((len(self.keys), len(ids)))
+        assert self.kv.length == len(self.keys)
+        held[:] = [self]
+        return run(self, ids)
+
+    monkeypatch.setattr(Context, "run", watched)
+    monkeypatch.setattr(bench.probe, "measure", lambda _: Rates(1.0, 1.0, 1.0, 1))
+    found = bench.worker(str(tiny), None, 2000, users)["measured"]
+    prompts = [(0, 512)] * 6 if users == 1 else []
+    assert passes == [*prompts, (1440, 512), *((n, 1) for n in range(1952, 2000))]
+    assert (found["prefill"] is None) == (users > 1)
+    assert found["kv"] == sizing.kv_bytes(CONFIG.text_config, 2000, 1, users)
+    assert len(held[0].keys) == 2000
+
+
+@torch.inference_mode()
+def test_all_that_is_reserved_is_written_to(tiny: Path):
+    lm = LM.load(tiny, device="cpu")
+    context = Context(lm.model, lm.kv)
+    context.reserve(700)
+    tensors = [t for layer in context.kv._layers.values() for t in layer.tensors.values()]
+    for tensor in tensors:
+        tensor.fill_(1)
+    bench.fill(context, 600)
+    assert (context.kv.length, len(context.keys)) == (600, 600)
+    assert sum(tensor.nbytes for tensor in tensors) == context.nbytes
+    assert not any(tensor.any() for tensor in tensors)
+
+
+@pytest.mark.slow
+def test_the_peak_is_that_of_a_whole_prompt(tiny: Path):
+    def peak(chunk: int) -> int:
+        code = (
+            "from benchmarks import fit\n"
+            f"fit.CHUNK_TOKENS = {chunk}\n"
+            f"print(fit.worker({str(tiny)!r}, None, 4096, 2)['measured']['peak'])"
+        )
+        made = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, check=True, cwd=measure.REPOSITORY
+        )
+        return int(made.stdout)
+
+    assert peak(bench.CHUNK_TOKENS) == pytest.approx(peak(4096), rel=0.01)
+
+
+Go = Callable[..., tuple[list[tuple[int, int]], dict[str, Any]]]
+
+
+@pytest.fixture
+def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Go:
+    """The command without a model: contexts and users that were measured, and its record."""
+
+    def go(*arguments: str, stop: int | None = None, date: str = "now"):
+        asked: list[tuple[int, int]] = []
+
+        def measured(each: bench.Row) -> bench.Row:
+            if len(asked) == stop:
+                raise KeyboardInterrupt
+            asked.append((each["context"], each["users"]))
+            made = row("int4", decode=float(len(asked)), prefill=None)
+            return {name: made[name] for name in ("rates", "prompt", "measured")}
+
+        monkeypatch.setattr(bench, "measured", measured)
+        monkeypatch.setattr(bench.measure, "now", lambda: date)
+        monkeypatch.setattr(bench.measure, "commit", lambda: "abc")
+        command = ["fit", "--models", "tiny-E2B", "--formats", "int4", "--contexts", "512", "1024"]
+        progress = ["--progress", str(tmp_path / "fit.jsonl")]
+        monkeypatch.setattr("sys.argv", [*command, *progress, *arguments])
+        try:
+            bench.main()
+        except SystemExit as end:
+            return asked, {"end": str(end)}
+        out = capsys.readouterr().out
+        return asked, {**json.loads(out.splitlines()[-1]), "out": out}
+
+    return go
+
+
+ALL = [(512, 1), (512, 8), (1024, 1), (1024, 8)]
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(go: Go, tmp_path: Path):
+    asked, told = go(stop=3, date="before")
+    assert asked == ALL[:3]
+    assert told["end"].startswith("stopped; the same command goes on from what ")
+    progress = tmp_path / "fit.jsonl"
+    # The third row was being written when the machine went down.
+    progress.write_bytes(progress.read_bytes()[:-20])
+    asked, record = go(date="now")
+    assert asked == ALL[2:]
+    assert record["runs"] == {"commit abc, before UTC": 2, "commit abc, now UTC": 2}
+    assert [each["measured"]["decode"] for each in record["rows"]] == [1, 2, 1, 2]
+    assert [(each["context"], each["users"]) for each in record["rows"]] == ALL
+    assert "1 of 4: tiny-E2B int4, 512 x 1: 1.00 tok/s" in record["out"]
+    assert "(measured before, commit abc, before UTC)" in record["out"]
+    page = "\n".join(report.fit(record))
+    assert "2 at commit abc, before UTC; 2 at commit abc, now UTC." in page
+    assert go()[0] == []
+
+
+def test_another_machine_measures_for_itself(go: Go, monkeypatch: pytest.MonkeyPatch):
+    go()
+    about = measure.machine() | {"threads": 99}
+    monkeypatch.setattr(measure, "machine", lambda: about)
+    assert go()[0] == ALL
+
+
+def test_fresh_forgets_what_is_asked_for_and_nothing_else(go: Go):
+    go()
+    assert go("--users", "8", "--fresh")[0] == ALL[1::2]
+    assert go()[0] == []
+    assert go("--fresh", stop=1)[0] == ALL[:1]
+    assert go()[0] == ALL[1:]
+
+
+def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path: Path):
+    path = tmp_path / "new" / "x.jsonl"
+    assert measure.noted(path) == []
+    measure.note(path, {"a": 1})
+    with path.open("ab") as file:
+        file.write('{"a": "é'.encode()[:-1])
+    measure.note(path, {"a": 2})
+    measure.note(path, {"a": 3})
+    assert measure.noted(path) == [{"a": 1}, {"a": 2}, {"a": 3}]
