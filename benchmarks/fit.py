@@ -51,6 +51,11 @@ CALIBRATION = Path(fit.__file__).with_name("calibration.json")
 PROGRESS = measure.REPOSITORY / "build" / "fit.jsonl"
 KEY = ("machine", "model", "format", "context", "users")
 """What a row is known by."""
+LOAD = """\
+import sys
+from gemsmith import LM
+LM.load(sys.argv[1], device="cpu", quant=sys.argv[2] or None)
+"""
 Row = dict[str, Any]
 
 
@@ -146,10 +151,12 @@ def rows_of(wanted: list[Row], progress: Path, *, fresh: bool = False) -> list[R
     keys = [key_of(each) for each in wanted]
     if fresh:
         progress.unlink(missing_ok=True)
-        for key in set(noted) - set(keys):
-            measure.note(progress, noted[key])
+        for key, row in noted.items():
+            if key not in keys:
+                measure.note(progress, row)
         noted.clear()
-    rows, run = [], f"commit {measure.commit()}, {measure.now()} UTC"
+    rows: list[Row] = []
+    now: Row = {"run": f"commit {measure.commit()}, {measure.now()} UTC"}
     with Progress(
         MofNCompleteColumn(),
         BarColumn(),
@@ -163,7 +170,7 @@ def rows_of(wanted: list[Row], progress: Path, *, fresh: bool = False) -> list[R
             row = noted.get(key)
             if row is None:
                 began = time.monotonic()
-                row = each | {"run": run} | measured(each)
+                row = each | now | measured(each)
                 measure.note(progress, row)
                 how = f"{time.monotonic() - began:.0f} s"
             else:
@@ -202,12 +209,8 @@ def checkpoint(model: str, format: str) -> tuple[Path, str | None]:
         folder, quant = resolve(POCKET), None if format == "bfloat16" else format
     else:
         folder, quant = random_checkpoint.made(model, BITS[format], None), None
-    load = "import sys; from gemsmith import LM; LM.load(sys.argv[1], device='cpu', quant=QUANT)"
-    subprocess.run(
-        [sys.executable, "-c", load.replace("QUANT", repr(quant)), str(folder)],
-        check=True,
-        cwd=measure.REPOSITORY,
-    )
+    command = [sys.executable, "-c", LOAD, str(folder), quant or ""]
+    subprocess.run(command, check=True, cwd=measure.REPOSITORY)
     return folder, quant
 
 
