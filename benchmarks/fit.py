@@ -162,6 +162,7 @@ def rows_of(wanted: list[Row], progress: Path, *, fresh: bool = False) -> list[R
         BarColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
+        refresh_per_second=1,  # it runs beside what is measured
     ) as bar:
         task = bar.add_task("", total=len(wanted))
         for number, (key, each) in enumerate(zip(keys, wanted, strict=True), 1):
