@@ -11,6 +11,8 @@ arguments that no schema knows, waits for what it then writes. Random weights en
 grammar leaves open, and llama.cpp's leaves arguments open: of these no reply may have more tokens
 than the longest of ours had in the warm-up, which cuts llama.cpp's off and leaves ours as they are.
 
+A run that is stopped is continued by the next one (`measure.Unfinished`).
+
 Run: python -m benchmarks.agent [--model pocket] [--record]
 """
 
@@ -20,7 +22,8 @@ import json
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,10 @@ async def loop(server: Server, number: int, most: int) -> Loop:
     return done
 
 
+def looped(server: Server, number: int, most: int) -> dict[str, Any]:
+    return asdict(asyncio.run(loop(server, number, most)))
+
+
 def body(messages: Messages, most: int) -> dict[str, Any]:
     return {
         "model": "model",
@@ -132,6 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     about = measure.machine() | {"threads": options.threads}
     weights = servers.weights_of(options.model, trained=True)
+    so_far = measure.Unfinished(f"agent-{options.model}", about)
     with ExitStack() as stack:
         up, missing = servers.both(
             stack, weights, sequences=1, longest=ROOM, threads=options.threads
@@ -141,15 +149,19 @@ def main() -> None:
         most = MOST_TOKENS if options.model == POCKET else max(warm.tokens)
         for number in range(options.rounds + 1):
             for server in up:
-                done = asyncio.run(loop(server, number, most))
-                if number:  # the first warms up
+                run = partial(looped, server, number, most)
+                if number:
+                    done = Loop(**so_far.of(number, server.name, most, measure=run))
                     loops[server.name].append(done)
+                else:  # it warms up
+                    done = Loop(**run())
                 print(
                     f"round {number} of {options.rounds}: {server.name:15} {done.seconds:7.2f} s, "
                     f"{sum(done.tokens)} tokens, {done.calls} calls of {STEPS}",
                     flush=True,
                 )
     report(options.model, weights.dtype, loops, missing, about, options.record)
+    so_far.end()
 
 
 def report(

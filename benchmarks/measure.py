@@ -31,6 +31,7 @@ from gemsmith.ops import native
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUMBERS = REPOSITORY / "docs" / "numbers"
+UNFINISHED = REPOSITORY / "build" / "unfinished"
 
 
 def interleaved(
@@ -173,6 +174,39 @@ def noted(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
+
+
+class Unfinished:
+    """What a run has measured so far, in a file: if it is stopped, the next one goes on from there.
+
+    What was measured at another commit, on another machine or with other `settings` is not taken. A
+    run that came to its end leaves nothing, so that the next one measures again.
+    """
+
+    def __init__(self, name: str, about: Mapping[str, Any], **settings: Any) -> None:
+        """about: `machine()`, and the threads that were asked for."""
+        self._path = UNFINISHED / f"{name}.jsonl"
+        machine = [about["cpu"], about["cores"], about["threads"]]
+        self._settings = {"commit": commit(), "machine": machine, **settings}
+        self._found = {
+            tuple(line["key"]): line["found"]
+            for line in noted(self._path)
+            if line["settings"] == self._settings
+        }
+        if self._found:
+            print(f"goes on after {len(self._found)} measurements in {self._path}", flush=True)
+
+    def of(self, *key: str | int, measure: Callable[[], Any]) -> Any:
+        """What was measured for `key`, or is now: something that JSON gives back as it was."""
+        if key not in self._found:
+            self._found[key] = measure()
+            line = {"settings": self._settings, "key": key, "found": self._found[key]}
+            note(self._path, line)
+        return self._found[key]
+
+    def end(self) -> None:
+        """The run is over."""
+        self._path.unlink(missing_ok=True)
 
 
 def label(bits: str | None) -> str:

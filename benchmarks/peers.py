@@ -2,7 +2,8 @@
 
 Each program works in a fresh process that is bound to the same cores: load, a short warm-up, then
 each task once. They take turns, round after round, so that what disturbs the machine falls on all
-alike; a figure is the median over rounds. llama.cpp runs the very 4-bit weights that gemsmith runs
+alike; a figure is the median over rounds. A run that is stopped is continued by the next one
+(`measure.Unfinished`). llama.cpp runs the very 4-bit weights that gemsmith runs
 (see to_gguf.py) and Transformers the bfloat16 weights of the same size; before anything is timed
 the logits of gemsmith and llama.cpp are compared.
 
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import venv
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,7 @@ def main() -> None:
     )
     all_programs = programs(options.size, options.folder)
     tasks = tasks_of(options.size)
+    so_far = measure.Unfinished(f"peers-{options.size}", about)
 
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         where = {"threads": options.threads, "cores": cores, "scratch": scratch}
@@ -269,10 +272,14 @@ def main() -> None:
                     mine["read"] = ["read", ours.bytes_per_token]
                 print(f"round {number + 1} of {options.rounds}: {program.name}", flush=True)
                 try:
-                    note(program, mine, run(program, mine, where))
+                    done = so_far.of(
+                        number, program.name, measure=partial(run, program, mine, where)
+                    )
+                    note(program, mine, done)
                 except RuntimeError as error:
                     program.missing = str(error)
     report(options.size, all_programs, tasks, apart, about, options.record)
+    so_far.end()
 
 
 def report(

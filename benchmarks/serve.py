@@ -10,7 +10,8 @@ too, so prompts do not depend on replies: what a server kept of its own reply he
 Both servers are up all the time and take turns, round after round; in each round all tokens are
 new, so that no round finds what an earlier one left. tokens/s are those generated for all clients,
 over the time in which a request was open: the pauses of a lone client are nobody's work. Time to
-first token is the median over clients, of first turns and of later ones.
+first token is the median over clients, of first turns and of later ones. A run that is stopped is
+continued by the next one (`measure.Unfinished`).
 
 Run: python -m benchmarks.serve [--model pocket] [--record]
 """
@@ -20,6 +21,7 @@ import asyncio
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -122,6 +124,12 @@ async def play(server: Server, shape: Shape, talks: list[Prompts], seed: str) ->
     )
 
 
+def played(server: Server, shape: Shape, talks: list[Prompts], seed: str) -> dict[str, Any]:
+    """A round, and the most memory that the server ever held."""
+    done = asyncio.run(play(server, shape, talks, seed))
+    return {"round": asdict(done), "peak": server.peak()}
+
+
 def body(prompt: list[int], shape: Shape) -> dict[str, Any]:
     return {
         "model": "model",
@@ -187,6 +195,7 @@ def main() -> None:
     options = parser.parse_args()
     about = measure.machine() | {"threads": options.threads}
     shape, weights = SHAPES[options.model], servers.weights_of(options.model)
+    so_far = measure.Unfinished(f"serve-{options.model}", about, clients=[*options.clients])
     with ExitStack() as stack:
         up, missing = servers.both(
             stack,
@@ -202,25 +211,30 @@ def main() -> None:
             seed = f"{number} {clients}"
             talks = conversations(shape, clients, weights.vocabulary, seed)
             for server in list(up):
+                run = partial(played, server, shape, talks, seed)
                 try:
-                    done = asyncio.run(play(server, shape, talks, seed))
+                    if number >= 0:
+                        took = so_far.of(number, clients, server.name, measure=run)
+                    else:
+                        took = run()
                 except (RuntimeError, OSError) as error:
                     if server.name == OURS:
                         raise
                     found[server.name].missing = str(error)
                     up.remove(server)
                     continue
+                done, each = Round(**took["round"]), found[server.name]
+                each.peak = max(each.peak, took["peak"])
                 if number >= 0:
-                    found[server.name].rounds.setdefault(clients, []).append(done)
+                    each.rounds.setdefault(clients, []).append(done)
                 print(
                     f"round {number + 1} of {options.rounds}, {clients:2} clients: "
                     f"{server.name:15} {done.tokens_per_s:8.1f} tok/s, first token "
                     f"{done.first_turn_s:.3f} s, later turns {done.later_turns_s:.3f} s",
                     flush=True,
                 )
-        for server in up:
-            found[server.name].peak = server.peak()
     report(options.model, weights.dtype, shape, found, about, options.record)
+    so_far.end()
 
 
 def report(

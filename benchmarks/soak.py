@@ -158,6 +158,12 @@ def main() -> int:
             crowd.tick()
             if spent >= len(series) * seconds / 600:
                 series.append(server.resident())
+                if len(series) % 10 == 0:
+                    print(
+                        f"{spent / 60:.1f} of {options.minutes:g} minutes, resident "
+                        f"{series[-1] / 2**20:.0f} MiB, {crowd.stops} stops of clients",
+                        flush=True,
+                    )
             time.sleep(TICK_S)
         told, faults = crowd.end()
         time.sleep(2)

@@ -53,6 +53,31 @@ def test_runs_take_turns_each_after_a_warm_up_that_is_not_counted() -> None:
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
 
 
+def test_only_what_was_measured_in_the_same_way_is_taken_from_an_unfinished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "UNFINISHED", tmp_path)
+    monkeypatch.setattr(measure, "commit", lambda: "abc")
+    about = {"cpu": "A", "cores": 2, "threads": 2, "load_before": 0.5}
+
+    def measured(about: dict[str, Any] = about, **settings: Any) -> bool:
+        made: list[bool] = []
+        unfinished = measure.Unfinished("x", about, **settings)
+        found = [unfinished.of(1, "a", measure=lambda: made.append(True) or {"s": 1}) for _ in "ab"]
+        assert found == [{"s": 1}, {"s": 1}]
+        return bool(made)
+
+    assert measured(clients=[1, 8])
+    assert not measured(clients=[1, 8])
+    assert not measured(about | {"load_before": 9}, clients=[1, 8])
+    assert measured(clients=[1])
+    assert measured(about | {"threads": 1}, clients=[1])
+    monkeypatch.setattr(measure, "commit", lambda: "abd")
+    assert measured(clients=[1])
+    measure.Unfinished("x", about, clients=[1]).end()
+    assert measured(clients=[1])
+
+
 def test_ours_and_transformers_run_the_same_weights_to_the_same_logits(tmp_path: Path) -> None:
     folder = random_checkpoint.write(random_checkpoint.config_of("tiny-E2B"), tmp_path)
     _, model = load_model(folder)

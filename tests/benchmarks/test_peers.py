@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
-from benchmarks import decode, llama_worker, peers, random_checkpoint, to_gguf, workers
+from benchmarks import decode, llama_worker, measure, peers, random_checkpoint, to_gguf, workers
 from gemsmith.config import PRESETS, Gemma4Config, text_only
 from gemsmith.engine.batching import BatchEngine, Outcome
 from gemsmith.engine.context import Context
@@ -198,11 +198,16 @@ def test_transformers_does_the_same_tasks_to_the_same_logits(tmp_path: Path) -> 
 class Stand:
     """Stands where `peers.run` does: a program that fails, or gives made-up seconds."""
 
-    def __init__(self, failing: tuple[str, ...] = (), wrong: float = 0.0) -> None:
+    def __init__(
+        self, failing: tuple[str, ...] = (), wrong: float = 0.0, stop: int | None = None
+    ) -> None:
+        """stop: calls after which somebody stops it."""
         self.calls: list[tuple[str, list[str]]] = []
-        self.failing, self.wrong = failing, wrong
+        self.failing, self.wrong, self.stop = failing, wrong, stop
 
     def __call__(self, program: Any, tasks: dict[str, Any], where: dict[str, Any]) -> Any:
+        if len(self.calls) == self.stop:
+            raise KeyboardInterrupt
         self.calls.append((program.name, list(tasks)))
         if program.name in self.failing:
             raise RuntimeError("exit code 1: out of luck")
@@ -226,6 +231,7 @@ def measured(
     python: tuple[str, str] = ("python", ""),
 ) -> tuple[dict[str, Any], str]:
     monkeypatch.setattr(peers, "run", stand)
+    monkeypatch.setattr(measure, "UNFINISHED", folder / "unfinished")
     monkeypatch.setattr(peers, "llama_python", lambda: python)
     argv = ["peers", "--size", "tiny-E2B", "--folder", str(folder), "--rounds", "2"]
     monkeypatch.setattr("sys.argv", argv)
@@ -250,6 +256,24 @@ def test_programs_take_turns_and_are_compared(
     assert record["programs"]["Transformers bf16"]["missing"] == "exit code 1: out of luck"
     assert record["logit_distance"] == 0.0
     assert "gemsmith int4      8 streams  " in out
+
+
+def test_programs_go_on_where_they_were_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Two compare logits; then one round of four programs, and one program of the next.
+    with pytest.raises(KeyboardInterrupt):
+        measured(Stand(stop=7), tmp_path, monkeypatch, capsys)
+    again = Stand()
+    record, out = measured(again, tmp_path, monkeypatch, capsys)
+    left = ["gemsmith mobile", "llama.cpp Q4_0", "Transformers bf16"]
+    assert [name for name, tasks in again.calls if tasks != ["logits"]] == left
+    assert "goes on after 5 measurements in " in out
+    runs = [program["speeds"]["decode 16"]["n"] for program in record["programs"].values()]
+    assert runs == [2, 2, 2, 2]
+    once_more = Stand()
+    measured(once_more, tmp_path, monkeypatch, capsys)
+    assert len(once_more.calls) == 2 + 8
 
 
 def test_without_llama_gemsmith_is_measured_and_the_reason_said(

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -19,6 +20,7 @@ from benchmarks import (
     agent,
     client,
     conformance,
+    measure,
     musts,
     report,
     serve,
@@ -287,11 +289,56 @@ def test_our_server_is_probed_and_a_missing_peer_is_named(
     assert verdicts["probes that fail at gemsmith serve"] == "pass"
 
 
+@pytest.mark.parametrize("benchmark", ["serve", "agent"])
+def test_rounds_go_on_where_they_were_stopped(
+    benchmark: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    played: list[int] = []
+    stop: list[int] = []
+
+    async def play(*_: Any) -> Any:
+        if len(played) in stop:
+            raise KeyboardInterrupt
+        played.append(1)
+        n = len(played)
+        return agent.Loop(n, [n], 1) if benchmark == "agent" else serve.Round(n, n, n)
+
+    peaks = iter([9, 50, *[7] * 10])
+    up = SimpleNamespace(name=servers.OURS, port=0, peak=lambda: next(peaks))
+    weights = servers.Weights(tmp_path, tmp_path, "4-bit", 1024)
+    monkeypatch.setattr(agent, "loop", play)
+    monkeypatch.setattr(serve, "play", play)
+    monkeypatch.setattr(servers, "weights_of", lambda *_, **__: weights)
+    monkeypatch.setattr(servers, "both", lambda *_, **__: ([up], {servers.LLAMA: "gone"}))
+    monkeypatch.setattr(measure, "UNFINISHED", tmp_path)
+    command = [benchmark, "--model", "tiny-E2B", "--rounds", "4"]
+    monkeypatch.setattr(sys, "argv", command + ["--clients", "2"] * (benchmark == "serve"))
+    main = {"serve": serve.main, "agent": agent.main}[benchmark]
+    warm = {"serve": 1, "agent": 2}[benchmark]  # the agent's finds the longest reply before
+    stop[:] = [warm + 3]
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    capsys.readouterr()
+    stop.clear()
+    played.clear()
+    main()
+    assert len(played) == warm + 1
+    ours = json.loads(capsys.readouterr().out.splitlines()[-1])["programs"][servers.OURS]
+    times = ours["loads"]["2"]["tokens_per_s"] if benchmark == "serve" else ours["seconds"]
+    assert times == {"median": warm + 1.5, "min": warm + 1, "max": warm + 3, "n": 4}
+    assert ours.get("peak", 50) == 50  # the most of both runs
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_dry_run_without_a_peer_says_so_in_its_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(measure, "UNFINISHED", tmp_path)
     monkeypatch.setenv(servers.LLAMA_SERVER, "nowhere")
     options = ["--model", "tiny-E2B", "--rounds", "1", "--threads", "1"]
     options += ["--record", str(tmp_path / "numbers")]
