@@ -42,8 +42,10 @@ void linear(Address lines, Address scales, int64_t N, int64_t K, int bits, int64
                    scale_bits, at<const float>(x), M, at<float>(y));
 }
 
-void linear_bfloat16(Address weight, int64_t N, int64_t K, Address x, int64_t M, Address y) {
-  gemsmith::linear_bfloat16(at<const uint16_t>(weight), N, K, at<const float>(x), M, at<float>(y));
+void linear_bfloat16(Address weight, int64_t N, int64_t K, Address x, int row_bits, int64_t M,
+                     Address y) {
+  gemsmith::linear_bfloat16(at<const uint16_t>(weight), N, K, at<const void>(x), row_bits, M,
+                            at<void>(y));
 }
 
 void top(Address lines, Address scales, int64_t N, int64_t K, int bits, int64_t group,

@@ -124,20 +124,28 @@ void quantize(int64_t M, int64_t K) {
   }
 }
 
-// A weight of bfloat16 times float rows, in the order that kernels.h says.
+// A weight of bfloat16 times rows of floats and of bfloat16, in the order that kernels.h says.
 void wide(int64_t N, int64_t K, int64_t M) {
-  std::vector<uint16_t> weight(N * K);
+  std::vector<uint16_t> weight(N * K), halves(M * K), rounded(M * N, 1);
   std::vector<float> x(M * K), y(M * N, -1);
   for (uint16_t& bits : weight) bits = static_cast<uint16_t>(0x3f00 + random_bits() % 256);
   for (float& value : x) value = small();
-  linear_bfloat16(weight.data(), N, K, x.data(), M, y.data());
+  linear_bfloat16(weight.data(), N, K, x.data(), 32, M, y.data());
+  for (int64_t i = 0; i < M * K; i++) halves[i] = narrowed(x[i]);
+  linear_bfloat16(weight.data(), N, K, halves.data(), 16, M, rounded.data());
+  const auto sum = [&](int64_t m, int64_t n, bool half) {
+    float lanes[16] = {};
+    for (int64_t k = 0; k < K; k++) {
+      const float value = half ? widened(halves[m * K + k]) : x[m * K + k];
+      lanes[k % 16] += value * widened(weight[n * K + k]);
+    }
+    for (int step = 8; step > 0; step /= 2)
+      for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
+    return lanes[0];
+  };
   for (int64_t m = 0; m < M; m++)
     for (int64_t n = 0; n < N; n++) {
-      float lanes[16] = {};
-      for (int64_t k = 0; k < K; k++) lanes[k % 16] += x[m * K + k] * widened(weight[n * K + k]);
-      for (int step = 8; step > 0; step /= 2)
-        for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
-      if (y[m * N + n] != lanes[0]) {
+      if (y[m * N + n] != sum(m, n, false) || rounded[m * N + n] != narrowed(sum(m, n, true))) {
         std::printf("%s: linear_bfloat16 differs: N %ld K %ld M %ld\n", kernels().name, long(N),
                     long(K), long(M));
         std::exit(1);
@@ -488,7 +496,7 @@ int main() {
       for (const Case& c : cases) run(c);
       run(large);
       for (int64_t M : {1, 5, 64}) quantize(M, 1037);
-      for (int64_t M : {1, 6}) {
+      for (int64_t M : {1, 6, 29}) {
         wide(5, 37, M);
         wide(300, 256, M);  // several threads
       }

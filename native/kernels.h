@@ -26,6 +26,7 @@ namespace gemsmith {
 
 constexpr int64_t LINE = 64;   // bytes of a line
 constexpr int64_t BLOCK = 16;  // outputs of a line
+constexpr int64_t WIDE_ROOM = 4;  // outputs of a bfloat16 weight that `wide` widens together
 
 static inline int64_t line_inputs(int bits) { return 4 * (8 / bits); }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -35,6 +36,13 @@ static inline float widened(uint16_t bits) {
   float value;
   std::memcpy(&value, &word, sizeof(value));
   return value;
+}
+// The nearest bfloat16, of two the even one; a NaN stays a NaN.
+static inline uint16_t narrowed(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof(word));
+  if (value != value) return static_cast<uint16_t>(word >> 16 | 0x40);
+  return static_cast<uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16);
 }
 
 // One product, as the kernels of one instruction set see it.
@@ -188,9 +196,10 @@ struct Kernels {
   void (*rotate)(float* x, int64_t heads, int64_t H, int64_t pairs, const float* cosine,
                  const float* sine, int64_t m0, int64_t m1);
   void (*dots)(const float* x, const float* w, int64_t D, int64_t n0, int64_t n1, float* y);
-  // Columns n0..n1 of y [M][N]: x [M][D] times rows of w [N][D], bfloat16, widened on the way.
+  // Columns n0..n1 of y [M][N]: x [M][D] times rows of w [N][D], bfloat16, widened on the way. y is
+  // float32 or bfloat16 (y_bits: 32 or 16). room: WIDE_ROOM * D floats to work in.
   void (*wide)(const float* x, const uint16_t* w, int64_t D, int64_t N, int64_t M, int64_t n0,
-               int64_t n1, float* y);
+               int64_t n1, float* room, void* y, int y_bits);
   // Sum of 64-byte lines as 64-bit words: reads memory and does nothing else, for benchmarks.
   uint64_t (*read)(const uint8_t* data, int64_t line0, int64_t line1);
   // Sums of x [count][size] over size, times factor.
@@ -239,9 +248,11 @@ void matmul(const Factor* factors, int64_t count, int64_t K, const int8_t* x8, c
 // quantize_rows and matmul: y of float rows x [M][K].
 void linear(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
             int64_t group, int scale_bits, const float* x, int64_t M, float* y);
-// y [M][N] of float rows x [M][K] and a weight of bfloat16 [N][K]: products and sums float32, lane i
-// of 16 over the inputs i, i + 16, ..., then added in pairs.
-void linear_bfloat16(const uint16_t* weight, int64_t N, int64_t K, const float* x, int64_t M, float* y);
+// y [M][N] of rows x [M][K] and a weight of bfloat16 [N][K]: products and sums float32, lane i
+// of 16 over the inputs i, i + 16, ..., then added in pairs. x and y are float32 or both bfloat16
+// (row_bits: 32 or 16); then products are exact, and may be fused with the addition.
+void linear_bfloat16(const uint16_t* weight, int64_t N, int64_t K, const void* x, int row_bits,
+                     int64_t M, void* y);
 // Of the outputs that `linear` would give, the `count` greatest of each row: values and ids [M][count],
 // greatest first, equal ones lowest id first. Ids in skipped (ascending) are passed over; there are at
 // least count others. most [M]: the greatest of all, skipped ones too; NaN if any is, and then no

@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t PASS_BYTES = 512 * 1024;
 // Rows for which weights are unpacked at least, however long: unpacking is then a few percent.
 constexpr int64_t MANY_ROWS = 144;
+// The same for weights that are widened; a multiple of the rows that `wide` takes together.
+constexpr int64_t WIDE_ROWS = 24;
 // Less than this is done by the caller before a worker could have woken.
 constexpr int64_t ALONE_BYTES = 128 * 1024;
 // Bytes of a piece: few enough that threads end together, many enough to stream.
@@ -274,19 +276,39 @@ void run_chosen(const void* data, int64_t piece) {
   }
 }
 
+struct WidenJob {
+  const uint16_t* x;
+  float* out;
+  Slices values;
+};
+
+void run_widen(const void* data, int64_t piece) {
+  const auto& job = *static_cast<const WidenJob*>(data);
+  const int64_t end = job.values.end(piece);
+  for (int64_t i = job.values.begin(piece); i < end; i++) job.out[i] = widened(job.x[i]);
+}
+
 struct WideJob {
   const Kernels& kernels;
   const float* x;
   const uint16_t* weight;
   int64_t K, M;
-  float* y;
+  char* y;
+  int y_bits;
   Slices outputs;
 };
 
 void run_wide(const void* data, int64_t piece) {
   const auto& job = *static_cast<const WideJob*>(data);
-  job.kernels.wide(job.x, job.weight, job.K, job.outputs.total, job.M, job.outputs.begin(piece),
-                   job.outputs.end(piece), job.y);
+  const std::unique_ptr<float[]> room(new float[static_cast<size_t>(WIDE_ROOM * job.K)]);
+  const int64_t N = job.outputs.total;
+  const int64_t row_bytes = job.K * static_cast<int64_t>(sizeof(float));
+  // Outputs, each far from the one of the next row, take room as well.
+  const int64_t pass = pass_rows(2 * row_bytes, WIDE_ROWS) / WIDE_ROWS * WIDE_ROWS;
+  for (int64_t m = 0; m < job.M; m += pass)
+    job.kernels.wide(job.x + m * job.K, job.weight, job.K, N, clamp(job.M - m, 0, pass),
+                     job.outputs.begin(piece), job.outputs.end(piece), room.get(),
+                     job.y + m * N * job.y_bits / 8, job.y_bits);
 }
 
 struct QuantizeJob {
@@ -434,10 +456,21 @@ void linear(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int 
   matmul(lines, scales, N, K, bits, group, scale_bits, x8.get(), sx.get(), M, y);
 }
 
-void linear_bfloat16(const uint16_t* weight, int64_t N, int64_t K, const float* x, int64_t M,
-                     float* y) {
-  const int64_t row_bytes = K * static_cast<int64_t>(sizeof(uint16_t));
-  const WideJob job{kernels(), x, weight, K, M, y, {N, piece_size(N, row_bytes)}};
+void linear_bfloat16(const uint16_t* weight, int64_t N, int64_t K, const void* x, int row_bits,
+                     int64_t M, void* y) {
+  if (M == 0) return;
+  std::unique_ptr<float[]> floats;
+  if (row_bits == 16) {
+    floats.reset(new float[static_cast<size_t>(M * K)]);
+    const WidenJob job{static_cast<const uint16_t*>(x), floats.get(),
+                       {M * K, piece_size(M * K, sizeof(uint16_t))}};
+    parallel(job.values.count(), run_widen, &job);
+  }
+  const float* rows = floats ? floats.get() : static_cast<const float*>(x);
+  // Each further row is about as much work again as a 16th of the bytes.
+  const int64_t work = K * static_cast<int64_t>(sizeof(uint16_t)) * (1 + M / 16);
+  const WideJob job{kernels(), rows, weight, K, M, static_cast<char*>(y), row_bits,
+                    {N, piece_size(N, work)}};
   parallel(job.outputs.count(), run_wide, &job);
 }
 

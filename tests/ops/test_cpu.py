@@ -312,7 +312,7 @@ def test_python_threads_can_compute_at_once(monkeypatch: pytest.MonkeyPatch):
 
 def in_lanes(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """x @ weight.T in the order that `linear_bfloat16` adds: 16 lanes, then in pairs."""
-    products = x_MK[:, None] * weight_NK.float()
+    products = x_MK[:, None].float() * weight_NK.float()
     steps = torch.nn.functional.pad(products, (0, -x_MK.shape[1] % 16)).unflatten(2, (-1, 16))
     lanes = torch.zeros(*steps.shape[:2], 16)
     for step in steps.unbind(2):
@@ -320,19 +320,33 @@ def in_lanes(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     while lanes.shape[2] > 1:
         first, second = lanes.chunk(2, dim=2)
         lanes = first + second
-    return lanes[:, :, 0]
+    return lanes[:, :, 0].to(x_MK.dtype)
 
 
 @needs_extension
-@pytest.mark.parametrize("rows", [0, 1, 3, 4, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 11, 100])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 16), (7, 37), (130, 1536)])
 def test_a_bfloat16_weight_is_multiplied_in_the_defined_order(
-    isa: str, threads: int, rows: int, shape: tuple[int, int]
+    isa: str, threads: int, rows: int, shape: tuple[int, int], dtype: torch.dtype
 ):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator).bfloat16()
-    x = torch.randn(rows, shape[1], generator=generator)
-    assert torch.equal(cpu.linear_bfloat16(weight, x), in_lanes(x, weight))
+    x = torch.randn(11, shape[1], generator=generator).to(dtype)
+    expected = in_lanes(x, weight)
+    at = torch.arange(rows) % 11
+    assert torch.equal(cpu.linear_bfloat16(weight, x[at]), expected[at])
+
+
+@needs_extension
+def test_products_that_are_no_numbers_or_too_great_stay_so_as_bfloat16(isa: str):
+    weight = torch.tensor([[1.0, -1.0, 0.0]]).T.bfloat16().expand(3, 2).contiguous()
+    x = torch.tensor([[torch.nan, 1], [torch.inf, 1], [3e38, 3e38]]).bfloat16()
+    y = cpu.linear_bfloat16(weight, x)
+    assert y[0].isnan().all()
+    assert y[1:, :2].equal(torch.tensor([[torch.inf, -torch.inf]] * 2).bfloat16())
+    assert y[1, 2].isnan()
+    assert y[2, 2] == 0
 
 
 @needs_extension

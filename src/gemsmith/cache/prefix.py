@@ -9,7 +9,10 @@ between checkpoints, but sliding layers have forgotten what a token there saw; t
 said to be one.
 
 A hit gives the K/V that a cold run would compute: where kernels give a token the same bits in any
-chunk (low-bit weights and int8 K/V on the CPU), logits are equal to the bit.
+chunk, logits are equal to the bit, whatever other requests ran beside either. That is on the CPU
+with int8 K/V, and weights of few bits, or bfloat16 ones where `ops.linear.bfloat16_rows_are_alone`.
+Elsewhere (a GPU, float K/V, float32 weights, a CPU whose bfloat16 products are torch's) they may
+differ as sums in another order do.
 
 Legend: keys are token ids, and what tells one picture from another where soft tokens stand.
 """

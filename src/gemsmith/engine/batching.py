@@ -9,8 +9,8 @@ A request joins a running batch at any step, leaves it when it is done, and can 
 any two. One that fails takes no other with it: a pass that raises is run again, each sequence
 alone, and nothing was written that matters (see `cache.paged`).
 
-Where kernels give a row the same bits whatever rows stand beside it (low-bit weights and int8 K/V
-on the CPU), so does the batch; elsewhere floats may differ in the last bits.
+Where kernels give a row the same bits whatever rows stand beside it, so does the batch (which ones
+do: see `cache.prefix`); elsewhere floats may differ in the last bits.
 """
 
 import time

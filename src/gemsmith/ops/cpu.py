@@ -227,9 +227,15 @@ def linear(weight: PackedWeight, x_MK: Tensor) -> Tensor:
     return y_MN
 
 
+def tiles_bfloat16() -> bool:
+    """Whether `linear_bfloat16` is fast for any number of bfloat16 rows."""
+    return native.isa() in ("avx512vnni", "amx")
+
+
 def linear_bfloat16(weight_NK: Tensor, x_MK: Tensor) -> Tensor:
-    """y float32 [M, N] of float32 rows and a bfloat16 weight, widened on the way; a row has the
-    same bits whatever rows come with it. For few rows; needs the extension.
+    """y [M, N] of rows and a bfloat16 weight, widened on the way: float32, or rounded to bfloat16
+    where x is. A row has the same bits whatever rows come with it, an output whatever others.
+    Needs the extension.
 
     Raises:
       WeightsError: another type, shape or layout.
@@ -237,11 +243,14 @@ def linear_bfloat16(weight_NK: Tensor, x_MK: Tensor) -> Tensor:
     N, K = weight_NK.shape if weight_NK.ndim == 2 else (0, 0)
     M = x_MK.shape[0] if x_MK.ndim else 0
     native.check(weight_NK, "weight", torch.bfloat16, (N, K))
-    native.check(x_MK, "x", torch.float32, (M, K))
+    dtype = torch.bfloat16 if x_MK.dtype == torch.bfloat16 else torch.float32
+    native.check(x_MK, "x", dtype, (M, K))
     kernels = native.ready()
     assert kernels is not None, "ask `native.available` first"
-    y_MN = torch.empty((M, N))
-    kernels.linear_bfloat16(weight_NK.data_ptr(), N, K, x_MK.data_ptr(), M, y_MN.data_ptr())
+    y_MN = torch.empty((M, N), dtype=dtype)
+    kernels.linear_bfloat16(
+        weight_NK.data_ptr(), N, K, x_MK.data_ptr(), 8 * dtype.itemsize, M, y_MN.data_ptr()
+    )
     return y_MN
 
 

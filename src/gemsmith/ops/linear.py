@@ -1,11 +1,13 @@
 """Matrix products with stored weights.
 
 Many CPUs have no bfloat16 multiplier, and there a bfloat16 product of many rows runs several times
-slower than the same in float32. So a tall product widens the weight on the way, a block of rows at
-a time. The result differs from the plain product only by rounding (it accumulates in float32).
+slower than the same in float32. So the weight is widened on the way: by the C++ extension where it
+is fast at that, and then a row has the same bits whatever rows stand beside it; elsewhere a tall
+product widens a block of rows of the weight at a time for torch. The result differs from the plain
+product only by rounding (it accumulates in float32).
 
 Beside low-bit weights hidden states are float32, and what stayed bfloat16 is widened on the way
-too: for few rows by the C++ extension, in registers.
+too: for few rows by the extension, on any CPU.
 
 A weight may also be something other than a tensor, stored in few bits for one: then it multiplies
 itself, and whoever asks for the product need not know.
@@ -60,16 +62,25 @@ def cpu_multiplies_bfloat16() -> bool:
     return not x86 or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def bfloat16_rows_are_alone() -> bool:
+    """Whether a row of a product of bfloat16s on the CPU has the same bits whatever rows stand
+    beside it: where the extension multiplies them. Elsewhere torch does, in an order that depends
+    on their number; it is faster where the CPU has bfloat16 products of its own, or no AVX512."""
+    return cpu.tiles_bfloat16() and not cpu_multiplies_bfloat16()
+
+
 def linear(x_TD: Tensor, weight_OD: Tensor | Factor) -> Tensor:
     """x @ weight.T, [T, O] in x's dtype; a bfloat16 weight on the CPU takes float32 rows too."""
     if not isinstance(weight_OD, Tensor):
         return weight_OD.multiply(x_TD)
-    narrow = weight_OD.dtype == torch.bfloat16 and x_TD.device.type == "cpu"
+    if weight_OD.dtype != torch.bfloat16 or x_TD.device.type != "cpu":
+        return F.linear(x_TD, weight_OD)
     few, grads = x_TD.shape[0] < MIN_ROWS, _needs_grad(x_TD, weight_OD)
-    if narrow and x_TD.dtype == torch.float32:
-        if few and not grads and native.available():
-            return cpu.linear_bfloat16(weight_OD, x_TD.contiguous())
-    elif not narrow or few or cpu_multiplies_bfloat16() or _needs_grad(weight_OD):
+    if not grads and _goes_native(x_TD, few):
+        return cpu.linear_bfloat16(weight_OD, x_TD.contiguous())
+    if x_TD.dtype == torch.bfloat16 and (
+        few or cpu_multiplies_bfloat16() or _needs_grad(weight_OD)
+    ):
         return F.linear(x_TD, weight_OD)
     wide_TD = x_TD.float()
     out_TO = x_TD.new_empty((x_TD.shape[0], weight_OD.shape[0]))
@@ -84,7 +95,8 @@ def linear(x_TD: Tensor, weight_OD: Tensor | Factor) -> Tensor:
 
 def linear_rows(x_TD: Tensor, weight_OD: Tensor | Factor, ids_n: Tensor) -> Tensor:
     """Columns ids of `linear`, [T, n]; of the weight only these rows are read. Bit for bit the same
-    where the weight is no tensor, else up to the order in which a product adds."""
+    where the weight is no tensor or the extension multiplies, else up to the order in which a
+    product adds."""
     if not isinstance(weight_OD, Tensor):
         return weight_OD.multiply_by_rows(x_TD, ids_n)
     return linear(x_TD, weight_OD[ids_n])
@@ -96,6 +108,13 @@ def top(
     """The `count` greatest of `linear`'s outputs, as `cpu.top` has them; None where they are not to
     be had without all the others."""
     return None if isinstance(weight_OD, Tensor) else weight_OD.top(x_TD, count, skipped)
+
+
+def _goes_native(x_TD: Tensor, few: bool) -> bool:
+    """Whether the extension multiplies these rows with a bfloat16 weight."""
+    if x_TD.dtype == torch.float32:
+        return few and native.available()
+    return bfloat16_rows_are_alone()
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

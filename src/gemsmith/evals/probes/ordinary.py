@@ -44,11 +44,7 @@ def cache_same(e: Endpoint) -> None:
              f"{reply.content!r}")  # fmt: skip
 
 
-BFLOAT16_NATS = 0.05
-"""What rounding a logit of 13 to bfloat16 may cost, 13 / 2**8: a prompt in pieces rounds apart."""
-
-
-@probe("cache", "log-probabilities are the same cold and warm, to a twentieth")
+@probe("cache", "log-probabilities are the same cold and warm, to a hundredth")
 def cache_logprobs(e: Endpoint) -> None:
     text = _long() + " Go on."
     asked: Json = {"logprobs": True, "top_logprobs": 1, "max_tokens": 4}
@@ -58,7 +54,7 @@ def cache_logprobs(e: Endpoint) -> None:
     for a, b in zip(cold, warm, strict=True):
         need(a["token"] == b["token"], f"cold {a['token']!r}, warm {b['token']!r}")
         gap = abs(a["logprob"] - b["logprob"])
-        need(gap < BFLOAT16_NATS, f"{a['token']!r} differs by {gap:.3g} nats")
+        need(gap < 0.01, f"{a['token']!r} differs by {gap:.3g} nats")
 
 
 @probe("cache", "the second time, cached tokens are told; the first time, few are")
