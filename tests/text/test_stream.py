@@ -105,6 +105,29 @@ def test_a_call_cut_short_comes_out_as_a_problem_at_the_end() -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        'So.<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|>',
+        'So.<|tool_call>call:f{a:[1,{b:<|"|>x<|"|>}]}, call:g{b:1}<tool_call|>',
+        'So.<|tool_call>{"name":"f","arguments":{}}<tool_call|>',
+    ],
+)
+def test_a_call_cut_anywhere_leaves_no_text(text: str) -> None:
+    """Even inside its closing marker, where that came in letters."""
+    for end in range(text.index("call>") + len("call>"), len(text)):
+        output = parse_output(text[:end])
+        shown = output.content + "".join(problem.text for problem in output.problems)
+        assert shown == "So.", text[:end]
+
+
+def test_a_call_that_cannot_be_read_is_shown_without_markers() -> None:
+    text = '<|tool_call>f, <|tool_<|"|>call>{a:<|"|>x<|"|>}<tool_call|><|tool_call>call:'
+    whole, cut = parse_output(text).problems
+    assert whole.text == " f, <|tool_ call>{a: x } "
+    assert cut.text == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         '<|tool_call>call:f{"q":"x"<turn|>y:1 <tool_call|>}k:v"q" [z',
         '<|tool_call>call:f{"a\'<tool_call|><|channel>b(]:c{d:["q":k <channel|>][,y',
         '<|tool_call>call:f{a:<|"|>x<tool_call|>y<|"|>, b<|"|>,c:1}<tool_call|>z',

@@ -23,7 +23,6 @@ from gemsmith.server.service import (
     check_turns,
     dump,
     named,
-    raw_of,
     thinking,
 )
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
@@ -295,9 +294,8 @@ class Writer:
                 self.message["content"][-1]["input"] = call.arguments
                 yield from self._close()
             case ToolProblem(problem):
-                # Lossless: what could not be read as a call is text.
-                if raw := raw_of(problem):
-                    yield from self._text("text", "text", raw)
+                if problem.text:
+                    yield from self._text("text", "text", problem.text)
             case Finished():
                 yield from self._close()
                 yield from self._end(event)

@@ -2,7 +2,8 @@
 
 One `Choice` turns the events of a reply into deltas and, joined, into the message: streaming and
 not streaming cannot differ. A tool call comes in one delta, whole. What looked like a call and
-could not be read is never lost: its text is content, and `tool_problems` says what is wrong.
+could not be read is never lost: its words are content, and `tool_problems` says what is wrong and
+has it as it was written. A call that max_tokens cut is no call and no content; it is told there.
 """
 
 import json
@@ -24,7 +25,6 @@ from gemsmith.server.service import (
     check_turns,
     dump,
     named,
-    raw_of,
     thinking,
 )
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
@@ -159,7 +159,7 @@ class Choice:
             case ToolProblem(problem):
                 told = {"kind": problem.kind, "message": problem.message, "raw": problem.raw}
                 self.message.setdefault("tool_problems", []).append(told)
-                delta = {"content": raw_of(problem)} if raw_of(problem) else {}
+                delta = {"content": problem.text} if problem.text else {}
                 self._add(delta)
                 return {**delta, "tool_problems": [told]}
             case Finished():

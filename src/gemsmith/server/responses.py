@@ -23,7 +23,6 @@ from gemsmith.server.service import (
     check_turns,
     dump,
     named,
-    raw_of,
     thinking,
 )
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
@@ -226,9 +225,8 @@ class Writer:
                 self._item["arguments"] = written
                 yield from self._close()
             case ToolProblem(problem):
-                # Lossless: what could not be read as a call is text.
-                if raw := raw_of(problem):
-                    yield from self._text("message", raw)
+                if problem.text:
+                    yield from self._text("message", problem.text)
             case Finished():
                 cut = event.finish_reason is FinishReason.LENGTH
                 yield from self._close("incomplete" if cut else "completed")

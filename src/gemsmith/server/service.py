@@ -24,7 +24,7 @@ from gemsmith.server.errors import ApiError, refused
 from gemsmith.server.limits import Limits
 from gemsmith.server.media import gate
 from gemsmith.server.metrics import Metrics
-from gemsmith.text.calls import CALL_CLOSE, Problem, ToolCall
+from gemsmith.text.calls import ToolCall
 from gemsmith.text.stream import parse_output
 from gemsmith.text.tools import check_tool
 
@@ -258,7 +258,6 @@ class Service:
             )
 
 
-_CALLED = ("duplicate_key", "invalid_arguments", "unknown_tool")
 _UNREADABLE = (
     "a text holds half of a surrogate pair, which is no character; send valid Unicode",
     "the messages or tools are nested too deeply; flatten them",
@@ -385,12 +384,6 @@ def check_turns(messages: Sequence[Mapping[str, Any]]) -> None:
 def named(tool: str | None) -> dict[str, Any]:
     """The choice of a tool by its name."""
     return {"type": "function", "function": {"name": tool}}
-
-
-def raw_of(problem: Problem) -> str:
-    """Text of a call that could not be read, which would be lost; nothing where one came of it, or
-    where there is none but a marker."""
-    return "" if problem.kind in _CALLED or problem.raw == CALL_CLOSE else problem.raw
 
 
 def arguments_of(call: ToolCall) -> str:

@@ -38,6 +38,10 @@ ProblemKind = Literal[
 ]
 
 
+_WITHOUT_TEXT = ("truncated", "duplicate_key", "invalid_arguments", "unknown_tool")
+_ANY_MARKER = re.compile(r'<\|[\w"]+\|?>|<\w+\|>')
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """What the model asked for."""
@@ -55,6 +59,15 @@ class Problem:
     raw: str = ""
     start: int = 0
     end: int = 0
+
+    @property
+    def text(self) -> str:
+        """What of it a reader is shown as text: the words of a call that could not be read, without
+        markers. Nothing of a call that the end of the text cut, nor where a call came of it."""
+        if self.kind in _WITHOUT_TEXT:
+            return ""
+        words = _ANY_MARKER.sub(" ", self.raw)
+        return words if words.strip() else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +124,7 @@ _GAP = re.compile(r"[\s,;}\])]*+")
 _SPACE = re.compile(r"\s*+")
 _MARKER = re.compile(r"<tool_call\|>|<\|tool_call>")
 _CALL_INSIDE = re.compile(r"<\|tool_call>\s*+(?:call\s*+:|:)?\s*+[\w.\-/:$@]{1,256}+\s*+[({]")
+_CALL_BEGUN = re.compile(r"c(?:a(?:l(?:l\s*+)?)?)?")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _WORDS: dict[str, Any] = {
     "null": None, "None": None, "true": True, "True": True, "false": False, "False": False,
@@ -150,7 +164,11 @@ class CallParser:
                 if self.starts(CALL_CLOSE, at):
                     at += len(CALL_CLOSE)
                     break
+                if calls and at == len(self.text):
+                    break  # cut before the close marker
                 if calls and not self.begins_call(at):
+                    if self.ends_within_marks(at):
+                        raise self.truncated(at)
                     # Complete, only the close marker is missing; the rest is ordinary text.
                     return CallBlock(calls, self.problems, self.without_gap(at))
                 call, at = self.call(at)
@@ -208,6 +226,11 @@ class CallParser:
     def begins_call(self, at: int) -> bool:
         """Whether one more call follows in the same pair of markers."""
         return self.starts("call", at) and self.char(self.skip(_SPACE, at + len("call"))) == ":"
+
+    def ends_within_marks(self, at: int) -> bool:
+        """Whether the text ends in the beginning of one more call, or of the close marker."""
+        rest = self.text[at : at + len(CALL_CLOSE)]
+        return CALL_CLOSE.startswith(rest) or bool(_CALL_BEGUN.fullmatch(self.text, at))
 
     def call(self, at: int) -> tuple[ToolCall, int]:
         if self.char(at) == "{":
