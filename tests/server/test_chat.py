@@ -434,6 +434,20 @@ def test_tools_that_may_not_be_called_are_not_shown(says):
     run(scenario)
 
 
+def test_a_name_that_no_call_can_hold_is_refused_whatever_the_choice(says):
+    async def scenario():
+        async with serving(says("Yes.<turn|>")) as (client, _):
+            named = {"type": "function", "function": {"name": "the weather"}}
+            for choice in ("none", "auto", "required", named):
+                body = asked(tools=[WEATHER, named], tool_choice=choice)
+                answer = await client.post(URL, json=body)
+                assert answer.status_code == 400, choice
+                message = answer.json()["error"]["message"]
+                assert message.startswith("the tool's name 'the weather' cannot be written in a c")
+
+    run(scenario)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -249,7 +249,11 @@ def test_what_no_grammar_holds_is_refused_with_its_place(schema, message):
 
 
 def test_names_that_no_call_can_hold_are_refused():
-    with pytest.raises(ToolError, match="the tool's name 'a b' cannot be written in a call"):
+    message = r"the tool's name 'a b' cannot be written in a call; use .* and _ \. - / : \$ @$"
+    for choice in ("none", "auto", "required", "t"):
+        with pytest.raises(ToolError, match=message):
+            chosen_tools([tool(None), tool(None, name="a b")], choice)
+    with pytest.raises(ToolError, match=message):
         call_grammar([tool(None, name="a b")], BYTES)
     with pytest.raises(ToolError, match="two tools are called 't'"):
         call_grammar([tool(None), tool(None)], BYTES)

@@ -83,6 +83,9 @@ for _ in range(70):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (tool(None, name="a b"), "the tool's name 'a b' cannot be written in a call; use at most"),
+        (tool(None, name="a" * 257), "cannot be written in a call"),
+        (tool(None, name=5), "the tool's name 5 cannot"),
         (tool([]), r"parameters must be a mapping, not \[\]"),
         (tool({"type": "string"}), "parameters need 'type': 'object', not 'string'"),
         (one(5), r"tool 'f', parameters\.a: a schema must be a mapping, not 5"),

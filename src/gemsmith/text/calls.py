@@ -23,6 +23,8 @@ QUOTE = '<|"|>'
 CALL_OPEN, CALL_CLOSE = "<|tool_call>", "<tool_call|>"
 RESPONSE_OPEN, RESPONSE_CLOSE = "<|tool_response>", "<tool_response|>"
 
+NAME = re.compile(r"[\w.\-/:$@]{1,256}")
+"""The name of a tool."""
 MAX_DEPTH = 64
 """Deepest nesting of lists and mappings read or written."""
 
@@ -119,11 +121,11 @@ class _Bad(Exception):
 
 
 # Possessive repeats (*+) never give characters back, which keeps every match linear.
-_HEADER = re.compile(r"\s*+(?:call\s*+:|:)?\s*+([\w.\-/:$@]{1,256}+)\s*+")
+_HEADER = re.compile(rf"\s*+(?:call\s*+:|:)?\s*+({NAME.pattern}+)\s*+")
 _GAP = re.compile(r"[\s,;}\])]*+")
 _SPACE = re.compile(r"\s*+")
 _MARKER = re.compile(r"<tool_call\|>|<\|tool_call>")
-_CALL_INSIDE = re.compile(r"<\|tool_call>\s*+(?:call\s*+:|:)?\s*+[\w.\-/:$@]{1,256}+\s*+[({]")
+_CALL_INSIDE = re.compile(rf"<\|tool_call>{_HEADER.pattern}[({{]")
 _CALL_BEGUN = re.compile(r"c(?:a(?:l(?:l\s*+)?)?)?")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _WORDS: dict[str, Any] = {

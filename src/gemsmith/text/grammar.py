@@ -26,7 +26,7 @@ from gemsmith.text import lark
 from gemsmith.text.calls import CALL_OPEN, QUOTE, show
 from gemsmith.text.schema import BOUNDS, LOOSE, Schema, among, implied
 from gemsmith.text.tokenizer import SpecialIds
-from gemsmith.text.tools import check_tool, value_parts
+from gemsmith.text.tools import check_tool, tool_name, value_parts
 
 ToolChoice = Literal["auto", "required", "none"] | str | Mapping[str, Any]
 """A word, a tool's name, or as OpenAI has it {"type": "function", "function": {"name": ...}}."""
@@ -40,7 +40,6 @@ SPACE = r" |\n( {0,24}|\t{0,12})"
 """Between two parts of JSON: a space, or a line's end and the next one's indentation, twelve levels
 of two spaces. A model at a loss writes spaces: of forty that were let through it wrote forty."""
 
-_NAME = re.compile(r"[\w.\-/:$@]{1,256}")
 _KEY = re.compile(r"[^\s{}\[\](),<:\"'=][^{}\[\](),<:\n]{0,254}(?<!\s)|[^\s{}\[\](),<:\"'=]")
 _INTEGER = r"/-?(0|[1-9][0-9]{0,17})/"
 _NUMBER = r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,18})?([eE][-+]?[0-9]{1,2})?/"
@@ -60,9 +59,11 @@ def chosen_tools(
     """The tools that may be called, and whether one must be.
 
     Raises:
-      ToolError: the choice is unknown, or names a tool that is not declared, or there is none.
+      ToolError: no call can hold a tool's name, the choice is unknown, or names a tool that is not
+        declared, or there is none.
     """
     declared = list(tools or ())
+    names = [tool_name(tool) for tool in declared]
     if choice in ("auto", "none"):
         return (declared if choice == "auto" else []), False
     if not declared:
@@ -76,19 +77,12 @@ def chosen_tools(
     if isinstance(choice, Mapping):
         function = choice.get("function", choice)
         name = function.get("name") if isinstance(function, Mapping) else None
-    names = [_name_of(tool) for tool in declared]
     if not isinstance(name, str) or name not in names:
         raise ToolError(
             f"tool_choice {show(choice)}: must be auto, required, none, or the name of a declared "
             f"tool: {', '.join(names)}"
         )
     return [declared[names.index(name)]], True
-
-
-def _name_of(tool: Any) -> str:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    return name if isinstance(name, str) else show(name)
 
 
 def response_grammar(response_format: Mapping[str, Any] | None) -> str | None:
@@ -210,22 +204,15 @@ class _Compiler:
     ) -> None:
         """rules: by name, added to. known: names of rules by their bodies; tools share them."""
         self.rules, self.known = rules, known
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        self.strict = not (isinstance(function, Mapping) and function.get("strict") is False)
+        self.name, function = tool_name(tool), tool["function"]
+        self.strict = function.get("strict") is not False
         if self.strict:
             try:
                 check_tool(tool)
             except ToolError as error:
                 raise ToolError(f"{error}; or {LOOSE}") from None
         else:
-            check_tool({**tool, "function": {**tool["function"], "parameters": None}})
-        function = tool["function"]
-        self.name: str = function["name"]
-        if not _NAME.fullmatch(self.name):
-            raise ToolError(
-                f"the tool's name {show(self.name)} cannot be written in a call; use at most 256 "
-                "letters, digits and _ . - / : $ @"
-            )
+            check_tool({**tool, "function": {**function, "parameters": None}})
         self.schema = Schema(self.name, function.get("parameters") or {"type": "object"})
 
     def call(self) -> str:

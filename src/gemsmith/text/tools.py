@@ -18,6 +18,7 @@ from gemsmith.text.calls import (
     CALL_CLOSE,
     CALL_OPEN,
     MAX_DEPTH,
+    NAME,
     QUOTE,
     RESPONSE_CLOSE,
     RESPONSE_OPEN,
@@ -40,6 +41,7 @@ __all__ = [
     "declaration_parts",
     "parse_calls",
     "response_parts",
+    "tool_name",
     "validate_arguments",
     "value_parts",
 ]
@@ -68,17 +70,22 @@ def declaration(tool: Mapping[str, Any]) -> str:
 
 def declaration_parts(tool: Mapping[str, Any]) -> list[Part]:
     """`declaration`, markup and content kept apart."""
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping):
-        raise ToolError(
-            f"a tool must look like {{'type': 'function', 'function': {{...}}}}, not {show(tool)}"
-        )
+    function = _function(tool)
     try:
         return list(_declaration(function))
     except (TypeError, ValueError, AttributeError) as error:
         raise ToolError(
             f"tool {show(function.get('name'))} has a schema that cannot be written: {error}"
         ) from None
+
+
+def _function(tool: Any) -> Mapping[str, Any]:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise ToolError(
+            f"a tool must look like {{'type': 'function', 'function': {{...}}}}, not {show(tool)}"
+        )
+    return function
 
 
 def value_parts(value: Any, *, quote_keys: bool = False, depth: int = 0) -> Iterator[Part]:
@@ -353,27 +360,40 @@ NOT_CHECKED = frozenset(
 """Keywords that may stand in a schema but are not checked (a pattern could run for ever)."""
 
 
+def tool_name(tool: Mapping[str, Any]) -> str:
+    """What a declared tool is called.
+
+    Raises:
+      ToolError: the tool is no mapping with a `function`, or no call can hold its name.
+    """
+    name = _function(tool).get("name")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ToolError(
+            f"the tool's name {show(name)} cannot be written in a call; use at most 256 letters, "
+            "digits and _ . - / : $ @"
+        )
+    return name
+
+
 def check_tool(tool: Mapping[str, Any]) -> None:
-    """Refuse a tool whose schema is recursive, absurdly large, misshapen or beyond what we check.
+    """Refuse a tool whose name no call can hold, or whose schema is recursive, absurdly large,
+    misshapen or beyond what we check.
 
     Raises:
       ToolError: with the place in the schema and the way out.
     """
+    name, function = tool_name(tool), tool["function"]
     declaration_parts(tool)
-    function = tool["function"]
     schema = function.get("parameters")
     if schema is None:
         return
     if not isinstance(schema, Mapping):
-        raise ToolError(
-            f"tool {function['name']!r}: parameters must be a mapping, not {show(schema)}"
-        )
+        raise ToolError(f"tool {name!r}: parameters must be a mapping, not {show(schema)}")
     if schema and schema.get("type") != "object":
         raise ToolError(
-            f"tool {function['name']!r}: parameters need 'type': 'object', not "
-            f"{show(schema.get('type'))}"
+            f"tool {name!r}: parameters need 'type': 'object', not {show(schema.get('type'))}"
         )
-    walk = _SchemaWalk(function["name"], schema)
+    walk = _SchemaWalk(name, schema)
     walk.check(schema, "parameters", 0, ())
 
 
