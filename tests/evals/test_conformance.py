@@ -112,6 +112,13 @@ BROKEN: dict[str, tuple[Any, str, str]] = {
         "finish_reason is 'stop', not tool_calls", "get_weather",
     ),
     "tool-required": (reply("It rains."), "no tool was called", "It rains."),
+    "tool-cut": (
+        reply("call:write{text:") | {"choices": [
+            {"index": 0, "finish_reason": "length",
+             "message": {"role": "assistant", "content": "call:write{text:"}},
+        ]},
+        "half of it came", "call:write{text:",
+    ),
     "tool-named": (
         reply(None, tool_calls=[call('{"city": "Rome"}')]), "get_time was named", "get_weather",
     ),
