@@ -4,6 +4,7 @@ from gemsmith.evals.conformance import probe
 from gemsmith.evals.endpoint import Endpoint, Reply, Skipped, clean, events, marked, need, parsed
 
 HELLO = "Hello! Who are you?"
+YOU = "Tell me about yourself."
 
 
 # -- models -----------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def stream_role(e: Endpoint) -> None:
 
 @probe("streaming", "content, finish reason and usage are those of the whole reply")
 def stream_same(e: Endpoint) -> None:
-    one, other = e.both("Tell me about yourself.")
+    one, other = e.both(YOU)
     _same(one, other)
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         need(one.count(name) == other.count(name), f"{name}: {one.usage} and {other.usage}")
@@ -235,7 +236,7 @@ def stream_same(e: Endpoint) -> None:
 
 @probe("streaming", "a reply of many tokens comes in many pieces")
 def stream_pieces(e: Endpoint) -> None:
-    reply = _stream(e, "Tell me about yourself.", max_tokens=32)
+    reply = _stream(e, YOU, max_tokens=32)
     if len(reply.content) < 40:
         raise Skipped("the reply is short")
     deltas = [c["choices"][0]["delta"].get("content") for c in reply.chunks if c["choices"]]
@@ -328,11 +329,11 @@ def stream_json(e: Endpoint) -> None:
 
 @probe("streaming", "a stop string shows in no chunk")
 def stream_stop(e: Endpoint) -> None:
-    text = e.ask("Tell me about yourself.").content
+    text = e.ask(YOU).content
     if len(text) < 12:
         raise Skipped("the reply is too short to be stopped")
     stop = text[6:11]
-    reply = e.ask("Tell me about yourself.", stop=[stop], stream=True)
+    reply = e.ask(YOU, stop=[stop], stream=True)
     need(stop not in reply.content, f"{stop!r} is in it", reply.content)
     need(reply.content == text[: text.find(stop)], f"{reply.content!r} of {text!r} before {stop!r}")
 

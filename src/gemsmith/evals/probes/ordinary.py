@@ -10,8 +10,8 @@ from uuid import uuid4
 
 from gemsmith.evals.conformance import probe
 from gemsmith.evals.endpoint import Answer, Endpoint, Json, Reply, Skipped, need, whole
+from gemsmith.evals.probes.chat import YOU
 
-YOU = "Tell me about yourself."
 CHAT = "/v1/chat/completions"
 
 
