@@ -2,17 +2,22 @@
 
 import json
 import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 from typer.testing import CliRunner
 
 from gemsmith.cli import quantize as worker
 from gemsmith.cli.main import app
 from gemsmith.errors import RequestError, WeightsError
+from gemsmith.quant.formats import Format
 from gemsmith.weights import sensitivity
 from gemsmith.weights.convert import Recipe
 from gemsmith.weights.hub import resolve
+from gemsmith.weights.mixed import Choice, Option
 
 POCKET = resolve("pocket")
 
@@ -43,6 +48,38 @@ def test_the_low_bit_model_answers_through_the_command_line(low):
     options = ("--temperature", 0, "--max-tokens", 12)
     original = gemsmith("generate", asked, *options, "--dtype", "float32")
     assert gemsmith("generate", asked, *options, "--model", low[0]) == original
+
+
+def in_eighty_columns(table: Table) -> str:
+    said = StringIO()
+    Console(width=80, file=said, color_system=None).print(table)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said.getvalue()
+    return re.sub(r" +", " ", said.getvalue())
+
+
+@pytest.mark.parametrize("calibrated", [0, 7_531])
+def test_the_table_is_whole_in_eighty_columns(calibrated):
+    """The largest numbers there are: a 26B-A4B whose stacks of experts count one by one."""
+    experts = worker.Kind("experts", "int4-g128", 7_680, 22_749_904_896, 14_118_510_592)
+    experts.squares, experts.matrices, experts.calibrated = [1.0, 812.0], 7_680, calibrated
+    floats = worker.Kind("PLE projections", "BF16", 512, 12_345_678, 24_691_356)
+    said = in_eighty_columns(worker.table([experts, floats]))
+    count = "7,531/7,680" if calibrated else "7,680"
+    assert f"experts int4-g128 {count} 22,749,904,896 4.96 13.15 GiB 1.2e-03" in said
+    assert all(word in said for word in ("PLE", "projections", "16.00", "22,762,250,574"))
+
+
+def test_the_table_of_choices_is_whole_in_eighty_columns():
+    unit = tuple(f"layers.29.experts.{name}_proj.weight" for name in ("gate_up", "down"))
+    smaller, larger = (
+        Option(Format(2, 128), 7 << 30, 1.2e-5),
+        Option(Format(4, 128), 14 << 30, 1e-6),
+    )
+    said = in_eighty_columns(
+        worker.choice_table([Choice(unit, smaller, 1e-12, larger)], calibrated=True)
+    )
+    assert "29.experts gate_up int2-g128 7.00 GiB 1.2e-05 1.0e-06 int4-g128 1.5e-09" in said
+    assert "\n down" in said
 
 
 def test_the_report_for_programs_adds_up(tmp_path):
@@ -167,7 +204,7 @@ def test_calibration_is_reported(tmp_path):
     data = conversations(tmp_path / "talks.jsonl")
     said = gemsmith("quantize", "pocket", tmp_path / "low", "--data", data)
     assert "calibrated" in said
-    assert "27 of 27" in said  # three matrices of each of nine MLPs
+    assert "27/27" in said  # three matrices of each of nine MLPs
     assert re.search(r"Calibrated on \d\d tokens of", said)
     facts = json.loads(gemsmith("quantize", "pocket", tmp_path / "x", "--data", data, "--json"))
     kinds = {kind["kind"]: kind["calibrated"] for kind in facts["weights"]}

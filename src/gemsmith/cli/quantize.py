@@ -226,9 +226,7 @@ def choices(rows: Iterable[Row]) -> list[Choice]:
 
 
 def choice_table(chosen: Iterable[Choice], *, calibrated: bool) -> Table:
-    out = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(["", "format", "", "harm", "bought", "next", "offered"]):
-        out.add_column(column, justify="right" if index > 1 else "left", no_wrap=True)
+    out = _eighty_columns(["", "format", "", "harm", "bought", "next", "offered"])
     for each in chosen:
         names = [name.removesuffix(".weight").rpartition(".") for name in each.unit]
         parts = [names[0][0].removeprefix("layers."), *(n[2].removesuffix("_proj") for n in names)]
@@ -275,16 +273,12 @@ def judge(target: str | Path, recipe: Recipe) -> str:
 def table(kinds: Iterable[Kind]) -> Table:
     kinds = list(kinds)
     data = any(kind.calibrated for kind in kinds)
-    # As wide as a terminal of 80 columns has room for with billions of weights; names may wrap.
-    columns = ["", "format", "calibrated" if data else "tensors", "weights", "bits", "", "error"]
-    out = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        justify, whole = ("right", True) if index > 1 else ("left", index > 0)
-        out.add_column(column, justify=justify, no_wrap=whole)
+    count = "calibrated" if data else "tensors"
+    out = _eighty_columns(["", "format", count, "weights", "bits", "", "error"])
     weights = nbytes = 0
     for kind in kinds:
         error = f"{kind.error:.1e}" if kind.squares[1] else ""
-        calibrated = f"{kind.calibrated:,} of {kind.matrices:,}" if kind.calibrated else ""
+        calibrated = f"{kind.calibrated:,}/{kind.matrices:,}" if kind.calibrated else ""
         weights, nbytes = weights + kind.weights, nbytes + kind.nbytes
         out.add_row(
             kind.kind,
@@ -298,6 +292,15 @@ def table(kinds: Iterable[Kind]) -> Table:
     out.add_section()
     out.add_row("all", "", "", f"{weights:,}", f"{8 * nbytes / weights:.2f}", size(nbytes), "")
     out.caption = "error: sum of squared differences over sum of squared weights"
+    return out
+
+
+def _eighty_columns(columns: Iterable[str]) -> Table:
+    """An empty table for which 80 columns do even with billions of weights: only names wrap."""
+    out = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for index, column in enumerate(columns):
+        justify, whole = ("right", True) if index > 1 else ("left", index > 0)
+        out.add_column(column, justify=justify, no_wrap=whole, overflow="fold")
     return out
 
 
