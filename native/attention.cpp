@@ -17,8 +17,10 @@
 namespace gemsmith {
 namespace {
 
-// Query rows of a piece: their sums stay in a core's L2 cache.
+// Most query rows of a piece: their sums stay in a core's L2 cache.
 constexpr int64_t ROWS = 64;
+// Fewest, where heads are too few for all threads: kernels load each key once for so many.
+constexpr int64_t FEW_ROWS = 4;
 // Keys that a row sums before it adds them to the rest.
 constexpr int64_t SPLIT = 2 * KEYS;
 // From so many pieces on each has all splits.
@@ -34,7 +36,7 @@ struct Job {
   const Attention& a;
   int64_t group;    // N / K
   int64_t rows;     // R * group: query rows of a key/value head
-  int64_t chunks;   // of ROWS of them
+  int64_t chunk_rows, chunks;  // of them, at most ROWS each
   int64_t low;      // where the first block begins; below 0 where its first keys are not given
   int64_t splits;   // from the one that the first block lies in
   bool apart;       // whether each piece has one split
@@ -166,7 +168,7 @@ void run_piece(const void* data, int64_t piece) {
   const int64_t parts = job.apart ? job.splits : 1;
   const int64_t part = piece % parts, rest = piece / parts;
   const int64_t head = rest % a.K, chunk = rest / a.K;
-  const int64_t i0 = chunk * ROWS, i1 = less(i0 + ROWS, job.rows);
+  const int64_t i0 = chunk * job.chunk_rows, i1 = less(i0 + job.chunk_rows, job.rows);
   int64_t low = a.ranges[2 * job.token(i0)], high = 0;
   for (int64_t token = job.token(i0); token <= job.token(i1 - 1); token++) {
     low = less(low, a.ranges[2 * token]);
@@ -224,7 +226,8 @@ struct Prepared {
   int64_t pieces = 0, ends = 0, work = 0;
 };
 
-void prepare(const Attention& given, Prepared& made) {
+// sequences: how many are attended together.
+void prepare(const Attention& given, int64_t sequences, Prepared& made) {
   const auto size = [](int64_t count) { return static_cast<size_t>(count); };
   Attention& a = made.a = given;
   int64_t S = 0;
@@ -237,7 +240,10 @@ void prepare(const Attention& given, Prepared& made) {
     low = less(low, a.ranges[2 * r]);
     high = more(high, a.ranges[2 * r + 1]);
   }
-  const int64_t group = a.N / a.K, rows = a.R * group, chunks = ceil_div(rows, ROWS);
+  const int64_t group = a.N / a.K, rows = a.R * group;
+  const int64_t sharers = ceil_div(threads(), a.K * sequences);  // threads for a head of each
+  const int64_t chunk_rows = less(ROWS, ceil_div(rows, FEW_ROWS * sharers) * FEW_ROWS);
+  const int64_t chunks = ceil_div(rows, chunk_rows);
   if (high > low)
     low = (a.origin + low) / KEYS * KEYS - a.origin;
   else
@@ -275,7 +281,7 @@ void prepare(const Attention& given, Prepared& made) {
   const int64_t parts = apart ? splits : 1, states = a.K * parts * rows;
   made.state.reset(new float[size(2 * states)]);
   if (apart) made.acc.reset(new float[size(states * a.H)]);
-  made.job.reset(new Job{kernels, a, group, rows, chunks, low, splits, apart, stride,
+  made.job.reset(new Job{kernels, a, group, rows, chunk_rows, chunks, low, splits, apart, stride,
                          made.q16.get(), made.q_scale.get(), turning_width, made.turning.get(),
                          made.acc.get(), made.state.get(), made.state.get() + states});
   made.pieces = a.K * chunks * parts;
@@ -310,7 +316,7 @@ void attention(const Attention* given, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
     if (given[i].R == 0) continue;
     Prepared& one = all[static_cast<size_t>(used++)];
-    prepare(given[i], one);
+    prepare(given[i], count, one);
     pieces += one.pieces, ends += one.ends, work += one.work;
     folds += one.ends * one.job->splits * one.a.H;
   }
