@@ -216,6 +216,11 @@ NB_MODULE(_native, m) {
     gemsmith::unpack_rows(at<const uint8_t>(lines), at<const void>(scales), K, bits, group,
                           scale_bits, at<const int64_t>(rows), count, at<float>(out));
   }, release);
+  m.def("dequantize", [](Address packed, Address scales, int64_t N, int64_t K, int bits,
+                         int64_t group, Address out) {
+    gemsmith::dequantize(at<const uint8_t>(packed), at<const float>(scales), N, K, bits, group,
+                         at<float>(out));
+  }, release);
   m.def("quantize_rows", [](Address x, int64_t M, int64_t K, Address x8, Address sx) {
     gemsmith::quantize_rows(at<const float>(x), M, K, at<int8_t>(x8), at<float>(sx));
   }, release);
@@ -239,6 +244,9 @@ NB_MODULE(_native, m) {
   m.def("set_experts", set_experts);
   // Turned from Python's lists into C++ before the GIL is released.
   m.def("run_layers", run_layers, release);
+  m.def("rms_norm", [](Address x, Address weight, int64_t M, int64_t D, float eps, Address y) {
+    gemsmith::rms_norm(at<const float>(x), at<const float>(weight), M, D, eps, at<float>(y));
+  }, release);
   m.def("attention", attention, release);
   m.def("attention_of_many", attention_of_many, release);
   m.def("read_memory", [](Address data, int64_t bytes) {

@@ -101,6 +101,38 @@ void run(const Case& c) {
   }
 }
 
+void widen(const Shape& shape, int bits) {
+  const auto [N, K, group] = shape;
+  std::vector<uint8_t> packed(N * K * bits / 8);
+  std::vector<float> scales(N * K / group), out(N * K, -1);
+  for (uint8_t& byte : packed) byte = static_cast<uint8_t>(random_bits());
+  for (float& scale : scales) scale = small();
+  dequantize(packed.data(), scales.data(), N, K, bits, group, out.data());
+  for (int64_t i = 0; i < N * K; i++) {
+    const int code = packed[i * bits / 8] >> (i * bits % 8) & ((1 << bits) - 1);
+    if (out[i] == static_cast<float>(code - (1 << (bits - 1))) * scales[i / group]) continue;
+    std::printf("dequantize differs: K %ld group %ld bits %d\n", long(K), long(group), bits);
+    std::exit(1);
+  }
+}
+
+void norms(int64_t M, int64_t D) {
+  std::vector<float> x(M * D), weight(D), y(M * D, -1);
+  for (float& value : x) value = small();
+  for (float& value : weight) value = small();
+  rms_norm(x.data(), weight.data(), M, D, 1e-6f, y.data());
+  for (int64_t m = 0; m < M; m++) {
+    double sum = 0;
+    for (int64_t d = 0; d < D; d++) sum += double(x[m * D + d]) * x[m * D + d];
+    for (int64_t d = 0; d < D; d++) {
+      const double wanted = x[m * D + d] / std::sqrt(sum / D + 1e-6) * weight[d];
+      if (std::fabs(y[m * D + d] - wanted) < 1e-5) continue;
+      std::printf("%s: rms_norm differs: M %ld D %ld\n", kernels().name, long(M), long(D));
+      std::exit(1);
+    }
+  }
+}
+
 void quantize(int64_t M, int64_t K) {
   std::vector<float> x(M * K), sx(M, -1);
   std::vector<int8_t> x8(M * K);
@@ -471,6 +503,8 @@ int main() {
     for (int kind : {1, 2})
       for (int64_t M : {4, 33}) cases.push_back(make({16, 4096, 0}, bits, M, kind));
   const Case large = make({2048, 512, 0}, 4, 1, 0);  // enough for several threads
+  for (int bits : {2, 4, 8})
+    for (const Shape& shape : {Shape{3, 24, 24}, Shape{2, 96, 32}}) widen(shape, bits);
   std::vector<Attended> attended;
   for (int format : {FLOAT32, BFLOAT16, INT8}) {
     attended.push_back({1, 1, 1, 16, 1, 0, 0, 0, format, format, {}});
@@ -496,6 +530,7 @@ int main() {
       for (const Case& c : cases) run(c);
       run(large);
       for (int64_t M : {1, 5, 64}) quantize(M, 1037);
+      for (int64_t M : {1, 70}) norms(M, 1037);  // the latter by several threads
       for (int64_t M : {1, 6, 29}) {
         wide(5, 37, M);
         wide(300, 256, M);  // several threads

@@ -225,6 +225,10 @@ void pack_lines(const uint8_t* packed, int64_t N, int64_t K, int bits, uint8_t* 
 void unpack_rows(const uint8_t* lines, const void* scales, int64_t K, int bits, int64_t group,
                  int scale_bits, const int64_t* rows, int64_t count, float* out);
 
+// Floats [N][K] of codes packed [N][K*bits/8], as pack_lines takes them, and scales [N][K/group].
+void dequantize(const uint8_t* packed, const float* scales, int64_t N, int64_t K, int bits,
+                int64_t group, float* out);
+
 // matmul.cpp
 // Per row of x [M][K]: sx = max|x| / 127, or 1 where that is 0; x8 = x / sx rounded half to even.
 // A row with an infinity or a NaN gets sx = NaN and zeros, so that its products are NaN.

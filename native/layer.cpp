@@ -197,6 +197,11 @@ void Layer::after(const float* x, const float* o, const float* ple, int64_t ple_
   }
 }
 
+void rms_norm(const float* x, const float* weight, int64_t M, int64_t D, float eps, float* y) {
+  const Kernels& isa = kernels();
+  each_row(M, D, [&](int64_t m0, int64_t m1) { isa.norm(x, weight, D, eps, m0, m1, y); });
+}
+
 void run(const Layer* const* layers, const std::vector<Place>& places, const float* x,
          const float* ple, int64_t ple_stride, int64_t M, float* y) {
   int64_t q_size = 0, kv_size = 0;

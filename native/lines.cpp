@@ -4,6 +4,18 @@
 #include "kernels.h"
 
 namespace gemsmith {
+namespace {
+
+// Codes q as floats, all of each byte: the shifts are constants, so that loops become vectors.
+template <int B>
+void widen_codes(const uint8_t* packed, int64_t bytes, float* out) {
+  constexpr int F = 8 / B, MASK = (1 << B) - 1, ZERO = 1 << (B - 1);
+  for (int64_t i = 0; i < bytes; i++)
+    for (int f = 0; f < F; f++)
+      out[i * F + f] = static_cast<float>((packed[i] >> (f * B) & MASK) - ZERO);
+}
+
+}  // namespace
 
 void pack_lines(const uint8_t* packed, int64_t N, int64_t K, int bits, uint8_t* lines) {
   const int fields = 8 / bits;
@@ -47,6 +59,17 @@ void unpack_rows(const uint8_t* lines, const void* scales, int64_t K, int bits, 
                                            : static_cast<const float*>(scales)[at];
       out[k] = static_cast<float>(code - zero) * scale;
     }
+  }
+}
+
+void dequantize(const uint8_t* packed, const float* scales, int64_t N, int64_t K, int bits,
+                int64_t group, float* out) {
+  const int64_t bytes = K * bits / 8;
+  const auto widen = bits == 2 ? widen_codes<2> : bits == 4 ? widen_codes<4> : widen_codes<8>;
+  for (int64_t n = 0; n < N; n++, packed += bytes) {
+    widen(packed, bytes, out);
+    for (const float* end = out + K; out < end; out += group, scales++)
+      for (int64_t k = 0; k < group; k++) out[k] *= *scales;
   }
 }
 

@@ -547,3 +547,19 @@ def test_a_head_asked_for_what_it_lacks_is_refused():
     for id in (-1, 20):
         with pytest.raises(WeightsError, match=f"output {id} of a weight of 20"):
             cpu.linear_of(w, x, torch.tensor([0, id]))
+
+
+@needs_extension
+def test_codes_that_do_not_fit_their_scales_are_refused():
+    packed, scales = torch.zeros(3, 8, dtype=torch.uint8), torch.ones(3, 2)
+    assert cpu.dequantize(packed, scales, 4).tolist() == [[-8.0] * 16] * 3
+    with pytest.raises(WeightsError, match="codes of 3 bits are not packed; 2, 4 and 8 are"):
+        cpu.dequantize(packed, scales, 3)
+    with pytest.raises(WeightsError, match="3 groups do not divide rows of 16 codes"):
+        cpu.dequantize(packed, torch.ones(3, 3), 4)
+    with pytest.raises(WeightsError, match="0 groups do not divide rows of 16 codes"):
+        cpu.dequantize(packed, torch.ones(3, 0), 4)
+    with pytest.raises(WeightsError, match=r"packed is torch.uint8 \[3, 8\]"):
+        cpu.dequantize(packed, torch.ones(4, 2), 4)
+    with pytest.raises(WeightsError, match=r"scales is torch.float64"):
+        cpu.dequantize(packed, scales.double(), 4)

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from tests.conftest import needs_extension
 
 from gemsmith.errors import ConfigError, WeightsError
+from gemsmith.ops import native
 from gemsmith.quant.formats import BITS, Format, Quantized, pack, unpack
+from gemsmith.quant.quantize import quantize
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -39,6 +42,21 @@ def test_a_weight_is_its_code_times_the_scale_of_its_group():
     assert weight.dequantize().tolist() == [[1, 2, 30, 40], [-0.5, -1, 6, 8]]
     assert weight[1:].dequantize().tolist() == [[-0.5, -1, 6, 8]]
     assert weight[1:].packed.data_ptr() == weight.packed[1:].data_ptr()
+
+
+@needs_extension
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_extension_and_torch_give_the_same_bits(monkeypatch, bits, group):
+    values = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(bits))
+    stack = quantize(values, Format(bits, group))
+    parts = [stack, stack[1], stack[0][1:], stack[0][:0]]
+    found = [part.dequantize() for part in parts]
+    found.append(stack[1].rows(torch.tensor(2)))
+    monkeypatch.setattr(native, "available", lambda: False)
+    for one, part in zip(found, parts, strict=False):
+        assert torch.equal(one, part.dequantize())
+    assert torch.equal(found[-1], stack[1].rows(torch.tensor(2)))
 
 
 def test_an_expert_of_a_stack_is_a_matrix():

@@ -150,6 +150,30 @@ class PackedWeight:
         return out
 
 
+def dequantize(packed: Tensor, scales_NG: Tensor, bits: int) -> Tensor:
+    """float32 [N, K], each q * scale, of codes as `pack_lines` takes them, rows of whole bytes, and
+    scales float32 [N, G]. Needs the extension.
+
+    Raises:
+      WeightsError: bits other than 2, 4, 8; another type, shape or layout; groups that do not
+        divide the rows.
+    """
+    if bits not in (2, 4, 8):
+        raise WeightsError(f"codes of {bits} bits are not packed; 2, 4 and 8 are")
+    (N, G), K = scales_NG.shape, packed.shape[-1] * 8 // bits
+    native.check(packed, "packed", torch.uint8, (N, K * bits // 8))
+    native.check(scales_NG, "scales", torch.float32, (N, G))
+    if not G or K % G:
+        raise WeightsError(f"{G} groups do not divide rows of {K} codes")
+    kernels = native.extension()
+    assert kernels is not None, "ask `native.available` first"
+    out_NK = torch.empty((N, K))
+    kernels.dequantize(
+        packed.data_ptr(), scales_NG.data_ptr(), N, K, bits, K // G, out_NK.data_ptr()
+    )
+    return out_NK
+
+
 def pack_lines(packed: Tensor, inputs: int, bits: int) -> Tensor:
     """Lines of a weight given as uint8 [N, ceil(K*b/8)]: codes u, consecutive ones in a byte,
     the first in the lowest bits. Outputs and inputs that fill up the lines hold q = 0."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gemsmith.errors import ConfigError, WeightsError
+from gemsmith.ops import cpu, native
 
 BITS = (2, 4, 8)
 
@@ -148,6 +149,10 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """float32 [..., N, K]: the whole weight; take rows of a large one."""
+        if self.packed.is_cpu and native.available():
+            parts = (self.packed, self.scales)
+            packed, scales = (part.reshape(-1, part.shape[-1]).contiguous() for part in parts)
+            return cpu.dequantize(packed, scales, self.format.bits).view(self.shape)
         grouped = self.codes().unflatten(-1, (self.scales.shape[-1], -1))
         return (grouped * self.scales[..., None]).flatten(-2)
 
