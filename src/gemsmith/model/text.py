@@ -408,7 +408,7 @@ class TextModel(nn.Module):
         if found is None:
             return None
         raw_RC, ids_RC, most_R = found
-        if not all(map(isfinite, self._capped(most_R).tolist())):
+        if not all(map(isfinite, most_R.tolist())):
             return None
         values_RC = self._capped(raw_RC)
         values, ids = [], []
