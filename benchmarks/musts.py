@@ -170,8 +170,8 @@ def _probes(latest: Mapping[tuple[str, str, str], Record]) -> Must:
 
 
 def _serving(latest: Mapping[tuple[str, str, str], Record]) -> Iterator[Must]:
-    for model, dtype in (("pocket", "bfloat16"), ("E2B", "4-bit")):
-        under, loops = (latest.get((name, model, dtype)) for name in ("serve", "agent"))
+    for model, trained in (("pocket", "bfloat16"), ("E2B", "4-bit")):
+        under, loops = latest.get(("serve", model, "4-bit")), latest.get(("agent", model, trained))
         for clients in ("1", "8", "32"):
             where = ("loads", clients)
             text = f"{model}, {clients} clients".replace(" 1 clients", " 1 client")

@@ -52,15 +52,15 @@ class Weights:
 def weights_of(model: str, *, trained: bool = False) -> Weights:
     """The checkpoint of a model, and the GGUF file with the same weights; both are kept.
 
-    Random weights, of pocket in bfloat16, of others at 4 bits; `trained`: pocket as it is shipped.
+    Random weights at 4 bits; `trained`: pocket as it is shipped, in bfloat16.
     """
-    bits = None if model == POCKET else "4"
+    bits = "4"
     if trained and model == POCKET:
-        folder = resolve(POCKET)
+        bits, folder = None, resolve(POCKET)
         file = Path(tempfile.gettempdir()) / "gemsmith-pocket.gguf"
     else:
         folder = random_checkpoint.made(model, bits, None)
-        file = folder.with_name(f"{folder.name}-{'Q4_0' if bits else 'BF16'}.gguf")
+        file = folder.with_name(f"{folder.name}-Q4_0.gguf")
     vocabulary = Gemma4Config.load(folder).text_config.vocab_size
     return Weights(folder, to_gguf.write(folder, file), measure.label(bits), vocabulary)
 

@@ -154,8 +154,8 @@ def kind_of(name: str, shape: tuple[int, ...], *, low: bool) -> Kind:
     """The type of a tensor: what llama.cpp's quantizer gives under Q4_0 if `low`."""
     if len(shape) == 1 or ".router." in name:
         return Kind.F32
-    if not low or name == "per_layer_model_projection.weight":
-        return Kind.BF16
+    if not low or name == "per_layer_model_projection.weight" or shape[-1] % 32:
+        return Kind.BF16  # a block is 32 weights of one row
     if name not in (EMBEDDING, PLE_TABLE):
         return Kind.Q4_0
     return Kind.Q6_K if shape[-1] % 256 == 0 else Kind.Q8_0

@@ -52,7 +52,7 @@ def test_weights_with_several_scales_are_refused_where_the_type_has_one() -> Non
 
 
 @pytest.mark.parametrize("bits", [None, "4"])
-@pytest.mark.parametrize("size", ["tiny-E2B", "tiny-26B-A4B", "tiny-31B"])
+@pytest.mark.parametrize("size", ["tiny-E2B", "tiny-26B-A4B", "tiny-31B", "pocket"])
 def test_a_gguf_file_holds_the_weights_of_the_folder(
     size: str, bits: str | None, tmp_path: Path
 ) -> None:

@@ -447,7 +447,7 @@ def served(**speeds: float) -> dict[str, Any]:
     }
     shape = {"shared": 1, "task": 1, "call": 1, "result": 1, "turns": 2, "generated": 1,
              "pause_s": 0.1}  # fmt: skip
-    return record(name="serve", model="pocket", dtype="bfloat16", shape=shape, programs=programs)
+    return record(name="serve", model="pocket", dtype="4-bit", shape=shape, programs=programs)
 
 
 def looped(missing: str = "") -> dict[str, Any]:
