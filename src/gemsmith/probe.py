@@ -21,12 +21,13 @@ from types import ModuleType
 
 from gemsmith import hardware
 
-VERSION = 1
+VERSION = 2
 READ_BYTES = 128 << 20
 """Beyond what a desktop's caches hold; some servers' hold as much, and look faster."""
 ROWS, WIDTH, OUTPUTS = 64, 1536, 2048
 """Of the products: large enough that starting threads is no matter."""
-REPEATS = 2
+REPEATS = 12
+"""Of each, and the best counts: the first few are slower by half, while the cores wake up."""
 MAX_FILE_BYTES = 1 << 16
 
 
@@ -73,24 +74,30 @@ def measure(cores: int) -> Rates:
     import numpy as np
 
     native = _native()
-    buffer = np.ones(READ_BYTES // 8)
+    buffer = np.empty(READ_BYTES // 8)
+    if native is not None:  # before a page is touched: one that is there stays small
+        native.advise_hugepages(buffer.ctypes.data, buffer.nbytes)
+    buffer.fill(1)
     x = np.ones((ROWS, WIDTH), np.float32)
-    w = np.ones((WIDTH, OUTPUTS), np.float32)
-    float_seconds = _best(lambda: x @ w)
     operations = 2 * ROWS * WIDTH * OUTPUTS
+    int_rate = None
     if native is None:
         bandwidth = buffer.nbytes / _best(buffer.sum)
-        return Rates(bandwidth, operations / float_seconds, None, cores)
-    native.set_threads(cores)
-    native.advise_hugepages(buffer.ctypes.data, buffer.nbytes)
-    bandwidth = buffer.nbytes / _best(lambda: native.read_memory(buffer.ctypes.data, buffer.nbytes))
-    # Codes and scales as ops/cpu.py has them: blocks of 16 rows, lines of 64 bytes, 32 to a scale.
-    lines = np.zeros((OUTPUTS // 16, WIDTH // 8, 64), np.uint8)
-    scales = np.ones((OUTPUTS // 16, WIDTH // 32, 16), np.float32)
-    y = np.empty((ROWS, OUTPUTS), np.float32)
-    weight = (lines.ctypes.data, scales.ctypes.data, OUTPUTS, WIDTH, 4, 32, 32)
-    int_seconds = _best(lambda: native.linear(*weight, x.ctypes.data, ROWS, y.ctypes.data))
-    return Rates(bandwidth, operations / float_seconds, operations / int_seconds, cores)
+    else:
+        native.set_threads(cores)
+        read = buffer.ctypes.data, buffer.nbytes
+        bandwidth = buffer.nbytes / _best(lambda: native.read_memory(*read))
+        # Codes and scales as ops/cpu.py has them: blocks of 16 rows, lines of 64 bytes, 32 to a
+        # scale.
+        lines = np.zeros((OUTPUTS // 16, WIDTH // 8, 64), np.uint8)
+        scales = np.ones((OUTPUTS // 16, WIDTH // 32, 16), np.float32)
+        y = np.empty((ROWS, OUTPUTS), np.float32)
+        weight = (lines.ctypes.data, scales.ctypes.data, OUTPUTS, WIDTH, 4, 32, 32)
+        seconds = _best(lambda: native.linear(*weight, x.ctypes.data, ROWS, y.ctypes.data))
+        int_rate = operations / seconds
+    # The last, as the threads of numpy's BLAS wait busily for more.
+    w = np.ones((WIDTH, OUTPUTS), np.float32)
+    return Rates(bandwidth, operations / _best(lambda: x @ w), int_rate, cores)
 
 
 def _best(run: Callable[[], object]) -> float:
