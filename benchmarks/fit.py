@@ -5,11 +5,12 @@ fills a context for each user; one of them decodes, the others' memory is there.
 modules and the caches hold, the peak is the process's. The speed of a prompt does not depend on who
 else is there, and is measured with one user.
 
-Speed is predicted from this machine's rates, measured in the same process just after, and from the
-shares in calibration.json. With --calibrate the shares are taken from these very runs instead and
-written there: then the errors say how well two numbers a kind (share of the bound, seconds a layer)
-describe all models, contexts and formats, and nothing more. Without a record for a kind, its speed
-has no prediction.
+Speed is predicted from this machine's rates, medians of what each process measured just after, and
+from the shares in calibration.json. With --calibrate the shares are taken from these very runs
+instead and written there: then the errors say how well three numbers a kind (shares of the bound
+and of the reading of K/V, seconds a layer) describe all models, contexts and formats, and no more.
+All combinations are measured round after round, and of each the median counts. Without a record
+for a kind, its speed has no prediction.
 
 What is measured is noted in --progress at once, and taken from there by the next run on the same
 machine, at whatever commit: a run that was stopped goes on where it was. --fresh measures anew.
@@ -28,6 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -49,7 +51,7 @@ LIMITS = {"weights": 0.005, "kv": 0.005, "peak": 0.05, "decode": 0.15, "prefill"
 MODELS = random_checkpoint.SIZES
 CALIBRATION = Path(fit.__file__).with_name("calibration.json")
 PROGRESS = measure.REPOSITORY / "build" / "fit.jsonl"
-KEY = ("machine", "model", "format", "context", "users")
+KEY = ("machine", "model", "format", "context", "users", "round")
 """What a row is known by."""
 LOAD = """\
 import sys
@@ -124,11 +126,17 @@ def fill(context: Context, tokens: int) -> None:
 
 
 def combinations(
-    models: list[str], formats: list[str], contexts: list[int], users: list[int], machine: str
+    models: list[str],
+    formats: list[str],
+    contexts: list[int],
+    users: list[int],
+    rounds: int,
+    machine: str,
 ) -> list[Row]:
-    """What is to be measured: the keys of the rows."""
+    """What is to be measured, one round after the other: the keys of the rows."""
     return [
-        {"machine": machine, "model": model, "format": format, "context": context, "users": count}
+        dict(zip(KEY, (machine, model, format, context, count, round), strict=True))
+        for round in range(1, rounds + 1)
         for model in models
         for format in formats
         if (model, format) != (POCKET, "mobile")  # it has no such checkpoint
@@ -167,6 +175,7 @@ def rows_of(wanted: list[Row], progress: Path, *, fresh: bool = False) -> list[R
         task = bar.add_task("", total=len(wanted))
         for number, (key, each) in enumerate(zip(keys, wanted, strict=True), 1):
             what = f"{each['model']} {each['format']}, {each['context']} x {each['users']}"
+            what += f", round {each['round']}"
             bar.update(task, description=what)
             row = noted.get(key)
             if row is None:
@@ -230,56 +239,100 @@ def predicted(config: Gemma4Config, format: str, row: Row) -> Row:
         "peak": memory.total,
         "decode": speed.decode and speed.decode.mid,
         "prefill": speed.ttft and row["prompt"] / speed.ttft.mid,
-        "bounds": {"decode": speed.decode_bound, "prefill": speed.prefill_bound},
+        "bounds": {
+            "decode": speed.decode_bound,
+            "attention": speed.attention_bound,
+            "prefill": speed.prefill_bound,
+        },
     }
 
 
-def shares(rows: list[Row], source: str) -> list[Row]:
-    """Records for calibration.json: of each kind the part of its bound and what a layer takes
-    besides, so that seconds = bound / share + layers * layer_seconds.
+def merged(rows: list[Row]) -> list[Row]:
+    """Of all rounds of a combination one row, with their medians.
 
-    The two are those of the least squares of relative errors; the error bar is the worst of them.
+    The machine's rates are the medians of all rows: one machine was measured, again and again.
+    """
+    rates = {
+        name: median(row["rates"][name] for row in rows) for name in ("bandwidth", "float", "low")
+    }
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(key_of(row)[1:-1], []).append(row)
+    out = []
+    for key, rounds in found.items():
+        values = {name: [row["measured"][name] for row in rounds] for name in rounds[0]["measured"]}
+        taken = {name: None if None in each else median(each) for name, each in values.items()}
+        made = dict(zip(KEY[1:-1], key, strict=True)) | {"prompt": rounds[0]["prompt"]}
+        out.append(made | {"rates": rates, "measured": taken, "speeds": values["decode"]})
+    return out
+
+
+def shares(rows: list[Row], source: str) -> list[Row]:
+    """Records for calibration.json: of each kind the part of its bound, that of the reading of K/V,
+    and what a layer takes besides, so that
+
+        seconds = (bound - K/V) / share + K/V / kv_share + layers * layer_seconds.
+
+    They are those of the least squares of relative errors; the error bar is the worst of them. The
+    mobile mix is a kind of its own: unpacking 2 bits takes longer than reading them.
     """
     records = []
-    for kind in ("float", "low"):
+    for kind in ("float", "low", "mobile"):
         for what in ("decode", "prefill"):
             points = [
                 _point(row, what)
                 for row in rows
-                if (row["format"] in sizing.FLOATS) == (kind == "float")
+                if kind == _kind(row["format"])
                 and row["predicted"]["bounds"][what]
                 and row["measured"][what]
             ]
             if not points:
                 continue
-            slope, layer = _least_squares(points)
-            off = [(slope * bound + layer * layers) / seconds for bound, layers, seconds in points]
+            slope, kv_slope, layer = least_squares(points)
+            off = [
+                (slope * bound + kv_slope * kv + layer * layers) / seconds
+                for bound, kv, layers, seconds in points
+            ]
             share = [round(f / slope, 4) for f in (min(1.0, *off), 1.0, max(1.0, *off))]
             record = {"place": "cpu", "kind": kind, "what": what, "share": share}
-            records.append(record | {"layer_seconds": float(f"{layer:.3g}"), "source": source})
+            record |= {"kv_share": round(1 / kv_slope, 4), "layer_seconds": float(f"{layer:.3g}")}
+            records.append(record | {"source": source})
     return records
 
 
-def _point(row: Row, what: str) -> tuple[float, int, float]:
-    """Seconds of the bound, layers run, seconds measured: of a token, or of a prompt."""
+def _kind(format: str) -> str:
+    return format if format == "mobile" else "float" if format in sizing.FLOATS else "low"
+
+
+def _point(row: Row, what: str) -> tuple[float, float, int, float]:
+    """Seconds of the bound without K/V, of K/V, layers run, seconds measured: of a token, or of a
+    prompt."""
     tokens = row["prompt"] if what == "prefill" else 1
     passes = -(-tokens // sizing.CHUNK_TOKENS)
     bound = tokens / row["predicted"]["bounds"][what]
-    return bound, passes * row["layers"], tokens / row["measured"][what]
+    kv = row["predicted"]["bounds"]["attention"] if what == "decode" else 0.0
+    return bound - kv, kv, passes * row["layers"], tokens / row["measured"][what]
 
 
-def _least_squares(points: list[tuple[float, int, float]]) -> tuple[float, float]:
-    """slope and layer of seconds = slope * bound + layer * layers, neither negative; of points of
-    one depth, or too few, the slope alone."""
-    xs = [(bound / seconds, layers / seconds) for bound, layers, seconds in points]
-    xx, xy, yy = (sum(a[i] * a[j] for a in xs) for i, j in ((0, 0), (0, 1), (1, 1)))
-    x, y = sum(a for a, _ in xs), sum(b for _, b in xs)
-    determinant = xx * yy - xy * xy
-    if len({layers for _, layers, _ in points}) > 1 and determinant > 1e-9 * xx * yy:
-        slope, layer = (x * yy - y * xy) / determinant, (y * xx - x * xy) / determinant
-        if slope > 0 and layer >= 0:
-            return slope, layer
-    return x / xx, 0.0
+def least_squares(points: list[tuple[float, float, int, float]]) -> tuple[float, float, float]:
+    """What a second of the bound, one of K/V and a layer take, none of them negative.
+
+    A part that the points cannot tell from the others, or that would be negative, counts as those
+    of the bound do; a layer then as nothing.
+    """
+    made = np.array(points)
+    x = made[:, :3] / made[:, 3:]
+    joined = np.stack([x[:, 0] + x[:, 1], x[:, 2]], 1)
+    for columns, read in (
+        (x, lambda found: tuple(found)),
+        (x[:, :2], lambda found: (*found, 0.0)),
+        (joined, lambda found: (found[0], found[0], found[1])),
+    ):
+        found, _, rank, _ = np.linalg.lstsq(columns, np.ones(len(x)), rcond=1e-6)
+        if rank == columns.shape[1] and (found > 0).all():
+            return read(found.tolist())
+    slope = joined[:, 0].sum() / (joined[:, 0] ** 2).sum()
+    return slope, slope, 0.0
 
 
 def error(row: Row, what: str) -> float | None:
@@ -294,6 +347,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=[*BITS], choices=[*BITS])
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--users", type=int, nargs="+", default=USERS)
+    parser.add_argument("--rounds", type=int, default=3, help="medians of so many count")
     parser.add_argument("--calibrate", action="store_true", help="write calibration.json anew")
     parser.add_argument("--progress", type=Path, default=PROGRESS, help="where rows are noted")
     parser.add_argument("--fresh", action="store_true", help="measure what is noted there, too")
@@ -306,15 +360,16 @@ def main() -> None:
         return
     about = measure.machine()
     machine = report.machine_of({"machine": about})
-    asked = options.models, options.formats, options.contexts, options.users
+    asked = options.models, options.formats, options.contexts, options.users, options.rounds
     wanted = combinations(*asked, machine)
     try:
         rows = rows_of(wanted, options.progress, fresh=options.fresh)
     except KeyboardInterrupt:
         sys.exit(f"stopped; the same command goes on from what {options.progress} has")
     configs = {name: config_of(name) for name in options.models}
+    runs = Counter(row["run"] for row in rows)
+    rows = merged(rows)
     for row in rows:
-        del row["machine"]
         row["layers"] = configs[row["model"]].text_config.num_hidden_layers
     if options.calibrate:
         for row in rows:
@@ -346,7 +401,8 @@ def main() -> None:
     results = {
         "model": ", ".join(configs),
         "dtype": ", ".join(options.formats),
-        "runs": Counter(row.pop("run") for row in rows),
+        "runs": runs,
+        "rounds": options.rounds,
         "rows": rows,
         "worst": worst,
         "limits": LIMITS,

@@ -84,19 +84,20 @@ def test_a_prompt_takes_its_operations_or_the_reading_of_the_weights():
 
 def test_expected_speed_is_the_bound_by_the_measured_share(monkeypatch: pytest.MonkeyPatch):
     kinds = {"place": "cpu", "kind": "low"}
-    records = (
-        kinds | {"what": "decode", "share": [0.5, 0.8, 1.0], "layer_seconds": 1e-3},
-        kinds | {"what": "prefill", "share": [0.25, 0.5, 1.0], "layer_seconds": 1e-2},
-    )
+    decode = {"share": [0.5, 0.8, 1.0], "kv_share": 0.4, "layer_seconds": 1e-3}
+    prefill = {"share": [0.25, 0.5, 1.0], "kv_share": 1.0, "layer_seconds": 1e-2}
+    records = (kinds | {"what": "decode"} | decode, kinds | {"what": "prefill"} | prefill)
     monkeypatch.setattr(fit, "calibration", lambda: records)
     speed = fit.plan("E2B", PRESETS["E2B"], "int4", CPU, context=4096, prompt=1024).speed
     assert speed.decode_bound
     assert speed.ttft_bound
     assert speed.decode
-    step, first = 1 / speed.decode_bound, speed.ttft_bound
-    assert speed.decode.mid == pytest.approx(1 / (step / 0.8 + 35e-3))
-    assert speed.decode.low == pytest.approx(1 / (step / 0.5 + 35e-3))
-    assert speed.decode.high == pytest.approx(1 / (step + 35e-3))
+    kv, first = speed.attention_bound or 0.0, speed.ttft_bound
+    rest, fixed = 1 / speed.decode_bound - kv, kv / 0.4 + 35e-3
+    assert 0 < kv < rest
+    assert speed.decode.mid == pytest.approx(1 / (rest / 0.8 + fixed))
+    assert speed.decode.low == pytest.approx(1 / (rest / 0.5 + fixed))
+    assert speed.decode.high == pytest.approx(1 / (rest + fixed))
     # Two passes of 35 layers.
     assert speed.ttft
     assert (speed.ttft.low, speed.ttft.mid, speed.ttft.high) == pytest.approx(
@@ -111,6 +112,7 @@ def test_records_of_calibration_are_whole():
         assert 0 < least <= median <= most
         assert record["what"] in ("decode", "prefill")
         assert record["layer_seconds"] >= 0
+        assert record["kv_share"] > 0
         assert record["place"] in ("cpu", "gpu")
         assert record["kind"] in ("float", "low")
         assert record["source"]

@@ -81,6 +81,8 @@ class Speed:
 
     decode_bound: float | None
     """Tokens a second of one user."""
+    attention_bound: float | None
+    """Seconds of a step that are reading of K/V."""
     decode: Range | None
     prefill_bound: float | None
     ttft_bound: float | None
@@ -297,13 +299,13 @@ def speed_of(
     """
     text, kind = config.text_config, "float" if format in sizing.FLOATS else "low"
     rate, bandwidth = target.rates.get(kind), target.bandwidth
-    step = prefill = None
+    step = attending = prefill = None
     passes = math.ceil(prompt / sizing.CHUNK_TOKENS)
     limit = "not known"
     if bandwidth:
-        reads = work.decode_weight_bytes(text, weights, users)
-        reads += users * work.decode_kv_bytes(text, context, sizing.KV_VALUES[kv])
-        step, limit = reads / bandwidth, "memory bandwidth"
+        attending = users * work.decode_kv_bytes(text, context, sizing.KV_VALUES[kv]) / bandwidth
+        step = work.decode_weight_bytes(text, weights, users) / bandwidth + attending
+        limit = "memory bandwidth"
         computing = users * work.decode_flops(text, context) / rate if rate else 0.0
         if computing > step:
             step, limit = computing, "computing"
@@ -311,27 +313,39 @@ def speed_of(
             every = work.decode_weight_bytes(text, weights, min(prompt, sizing.CHUNK_TOKENS))
             working = work.prefill_flops(text, prompt, 1) / rate
             prefill = max(working, passes * every / bandwidth)
-    layers = text.num_hidden_layers
+    layers, kinds = text.num_hidden_layers, (str(target.place), format, kind)
     return Speed(
         decode_bound=1 / step if step else None,
-        decode=_rates(_expected(step, target.place, kind, "decode", layers)),
+        attention_bound=attending,
+        decode=_rates(_expected(step, kinds, "decode", layers, attending or 0.0)),
         prefill_bound=prompt / prefill if prefill else None,
         ttft_bound=prefill,
-        ttft=_expected(prefill, target.place, kind, "prefill", passes * layers),
+        ttft=_expected(prefill, kinds, "prefill", passes * layers),
         limit=limit,
     )
 
 
-def _expected(bound: float | None, place: Place, kind: str, what: str, layers: int) -> Range | None:
+def _expected(
+    bound: float | None,
+    kinds: tuple[str, str, str],
+    what: str,
+    layers: int,
+    attending: float = 0.0,
+) -> Range | None:
     """Seconds that are expected where `bound` are the least; None where nothing was measured.
 
-    layers: how many are run, one after the other.
+    kinds: place, format, and the kind of that format. layers: how many are run, one after the
+    other. attending: seconds of the bound that are reading of K/V.
     """
-    for record in calibration():
-        if bound and (record["place"], record["kind"], record["what"]) == (place, kind, what):
-            fixed = layers * record["layer_seconds"]
-            least, usual, most = record["share"]
-            return Range(bound / most + fixed, bound / usual + fixed, bound / least + fixed)
+    place, *names = kinds
+    for kind in names:
+        for record in calibration():
+            if bound and (record["place"], record["kind"], record["what"]) == (place, kind, what):
+                fixed = layers * record["layer_seconds"] + attending / record["kv_share"]
+                low, mid, high = (
+                    (bound - attending) / share + fixed for share in reversed(record["share"])
+                )
+                return Range(low, mid, high)
     return None
 
 
@@ -341,8 +355,9 @@ def _rates(seconds: Range | None) -> Range | None:
 
 @cache
 def calibration() -> tuple[dict[str, Any], ...]:
-    """Records of `benchmarks.fit`: place, kind (float, low), what (decode, prefill), share of the
-    bound as [least, usual, most], layer_seconds that each layer takes besides, source."""
+    """Records of `benchmarks.fit`: place, kind (a format, or float, low), what (decode, prefill),
+    share of the bound as [least, usual, most], kv_share of the part that is reading of K/V,
+    layer_seconds that each layer takes besides, source."""
     path = resources.files("gemsmith") / "calibration.json"
     return tuple(json.loads(path.read_text(encoding="utf-8")))
 

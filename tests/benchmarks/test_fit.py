@@ -47,19 +47,41 @@ def test_shares_taken_from_runs_predict_these_runs(monkeypatch: pytest.MonkeyPat
     assert all(0 < r["share"][0] <= r["share"][1] <= r["share"][2] for r in records)
     monkeypatch.setattr(fit, "calibration", lambda: tuple(records))
     again = bench.predicted(CONFIG, "int4", rows[0])
-    bound = rows[0]["predicted"]["bounds"]["decode"]
-    [decode] = [r["share"] for r in records if r["what"] == "decode"]
-    assert again["decode"] == pytest.approx(bound * decode[1])
+    assert again["decode"] == pytest.approx(1000, rel=1e-3)  # two runs, two numbers
     rows[0]["predicted"] = again
     assert bench.error(rows[0], "decode") == pytest.approx(again["decode"] / 1000 - 1)
 
 
-def test_share_and_layer_seconds_are_found_again():
-    points = [(0.01, 9, 0.01 / 0.8 + 9e-4), (0.05, 35, 0.05 / 0.8 + 35e-4)]
-    assert bench._least_squares(points) == pytest.approx((1 / 0.8, 1e-4))
-    # One depth says nothing of layers, and no layer takes less than nothing.
-    assert bench._least_squares(points[:1])[1] == 0
-    assert bench._least_squares([(0.01, 9, 0.01), (0.05, 35, 0.03)])[1] == 0
+def test_shares_and_layer_seconds_are_found_again():
+    def seconds(bound: float, kv: float, layers: int) -> tuple[float, float, int, float]:
+        return bound, kv, layers, bound / 0.8 + kv / 0.5 + layers * 1e-4
+
+    points = [seconds(0.01, 0.001, 9), seconds(0.05, 0.001, 35), seconds(0.05, 0.02, 35)]
+    assert bench.least_squares(points) == pytest.approx((1 / 0.8, 1 / 0.5, 1e-4))
+    # One depth says nothing of layers; without K/V nothing is said of them.
+    one_depth = [seconds(0.05, kv, 35) for kv in (0.001, 0.01, 0.02)]
+    assert bench.least_squares(one_depth)[2] == 0
+    no_kv = [seconds(0.01, 0, 9), seconds(0.05, 0, 35)]
+    assert bench.least_squares(no_kv) == pytest.approx((1 / 0.8, 1 / 0.8, 1e-4))
+    # No layer takes less than nothing.
+    assert bench.least_squares([(0.01, 0.0, 9, 0.01), (0.05, 0.0, 35, 0.03)])[2] == 0
+
+
+def test_of_all_rounds_the_medians_count_and_of_rates_those_of_all_rows():
+    def measured(round: int, context: int, decode: float, bandwidth: float) -> dict[str, Any]:
+        made = row("int4", decode=decode, prefill=None)
+        made["rates"] = made["rates"] | {"bandwidth": bandwidth}
+        return made | {"machine": "m", "round": round, "context": context}
+
+    rows = [
+        *(measured(n, 512, decode, 1e9) for n, decode in enumerate((1, 9, 3))),
+        *(measured(n, 8192, 5.0, 3e9) for n in range(2)),
+    ]
+    one, other = bench.merged(rows)
+    assert (one["context"], one["measured"]["decode"], one["speeds"]) == (512, 3, [1, 9, 3])
+    assert (other["context"], other["measured"]["decode"]) == (8192, 5.0)
+    assert one["measured"]["prefill"] is None
+    assert one["rates"]["bandwidth"] == other["rates"]["bandwidth"] == 1e9
 
 
 def test_a_kind_without_record_has_no_error():
@@ -177,6 +199,7 @@ def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         monkeypatch.setattr(bench.measure, "now", lambda: date)
         monkeypatch.setattr(bench.measure, "commit", lambda: "abc")
         command = ["fit", "--models", "tiny-E2B", "--formats", "int4", "--contexts", "512", "1024"]
+        command += ["--rounds", "1"]
         progress = ["--progress", str(tmp_path / "fit.jsonl")]
         monkeypatch.setattr("sys.argv", [*command, *progress, *arguments])
         try:
@@ -204,7 +227,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(go: Go, tmp_path: Path):
     assert record["runs"] == {"commit abc, before UTC": 2, "commit abc, now UTC": 2}
     assert [each["measured"]["decode"] for each in record["rows"]] == [1, 2, 1, 2]
     assert [(each["context"], each["users"]) for each in record["rows"]] == ALL
-    assert "1 of 4: tiny-E2B int4, 512 x 1: 1.00 tok/s" in record["out"]
+    assert "1 of 4: tiny-E2B int4, 512 x 1, round 1: 1.00 tok/s" in record["out"]
     assert "(measured before, commit abc, before UTC)" in record["out"]
     page = "\n".join(report.fit(record))
     assert "2 at commit abc, before UTC; 2 at commit abc, now UTC." in page
