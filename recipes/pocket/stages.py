@@ -56,14 +56,11 @@ STAGES = {
         | {"speech/answer": 2},
     ),
     "text": Stage(
-        shares={"picture/scene": 0.2, "picture/detect": 0.3, "picture/count": 0.25}
-        | {"picture/buttons": 0.3, "picture/note": 0.4, "picture/read": 0.02}
-        | {"picture/table": 0.05, "picture/page": 0.0, "film": 0.15, "speech/call": 0.12}
-        | {"speech/transcribe": 0.35, "speech/answer": 0.6, "speech/reading": 0.3}
-        | {"which": 0.5, "choices": 0.4, "thinking_arithmetic": 0.3},
-        rest=0.95,
+        shares={"picture/scene": 0.5, "picture/read": 0.1, "picture/table": 0.1}
+        | {"picture/page": 0.0, "film": 0.4, "speech/call": 0.5, "speech/transcribe": 0.4},
+        rest=1.0,
         weights=dict.fromkeys(SHAPES, 3)
-        | {"film": 2, "picture/note": 2, "speech/transcribe": 3, "speech/reading": 2}
+        | {"film": 2, "picture/note": 2, "speech/transcribe": 2, "speech/reading": 2}
         | {"speech/answer": 2},
     ),
 }

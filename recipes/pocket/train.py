@@ -4,10 +4,14 @@
                                    [--from CHECKPOINT] [--towers FILE] [--frozen]
                                    [--lr RATE] [--batch-tokens N] [--bits 4]
   python -m recipes.pocket.train export --run RUN --tokenizer FOLDER --out FOLDER
+  python -m recipes.pocket.train average CHECKPOINT CHECKPOINT ... --out FOLDER [--bits 4]
 
 `fit` stops cleanly at any time and goes on where it stopped. The learning rate stays level until a
 stretch with --decay-now, which lets it fall to zero and so ends the run; a later stretch without it
 goes on from where the decay began.
+
+`average` takes the mean of the weights of checkpoints of which one was trained from the other: what
+each of them does better, the mean keeps (Wortsman et al., arXiv:2203.05482).
 
 Data: see build_data.py. Data with pictures and sounds train the towers too; a run is with towers or
 without from its first step to its export. `--from` a checkpoint without towers adds fresh ones,
@@ -215,19 +219,50 @@ def export(run: Path, tokenizer: Path, out: Path) -> None:
     if not paths:
         raise TrainError(f"{run} has no checkpoint; train a stretch first")
     state = torch.load(paths[-1], map_location="cpu", weights_only=True)
-    model, towers = TextModel(TEXT), None
-    model.load_state_dict(state["model"])
-    if "towers" in state:
-        towers = Towers(POCKET)
-        towers.load_state_dict(state["towers"])
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    with rounded(model, decoder_formats(model, record["train"].get("bits"))):
-        save_model(model, POCKET, out, towers=towers, dtype=torch.bfloat16)
+    print(f"{paths[-1].name} -> {out}")
+    write(state["model"], state.get("towers"), record["train"].get("bits"), tokenizer, out)
+
+
+def average(folders: list[Path], out: Path, bits: str | None) -> None:
+    """Write the mean of checkpoints, decoder and towers, with the tokenizer of the first.
+
+    Raises:
+      WeightsError: one of them is damaged, or `out` cannot be written.
+    """
+    decoders, towers = [], []
+    for folder in folders:
+        config, model = load_model(folder, dtype=torch.float32, ple="memory")
+        decoders.append(model.state_dict())
+        if config.vision_config is not None:
+            there = load_towers(folder, config, device="cpu", dtype=torch.float32)
+            towers.append(there.state_dict())
+    write(mean(decoders), mean(towers) if towers else None, bits, folders[0], out)
+
+
+def mean(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+
+
+def write(
+    decoder: dict[str, torch.Tensor],
+    towers: dict[str, torch.Tensor] | None,
+    bits: str | None,
+    tokenizer: Path,
+    out: Path,
+) -> None:
+    """A checkpoint folder in bfloat16 of these weights, the decoder's rounded to `bits`."""
+    model, seen = TextModel(TEXT), None
+    model.load_state_dict(decoder)
+    if towers is not None:
+        seen = Towers(POCKET)
+        seen.load_state_dict(towers)
+    with rounded(model, decoder_formats(model, bits)):
+        save_model(model, POCKET, out, towers=seen, dtype=torch.bfloat16)
     GenerationConfig(do_sample=False, eos_token_id=END_IDS).save(out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, out / name)
-    size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"{paths[-1].name} -> {out}: {size / 1e6:.2f} MB")
+    print(f"{sum(path.stat().st_size for path in out.iterdir()) / 1e6:.2f} MB")
 
 
 def main() -> None:
@@ -252,8 +287,14 @@ def main() -> None:
     command.add_argument("--run", type=Path, required=True)
     command.add_argument("--tokenizer", type=Path, required=True, help="folder to copy from")
     command.add_argument("--out", type=Path, required=True)
+    command = commands.add_parser("average", help="write the mean of checkpoint folders")
+    command.add_argument("folders", type=Path, nargs="+")
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--bits", help="of the recipe that the decoder is rounded by")
     args = parser.parse_args()
-    if args.command == "fit":
+    if args.command == "average":
+        average(args.folders, args.out, args.bits)
+    elif args.command == "fit":
         torch.set_flush_denormal(True)  # sharp attention makes many, and they are slow
         fit(
             args.data,

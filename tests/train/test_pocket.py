@@ -19,7 +19,9 @@ from gemsmith.errors import TrainError
 from gemsmith.media import audio, image
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
+from gemsmith.quant.quantize import on_grid
 from gemsmith.train.media import SOUND, MediaWriter, Medium, pcm
+from gemsmith.train.rounding import decoder_formats
 from gemsmith.weights.load import load_model, load_towers
 from gemsmith.weights.save import save_model
 
@@ -84,6 +86,7 @@ def test_export_is_a_small_checkpoint_with_the_same_logits(
     tokenizer.mkdir()
     torch.save({"model": TextModel(TEXT).state_dict()}, run / "checkpoint-9.pt")
     torch.save({"model": model.state_dict()}, run / "checkpoint-10.pt")
+    (run / "run.json").write_text('{"train": {}}')
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tokenizer / name).write_text(name)
     export(run, tokenizer, out)
@@ -117,6 +120,7 @@ def test_export_with_towers_is_small_and_keeps_them(
     run.mkdir()
     state = {"model": model.state_dict(), "towers": towers.state_dict()}
     torch.save(state, run / "checkpoint-1.pt")
+    (run / "run.json").write_text('{"train": {}}')
     export(run, TOKENIZER, out)
     assert sum(path.stat().st_size for path in out.iterdir()) < MAX_BYTES_WITH_TOWERS
     config, _ = load_model(out, dtype=torch.float32, ple="memory")
@@ -124,6 +128,33 @@ def test_export_with_towers_is_small_and_keeps_them(
     loaded = load_towers(out, config, device="cpu", dtype=torch.float32).state_dict()
     for name, wanted in towers.state_dict().items():
         assert torch.equal(loaded[name], wanted.bfloat16().float()), name
+
+
+def test_the_mean_of_checkpoints_is_rounded_where_it_is_asked_for(
+    model: TextModel, towers: Towers, tmp_path: Path
+) -> None:
+    other = TextModel(TEXT)
+    init_weights(other, seed=1)
+    for name, decoder in (("a", model), ("b", other)):
+        train.write(decoder.state_dict(), towers.state_dict(), None, TOKENIZER, tmp_path / name)
+    train.average([tmp_path / "a", tmp_path / "b"], tmp_path / "exact", None)
+    train.average([tmp_path / "a", tmp_path / "b"], tmp_path / "rounded", "4")
+    stored = [
+        load_model(tmp_path / name, dtype=torch.float32, ple="memory")[1].state_dict()
+        for name in ("a", "b", "exact", "rounded")
+    ]
+    formats = decoder_formats(model, "4")
+    for name in stored[0]:
+        a, b, exact, low = (each[name] for each in stored)
+        torch.testing.assert_close(exact, ((a + b) / 2).bfloat16().float(), rtol=0, atol=0)
+        if name in formats:
+            assert on_grid(low, formats[name]), name
+            assert not torch.equal(low, exact)
+        else:
+            torch.testing.assert_close(low, exact, rtol=0, atol=0)
+    seen = load_towers(tmp_path / "exact", POCKET, device="cpu", dtype=torch.float32).state_dict()
+    for name, wanted in towers.state_dict().items():
+        torch.testing.assert_close(seen[name], wanted.bfloat16().float(), rtol=0, atol=0)
 
 
 @torch.no_grad()
