@@ -317,22 +317,23 @@ def _point(row: Row, what: str) -> tuple[float, float, int, float]:
 def least_squares(points: list[tuple[float, float, int, float]]) -> tuple[float, float, float]:
     """What a second of the bound, one of K/V and a layer take, none of them negative.
 
-    A part that the points cannot tell from the others, or that would be negative, counts as those
-    of the bound do; a layer then as nothing.
+    A part that the points cannot tell from the others, or that would be negative, is left out: K/V
+    then count as the bound does, or a layer as nothing, whichever errs less.
     """
     made = np.array(points)
     x = made[:, :3] / made[:, 3:]
-    joined = np.stack([x[:, 0] + x[:, 1], x[:, 2]], 1)
-    for columns, read in (
-        (x, lambda found: tuple(found)),
-        (x[:, :2], lambda found: (*found, 0.0)),
-        (joined, lambda found: (found[0], found[0], found[1])),
+    best, least = (0.0, 0.0, 0.0), np.inf
+    for parts in (
+        np.eye(3),
+        np.array([[1, 0, 0], [0, 1, 0]]),
+        np.array([[1, 1, 0], [0, 0, 1]]),
+        np.array([[1, 1, 0]]),
     ):
-        found, _, rank, _ = np.linalg.lstsq(columns, np.ones(len(x)), rcond=1e-6)
-        if rank == columns.shape[1] and (found > 0).all():
-            return read(found.tolist())
-    slope = joined[:, 0].sum() / (joined[:, 0] ** 2).sum()
-    return slope, slope, 0.0
+        found, _, rank, _ = np.linalg.lstsq(x @ parts.T, np.ones(len(x)), rcond=1e-6)
+        error = np.square(x @ (found @ parts) - 1).sum()
+        if rank == len(parts) and (found > 0).all() and error < least - 1e-12:
+            best, least = tuple((found @ parts).tolist()), error
+    return best
 
 
 def error(row: Row, what: str) -> float | None:

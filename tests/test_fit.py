@@ -114,7 +114,7 @@ def test_records_of_calibration_are_whole():
         assert record["layer_seconds"] >= 0
         assert record["kv_share"] > 0
         assert record["place"] in ("cpu", "gpu")
-        assert record["kind"] in ("float", "low")
+        assert record["kind"] in ("float", "low", "mobile")
         assert record["source"]
 
 
