@@ -165,7 +165,7 @@ def test_the_most_exact_format_that_will_do_is_taken() -> None:
 
 
 def test_a_small_board_gets_the_smallest_and_is_told_why() -> None:
-    decision = on("raspberry-pi-5-8gb", images="fine", speed=5)
+    decision = on("raspberry-pi-5-8gb", images="fine", speed=7)
     assert (chosen(decision), decision.runner_up) == ("E2B", None)
     text = "\n".join(decision.reasons())
     for words in (
