@@ -9,38 +9,21 @@ Run: python -m benchmarks.conformance [--only GROUP ...] [--record]
 import argparse
 import time
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from benchmarks import measure, servers
+from gemsmith.cli.probe import watched
 from gemsmith.errors import RequestError
-from gemsmith.evals.conformance import GROUPS, Outcome, Probe, Report, run, select
+from gemsmith.evals.conformance import GROUPS, Report, select
 from gemsmith.evals.endpoint import Endpoint
 from gemsmith.weights.hub import POCKET
 
 SEQUENCES, ROOM = 4, 8192
 TIMEOUT_S = 60.0
 """Of a probe."""
-
-
-def ask(server: servers.Server, probes: list[Probe]) -> Report:
-    """Every probe, one after the other."""
-    console = Console(stderr=True)
-    bar = Progress(console=console, transient=True)
-    entry = bar.add_task(server.name, total=len(probes))
-
-    def advance(outcome: Outcome) -> None:
-        bar.update(entry, advance=1, description=f"{server.name}: {outcome.group}")
-
-    url = f"http://127.0.0.1:{server.port}/v1"
-    with Endpoint(url, timeout_s=TIMEOUT_S) as endpoint:
-        endpoint.connect()
-        with bar if console.is_terminal else nullcontext():
-            return run(endpoint, probes, advance)
 
 
 def counted(report: Report) -> dict[str, Any]:
@@ -72,10 +55,12 @@ def main() -> None:
         )
         for server in up:
             began = time.monotonic()
-            found = counted(ask(server, probes))
+            with Endpoint(f"http://127.0.0.1:{server.port}/v1", timeout_s=TIMEOUT_S) as endpoint:
+                report = watched(endpoint, probes)
+            found = counted(report)
             programs[server.name] = {"missing": "", "seconds": time.monotonic() - began, **found}
-            total = sum((Counter(each) for each in found["groups"].values()), Counter())
-            print(f"{server.name:15} {', '.join(f'{n} {status}' for status, n in total.items())}")
+            counts = (f"{report.count(status)} {status}" for status in ("pass", "fail", "skip"))
+            print(f"{server.name:15} {', '.join(counts)}")
             for name, reason in found["failed"].items():
                 print(f"    {name}: {reason}")
     for name, why in missing.items():

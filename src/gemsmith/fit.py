@@ -313,7 +313,7 @@ def speed_of(
             every = work.decode_weight_bytes(text, weights, min(prompt, sizing.CHUNK_TOKENS))
             working = work.prefill_flops(text, prompt, 1) / rate
             prefill = max(working, passes * every / bandwidth)
-    layers, kinds = text.num_hidden_layers, (str(target.place), format, kind)
+    layers, kinds = text.num_hidden_layers, (target.place, format, kind)
     return Speed(
         decode_bound=1 / step if step else None,
         attention_bound=attending,

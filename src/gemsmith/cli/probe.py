@@ -12,7 +12,7 @@ from rich.table import Table
 
 from gemsmith.cli.console import harmless
 from gemsmith.errors import RequestError
-from gemsmith.evals.conformance import GROUPS, Outcome, Report, run, select
+from gemsmith.evals.conformance import GROUPS, Outcome, Probe, Report, run, select
 from gemsmith.evals.endpoint import Endpoint, read_key
 
 MAX_TIMEOUT_S = 3600
@@ -40,17 +40,7 @@ def ask(
     probes = select(only)
     key = read_key(api_key_file) if api_key_file else None
     with Endpoint(url, key=key, model=model, timeout_s=timeout_s) as endpoint:
-        endpoint.connect()
-        asides = Console(stderr=True)
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
-        bar = Progress(*columns, console=asides, transient=True)
-        entry = bar.add_task("probing", total=len(probes))
-
-        def advance(outcome: Outcome) -> None:
-            bar.update(entry, advance=1, description=outcome.group)
-
-        with bar if asides.is_terminal else nullcontext():
-            report = run(endpoint, probes, advance)
+        report = watched(endpoint, probes)
     if as_json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
     else:
@@ -58,6 +48,21 @@ def ask(
     if not report.complete:
         raise KeyboardInterrupt
     return not report.count("fail")
+
+
+def watched(endpoint: Endpoint, probes: Sequence[Probe]) -> Report:
+    """Connect and `run`, with a bar on stderr where that is a terminal; raises as `connect`."""
+    endpoint.connect()
+    asides = Console(stderr=True)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+    bar = Progress(*columns, console=asides, transient=True)
+    entry = bar.add_task("probing", total=len(probes))
+
+    def advance(outcome: Outcome) -> None:
+        bar.update(entry, advance=1, description=outcome.group)
+
+    with bar if asides.is_terminal else nullcontext():
+        return run(endpoint, probes, advance)
 
 
 def show(report: Report, console: Console, *, every: bool = False) -> None:
