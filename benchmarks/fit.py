@@ -7,8 +7,9 @@ else is there, and is measured with one user.
 
 Speed is predicted from this machine's rates, medians of what each process measured just after, and
 from the shares in calibration.json. With --calibrate the shares are taken from these very runs
-instead and written there: then the errors say how well three numbers a kind (shares of the bound
-and of the reading of K/V, seconds a layer) describe all models, contexts and formats, and no more.
+instead and written there, beside those of other kinds of processors: then the errors say how well
+three numbers a kind (shares of the bound and of the reading of K/V, seconds a layer) describe all
+models, contexts and formats, and no more.
 All combinations are measured round after round, and of each the median counts. Without a record
 for a kind, its speed has no prediction.
 
@@ -35,7 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import measure, random_checkpoint, report
 from benchmarks.llama_worker import ids_of, status_bytes
-from gemsmith import fit, probe, sizing
+from gemsmith import fit, hardware, probe, sizing
 from gemsmith.config import Gemma4Config
 from gemsmith.engine.context import CHUNK_TOKENS, Context
 from gemsmith.engine.engine import LM
@@ -228,7 +229,7 @@ def predicted(config: Gemma4Config, format: str, row: Row) -> Row:
     """What fit says of the same combination on a machine of these rates; memory for all users,
     speed for one, the others idle."""
     rates = row["rates"]
-    target = Target("here", "cpu", 1 << 50, rates["bandwidth"], rates)
+    target = Target("here", "cpu", 1 << 50, rates["bandwidth"], rates, arch=hardware.arch())
     options: dict[str, Any] = {"context": row["context"], "kv": "int8", "prompt": row["prompt"]}
     options["media"] = False
     memory = fit.plan("", config, format, target, users=row["users"], **options).memory
@@ -267,9 +268,9 @@ def merged(rows: list[Row]) -> list[Row]:
     return out
 
 
-def shares(rows: list[Row], source: str) -> list[Row]:
-    """Records for calibration.json: of each kind the part of its bound, that of the reading of K/V,
-    and what a layer takes besides, so that
+def shares(rows: list[Row], arch: str, source: str) -> list[Row]:
+    """Records for calibration.json, measured on a processor of kind `arch`: of each kind of format
+    the part of its bound, that of the reading of K/V, and what a layer takes besides, so that
 
         seconds = (bound - K/V) / share + K/V / kv_share + layers * layer_seconds.
 
@@ -294,10 +295,16 @@ def shares(rows: list[Row], source: str) -> list[Row]:
                 for bound, kv, layers, seconds in points
             ]
             share = [round(f / slope, 4) for f in (min(1.0, *off), 1.0, max(1.0, *off))]
-            record = {"place": "cpu", "kind": kind, "what": what, "share": share}
+            record = {"place": "cpu", "arch": arch, "kind": kind, "what": what, "share": share}
             record |= {"kv_share": round(1 / kv_slope, 4), "layer_seconds": float(f"{layer:.3g}")}
             records.append(record | {"source": source})
     return records
+
+
+def with_others(records: list[Row]) -> list[Row]:
+    """These, and what calibration.json has of other kinds of processors."""
+    kinds = {record["arch"] for record in records}
+    return [*(record for record in fit.calibration() if record["arch"] not in kinds), *records]
 
 
 def _kind(format: str) -> str:
@@ -379,7 +386,7 @@ def main() -> None:
             f"benchmarks.fit, {', '.join(configs)}, {about['cpu']}, {about['threads']} threads, "
             f"commit {measure.commit()}"
         )
-        records = shares(rows, source)
+        records = with_others(shares(rows, hardware.arch(), source))
         CALIBRATION.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
         fit.calibration.cache_clear()
     worst: dict[str, float] = {}

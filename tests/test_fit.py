@@ -14,7 +14,7 @@ from gemsmith.errors import CapacityError, ConfigError
 from gemsmith.fit import GIB, Target
 
 CARD = Target("card", "gpu", 12 * GIB, 360e9, {"float": 50e12, "low": 50e12})
-CPU = Target("box", "cpu", 16 * GIB, 20e9, {"float": 300e9, "low": 2e12})
+CPU = Target("box", "cpu", 16 * GIB, 20e9, {"float": 300e9, "low": 2e12}, arch="x86-64")
 
 
 def test_a_plan_fits_where_its_parts_do():
@@ -83,7 +83,7 @@ def test_a_prompt_takes_its_operations_or_the_reading_of_the_weights():
 
 
 def test_expected_speed_is_the_bound_by_the_measured_share(monkeypatch: pytest.MonkeyPatch):
-    kinds = {"place": "cpu", "kind": "low"}
+    kinds = {"place": "cpu", "arch": "x86-64", "kind": "low"}
     decode = {"share": [0.5, 0.8, 1.0], "kv_share": 0.4, "layer_seconds": 1e-3}
     prefill = {"share": [0.25, 0.5, 1.0], "kv_share": 1.0, "layer_seconds": 1e-2}
     records = (kinds | {"what": "decode"} | decode, kinds | {"what": "prefill"} | prefill)
@@ -106,6 +106,27 @@ def test_expected_speed_is_the_bound_by_the_measured_share(monkeypatch: pytest.M
     assert fit.plan("E2B", PRESETS["E2B"], "int4", CARD, context=1024).speed.decode is None
 
 
+def test_a_share_of_another_processor_is_a_guess(monkeypatch: pytest.MonkeyPatch):
+    assert fit.plan("E2B", PRESETS["E2B"], "int4", CPU, context=64).speed.guess is None
+    board = fit.named("raspberry-pi-5-8gb")
+    speed = fit.plan("E2B", PRESETS["E2B"], "int4", board, context=64).speed
+    assert speed.decode
+    assert speed.guess
+    assert speed.guess.startswith("the shares were measured on x86-64, on arm64 none were; there")
+    unknown = fit.plan("E2B", PRESETS["E2B"], "int4", replace(CPU, arch=None), context=64).speed
+    assert "on another processor none were" in (unknown.guess or "")
+    # Where nothing is expected, nothing is guessed.
+    assert fit.plan("E2B", PRESETS["E2B"], "int4", CARD, context=64).speed.guess is None
+    # Its own share is no guess, and goes before that of another.
+    own = [{**r, "arch": "arm64", "share": [0.1, 0.1, 0.1]} for r in fit.calibration()]
+    records = (*fit.calibration(), *own)
+    monkeypatch.setattr(fit, "calibration", lambda: records)
+    measured = fit.plan("E2B", PRESETS["E2B"], "int4", board, context=64).speed
+    assert measured.guess is None
+    assert measured.decode
+    assert measured.decode.mid < speed.decode.mid
+
+
 def test_records_of_calibration_are_whole():
     for record in fit.calibration():
         least, median, most = record["share"]
@@ -114,6 +135,7 @@ def test_records_of_calibration_are_whole():
         assert record["layer_seconds"] >= 0
         assert record["kv_share"] > 0
         assert record["place"] in ("cpu", "gpu")
+        assert record["arch"] in ("x86-64", "arm64")
         assert record["kind"] in ("float", "low", "mobile")
         assert record["source"]
 

@@ -125,3 +125,15 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch):
     assert hardware.cache_folder() is None
     monkeypatch.setenv("GEMSMITH_CACHE", "~nobody-of-this-name/cache")
     assert hardware.cache_folder() is None
+
+
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [("x86_64", "x86-64"), ("AMD64", "x86-64"), ("aarch64", "arm64"), ("arm64", "arm64"),
+     ("riscv64", "riscv64")],
+)  # fmt: skip
+def test_a_processor_has_one_name_on_every_system(
+    monkeypatch: pytest.MonkeyPatch, called: str, name: str
+):
+    monkeypatch.setattr("platform.machine", lambda: called)
+    assert hardware.arch() == name

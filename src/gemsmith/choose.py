@@ -225,6 +225,15 @@ class Option:
             return found.ttft.mid
         return found.ttft_bound and found.ttft_bound / ASSUMED_SHARE
 
+    @property
+    def guess(self) -> str | None:
+        """Why `speed` and `first` are guesses; None: they are not, or are not known."""
+        found = self.rates
+        speed, first = found.decode_bound is None, found.ttft_bound is None
+        if (speed or found.decode) and (first or found.ttft):
+            return found.guess
+        return f"{ASSUMED_SHARE:.0%} of what the machine allows; on such nothing was measured yet"
+
     def __str__(self) -> str:
         return f"{self.size} {self.format}" + (", K/V in int8" if self.kv == "int8" else "")
 
@@ -264,18 +273,19 @@ def examine(size: str, format: str, kv: str, needs: Needs, machine: Target) -> O
 
     option = Option(size, format, kv, held, rates, (), (0, 1.0), None, ())
     speed, first = option.speed, option.first
+    about = "~" if option.guess else "about "
     if needs.speed is not None and speed is None:
         unknown.append("its speed here: no bandwidth is known; name a --device")
     elif needs.speed is not None and speed is not None and speed < needs.speed:
         missing.append(
-            f"about {speed:.3g} tokens a second for each user, {needs.speed:g} are asked"
+            f"{about}{speed:.3g} tokens a second for each user, {needs.speed:g} are asked"
         )
         ratio = max(ratio, needs.speed / speed)
     if needs.first is not None and first is None:
         unknown.append("its time to the first token here: no rate of the units is known")
     elif needs.first is not None and first is not None and first > needs.first:
         missing.append(
-            f"about {first:.3g} s to the first token of a full context, {needs.first:g} are asked"
+            f"{about}{first:.3g} s to the first token of a full context, {needs.first:g} are asked"
         )
         ratio = max(ratio, first / needs.first)
 
@@ -472,6 +482,8 @@ def _speed_reason(chosen: Option) -> str:
     if found.decode_bound is None:
         return "how fast it will be is not known: no bandwidth is"
     bound = f"{found.decode_bound:.3g} tokens a second for each user that {found.limit} allows"
+    if found.decode is not None and found.guess:
+        return f"~{found.decode.mid:.3g} of the {bound}, a guess"
     if found.decode is not None:
         return f"about {found.decode.mid:.3g} of the {bound}, by the share measured on such"
     return f"at most the {bound}; a good engine reaches about half"
@@ -515,6 +527,7 @@ def to_dict(decision: Decision) -> dict[str, Any]:
             "tokens_per_s_at_most": one.rates.decode_bound,
             "first_token_s": one.first,
             "first_token_s_at_least": one.rates.ttft_bound,
+            "guess": one.guess,
             "merit": one.merit,
             "missing": list(one.missing),
             "unknown": list(one.unknown),

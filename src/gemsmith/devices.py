@@ -33,6 +33,8 @@ class Device:
     kind: Kind
     """unified: one memory for processor and graphics. cpu, phone: the same, with less of either."""
     source: str
+    arch: str = "arm64"
+    """Kind of its processor, as in `hardware.arch`; of no meaning for a gpu."""
 
     @property
     def memory_bytes(self) -> int:

@@ -4,8 +4,9 @@ machine. Needs no torch and no weights.
 Memory is exact where allocation is (sizing.py): weights and K/V. Workspace and runtime are
 estimates and stand apart. Speed is a roofline: a step takes as long as reading what it reads, or as
 computing what it computes, whichever is longer. No program reaches it; the share that gemsmith
-reached where it was measured (calibration.json) gives the expected speed and its error bar. Without
-such a measurement for a kind of machine, only the bound is given.
+reached where it was measured (calibration.json) gives the expected speed and its error bar. On
+another kind of processor the same share is a guess and called so; where none was measured at all,
+as on GPUs, only the bound is given.
 
   forward   `plan`: one combination on one machine
   inverse   `search`: every combination that fits, the best first
@@ -46,6 +47,9 @@ PROMPT = 512
 """Tokens of the prompt whose time to the first token is predicted."""
 MOST_USERS, MOST_CONTEXT = 4096, 1 << 24
 
+Record = dict[str, Any]
+"""Of calibration.json."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -61,6 +65,8 @@ class Target:
     """Operations a second on `float` and on `low` bits."""
     about: str = ""
     """Where the figures come from."""
+    arch: str | None = None
+    """Kind of processor, as in `hardware.arch`; None: not known, or a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,9 @@ class Speed:
     ttft: Range | None
     limit: str
     """memory bandwidth, or computing: what a step of decoding waits for."""
+    guess: str | None = None
+    """Why decode and ttft are guesses; None: their shares were measured on such a processor, or
+    there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +161,7 @@ def this_machine(device: str = "auto", memory: int | None = None) -> Target:
     about += f"; {measured.cores} cores read {measured.bandwidth / 1e9:.1f} GB/s"
     about += ", measured while other programs ran" if measured.busy else ", measured"
     rates = {"float": measured.float_rate, "low": measured.int_rate}
-    return Target("this machine", "cpu", found, measured.bandwidth, rates, about)
+    return Target("this machine", "cpu", found, measured.bandwidth, rates, about, hardware.arch())
 
 
 def named(name: str) -> Target:
@@ -166,7 +175,8 @@ def named(name: str) -> Target:
     place: Place = "gpu" if device.kind == "gpu" else "cpu"
     about = f"{device.source}; {USABLE[device.kind]:.0%} of {device.memory_gb:g} GB taken as free"
     rates = _named_rates(device)
-    return Target(device.name, place, memory, device.bandwidth_gbs * 1e9, rates, about)
+    arch = None if place == "gpu" else device.arch
+    return Target(device.name, place, memory, device.bandwidth_gbs * 1e9, rates, about, arch)
 
 
 def _named_rates(device: Device) -> dict[str, float | None]:
@@ -313,39 +323,55 @@ def speed_of(
             every = work.decode_weight_bytes(text, weights, min(prompt, sizing.CHUNK_TOKENS))
             working = work.prefill_flops(text, prompt, 1) / rate
             prefill = max(working, passes * every / bandwidth)
-    layers, kinds = text.num_hidden_layers, (target.place, format, kind)
+    layers = text.num_hidden_layers
+    decoding, prefilling = (_record(target, (format, kind), what) for what in ("decode", "prefill"))
+    used = [record for record, bound in ((decoding, step), (prefilling, prefill)) if bound]
     return Speed(
         decode_bound=1 / step if step else None,
         attention_bound=attending,
-        decode=_rates(_expected(step, kinds, "decode", layers, attending or 0.0)),
+        decode=_rates(_expected(step, decoding, layers, attending or 0.0)),
         prefill_bound=prompt / prefill if prefill else None,
         ttft_bound=prefill,
-        ttft=_expected(prefill, kinds, "prefill", passes * layers),
+        ttft=_expected(prefill, prefilling, passes * layers),
         limit=limit,
+        guess=_guess(target, used),
     )
 
 
+def _record(target: Target, kinds: tuple[str, str], what: str) -> Record | None:
+    """What was measured of a format, or of its kind, at such a place: on the target's processor if
+    it was, else on another; None where it was not."""
+    for kind in kinds:
+        asked = (target.place, kind, what)
+        found = [r for r in calibration() if (r["place"], r["kind"], r["what"]) == asked]
+        if found:
+            return next((r for r in found if r["arch"] == target.arch), found[0])
+    return None
+
+
 def _expected(
-    bound: float | None,
-    kinds: tuple[str, str, str],
-    what: str,
-    layers: int,
-    attending: float = 0.0,
+    bound: float | None, record: Record | None, layers: int, attending: float = 0.0
 ) -> Range | None:
     """Seconds that are expected where `bound` are the least; None where nothing was measured.
 
-    kinds: place, format, and the kind of that format. layers: how many are run, one after the
-    other. attending: seconds of the bound that are reading of K/V.
+    layers: how many are run, one after the other. attending: seconds of the bound that are reading
+    of K/V.
     """
-    place, *names = kinds
-    for kind in names:
-        for record in calibration():
-            if bound and (record["place"], record["kind"], record["what"]) == (place, kind, what):
-                fixed = layers * record["layer_seconds"] + attending / record["kv_share"]
-                low, mid, high = (
-                    (bound - attending) / share + fixed for share in reversed(record["share"])
-                )
-                return Range(low, mid, high)
+    if not bound or record is None:
+        return None
+    fixed = layers * record["layer_seconds"] + attending / record["kv_share"]
+    low, mid, high = ((bound - attending) / share + fixed for share in reversed(record["share"]))
+    return Range(low, mid, high)
+
+
+def _guess(target: Target, used: Iterable[Record | None]) -> str | None:
+    for record in used:
+        if record and record["arch"] != target.arch:
+            here = target.arch or "another processor"
+            return (
+                f"the shares were measured on {record['arch']}, on {here} none were; there, in a "
+                "checkout, `python -m benchmarks.fit --calibrate` measures them"
+            )
     return None
 
 
@@ -354,10 +380,10 @@ def _rates(seconds: Range | None) -> Range | None:
 
 
 @cache
-def calibration() -> tuple[dict[str, Any], ...]:
-    """Records of `benchmarks.fit`: place, kind (a format, or float, low), what (decode, prefill),
-    share of the bound as [least, usual, most], kv_share of the part that is reading of K/V,
-    layer_seconds that each layer takes besides, source."""
+def calibration() -> tuple[Record, ...]:
+    """Records of `benchmarks.fit`: place, arch (as `hardware.arch` has it), kind (a format, or
+    float, low), what (decode, prefill), share of the bound as [least, usual, most], kv_share of the
+    part that is reading of K/V, layer_seconds that each layer takes besides, source."""
     path = resources.files("gemsmith") / "calibration.json"
     return tuple(json.loads(path.read_text(encoding="utf-8")))
 

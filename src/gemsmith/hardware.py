@@ -74,6 +74,14 @@ def machine() -> Machine:
     )
 
 
+def arch() -> str:
+    """Kind of processor, by the name that devices.py and calibration.json use: x86-64, arm64; of
+    another kind what the system calls it."""
+    found = platform.machine().lower()
+    names = {"amd64": "x86-64", "x86_64": "x86-64", "aarch64": "arm64"}
+    return names.get(found, found)
+
+
 def cache_folder() -> Path | None:
     """Where files that can be made again are kept: GEMSMITH_CACHE, or the user's place for caches.
 

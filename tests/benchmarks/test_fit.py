@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import fit as bench
 from benchmarks import fit_page, measure, random_checkpoint, report
-from gemsmith import fit, sizing
+from gemsmith import fit, hardware, sizing
 from gemsmith.engine.context import Context
 from gemsmith.engine.engine import LM
 from gemsmith.probe import Rates
@@ -42,7 +42,7 @@ def test_shares_taken_from_runs_predict_these_runs(monkeypatch: pytest.MonkeyPat
     rows = [row("int4", decode=1000.0, prefill=2e4), row("int8", decode=900.0, prefill=1e4)]
     for each in rows:
         each["predicted"] = bench.predicted(CONFIG, each["format"], each)
-    records = bench.shares(rows, "here")
+    records = bench.shares(rows, hardware.arch(), "here")
     assert {(r["kind"], r["what"]) for r in records} == {("low", "decode"), ("low", "prefill")}
     assert all(0 < r["share"][0] <= r["share"][1] <= r["share"][2] for r in records)
     monkeypatch.setattr(fit, "calibration", lambda: tuple(records))
@@ -50,6 +50,13 @@ def test_shares_taken_from_runs_predict_these_runs(monkeypatch: pytest.MonkeyPat
     assert again["decode"] == pytest.approx(1000, rel=1e-3)  # two runs, two numbers
     rows[0]["predicted"] = again
     assert bench.error(rows[0], "decode") == pytest.approx(again["decode"] / 1000 - 1)
+
+
+def test_records_of_other_processors_are_kept(monkeypatch: pytest.MonkeyPatch):
+    old = [{"arch": arch, "share": [1.0] * 3} for arch in ("x86-64", "arm64", "x86-64")]
+    monkeypatch.setattr(fit, "calibration", lambda: tuple(old))
+    new = [{"arch": "x86-64", "share": [0.5] * 3}]
+    assert bench.with_others(new) == [old[1], *new]
 
 
 def test_shares_and_layer_seconds_are_found_again():
@@ -115,7 +122,7 @@ def test_a_speed_that_was_not_measured_has_no_error_and_no_share():
     each = row("int4", decode=10.0, prefill=None)
     each["predicted"] = bench.predicted(CONFIG, "int4", each)
     assert bench.error(each, "prefill") is None
-    assert [record["what"] for record in bench.shares([each], "here")] == ["decode"]
+    assert [record["what"] for record in bench.shares([each], "arm64", "here")] == ["decode"]
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,24 @@ def test_nothing_that_will_do_is_exit_code_1_with_the_closest_three() -> None:
     assert len(facts["closest"]) == 3
 
 
+def test_a_speed_that_is_a_guess_is_marked_and_says_why() -> None:
+    reasons = {
+        "raspberry-pi-5-8gb": "the shares were measured on x86-64, on arm64 none were",
+        "rtx-4090": "50% of what the machine allows; on such nothing was measured yet",
+    }
+    for device, why in reasons.items():
+        output = run("--device", device).output
+        assert f"~ a guess: {why}" in output
+        assert ("that memory bandwidth allows, a guess\n" in output) == (device[:3] == "ras")
+        assert re.search(r"GiB +~\d", output)
+        options = json.loads(run("--device", device, "--json").output)["options"]
+        assert all(option["guess"].startswith(why) for option in options)
+    assert (
+        "~9 tokens a second for each user, 20 are asked"
+        in run("--device", "raspberry-pi-5-8gb", "--speed", "20").output
+    )
+
+
 def test_floors_are_of_the_leading_score_or_by_name() -> None:
     facts = json.loads(
         run("--task", "agents", "--memory", "500GB", "--quality", "60", "--quality", "gpqa=80",

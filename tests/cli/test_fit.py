@@ -29,6 +29,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rates = probe.Rates(bandwidth=20e9, float_rate=3e11, int_rate=2e12, cores=2)
     monkeypatch.setattr(probe, "rates", lambda: rates)
     monkeypatch.setattr(hardware, "nvidia_gpus", list)
+    monkeypatch.setattr(hardware, "arch", lambda: "x86-64")
     monkeypatch.setenv("COLUMNS", "140")
 
 
@@ -58,6 +59,16 @@ def test_json_has_the_parts_that_sizing_has():
     assert found["memory"]["kv"] == wanted.kv
     assert found["total"] == wanted.total
     assert found["speed"]["limit"] == "memory bandwidth"
+
+
+def test_a_speed_that_is_a_guess_is_marked_and_says_why():
+    for device, guessed in (("raspberry-pi-5-8gb", True), ("cpu", False), ("rtx-4090", False)):
+        text = ask("E2B", "--device", device)
+        [expected] = [line for line in text.splitlines() if "expected" in line][:1] or [""]
+        assert expected.count(" ~") == (4 if guessed else 0)
+        assert ("~ a guess: the shares were measured on x86-64, on arm64" in text) == guessed
+        found = plans("E2B", "--device", device)
+        assert all(bool(plan["speed"]["guess"]) == guessed for plan in found)
 
 
 def test_without_image_and_sound_and_with_a_drafter():

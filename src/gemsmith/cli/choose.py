@@ -88,6 +88,8 @@ def show(decision: Decision, console: Console) -> None:
         if option.size in BENCHMARKS[name].scores
     )
     line(f"scores: {'; '.join(sources)}", "dim")
+    if guess := next((option.guess for option in decision.options if option.guess), None):
+        line(f"~ a guess: {guess}", "dim")
 
 
 def _table(decision: Decision) -> Table:
@@ -103,7 +105,7 @@ def _table(decision: Decision) -> Table:
             f"{option.size} {option.format}",
             option.kv,
             gib(option.memory_bytes),
-            "?" if option.speed is None else f"{option.speed:.3g}",
+            "?" if option.speed is None else f"{'~' if option.guess else ''}{option.speed:.3g}",
             *("not known" if score is None else f"{score:g}" for score in scores),
             verdict(decision, option),
         )

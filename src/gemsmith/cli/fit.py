@@ -48,6 +48,8 @@ PUBLISHED: Mapping[str, tuple[float | None, ...]] = {
 }
 PUBLISHED_FORMATS = {"BF16": "bfloat16", "SFP8": "int8", "Q4_0": "int4"}
 MARGIN = 1.2
+GUESSED = "~"
+"""Before a speed whose share was measured on another kind of processor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,17 +229,17 @@ def show(plans: list[Plan], model: Model, console: Console) -> None:
     each = " a user" if users > 1 else ""
     table.add_row(f"tokens/s{each} <=", *(_rate(p.speed.decode_bound) for p in plans))
     if any(plan.speed.decode for plan in plans):
-        table.add_row("  expected", *(_range(p.speed.decode) for p in plans))
+        table.add_row("  expected", *(_marked(p, _range(p.speed.decode)) for p in plans))
     table.add_row("  waits for", *(plan.speed.limit for plan in plans))
     table.add_row("first token >=", *(_seconds(p.speed.ttft_bound) for p in plans))
     if any(plan.speed.ttft for plan in plans):
-        table.add_row("  expected", *(_seconds_range(p.speed.ttft) for p in plans))
+        table.add_row("  expected", *(_marked(p, _seconds_range(p.speed.ttft)) for p in plans))
     console.print(table)
     console.print(_notes(plans), highlight=False, markup=False, soft_wrap=True)
 
 
 def _notes(plans: list[Plan]) -> str:
-    notes = []
+    notes: list[str] = []
     if any("ple_table" in plan.memory.weights for plan in plans) or any(
         "ple" in plan.memory.weights for plan in plans
     ):
@@ -248,7 +250,9 @@ def _notes(plans: list[Plan]) -> str:
         notes.append(
             "Bounds are what the machine allows; on such a machine nothing was measured yet."
         )
-    return " ".join(notes)
+    guess = next((plan.speed.guess for plan in plans if plan.speed.guess), None)
+    lines = [" ".join(notes), f"{GUESSED} a guess: {guess}." if guess else ""]
+    return "\n".join(line for line in lines if line)
 
 
 def show_search(plans: list[Plan], console: Console) -> None:
@@ -288,6 +292,10 @@ def _trained(plan: Plan) -> bool:
 
 def _fits(plan: Plan) -> str:
     return "yes" if plan.fits else f"{gib(plan.missing)} short"
+
+
+def _marked(plan: Plan, text: str) -> str:
+    return GUESSED + text if plan.speed.guess and text != "?" else text
 
 
 def _rate(value: float | None) -> str:
