@@ -15,16 +15,17 @@ from recipes.pocket.words import Draw, Split
 
 # Share of conversations. Those with tools are longest: they have four fifths of the tokens.
 KINDS = {
-    "tools": 0.36,
+    "tools": 0.40,
     "choices": 0.06,
     "which": 0.08,
     "needle": 0.03,
     "lookup": 0.03,
     "copying": 0.02,
     "json": 0.10,
-    "thinking_arithmetic": 0.20,
+    "thinking_arithmetic": 0.15,
+    "clock": 0.03,
     "direct_arithmetic": 0.06,
-    "chat": 0.02,
+    "chat": 0.04,
 }
 PLAIN = {
     "needle": talk.needle,
@@ -32,14 +33,16 @@ PLAIN = {
     "copying": talk.copying,
     "json": talk.json_answer,
     "thinking_arithmetic": talk.thinking_arithmetic,
+    "clock": talk.clock,
     "direct_arithmetic": talk.direct_arithmetic,
     "chat": talk.chat,
 }
-EASY = ("chat", "copying", "json", "lookup")
-"""Kinds that need no thought but are sometimes met with thinking on."""
-STYLES = {"seen": 0.35, "replaced": 0.30, "mixed": 0.10, "invented": 0.25}
+WORKED_OUT = ("thinking_arithmetic", "clock")
+EASY = {"chat": 0.3, "copying": 0.1, "json": 0.1, "lookup": 0.1}
+"""Kinds that need no thought, and how often they are met with thinking on."""
+STYLES = {"seen": 0.27, "replaced": 0.38, "mixed": 0.10, "invented": 0.25}
 # Whether any tool fits is the hardest to learn and decided in one token, so it comes up often.
-STEPS = {"single": 0.46, "parallel": 0.12, "chained": 0.10, "no_tool": 0.28, "chat": 0.04}
+STEPS = {"single": 0.42, "parallel": 0.16, "chained": 0.10, "no_tool": 0.28, "chat": 0.04}
 DECLARED = {1: 0.26, 2: 0.36, 3: 0.25, 4: 0.09, 5: 0.04}
 REQUESTS = {1: 0.15, 2: 0.2, 3: 0.25, 4: 0.2, 5: 0.12, 6: 0.08}
 
@@ -66,8 +69,8 @@ def generate(split: Split, seed: int, index: int, *, kind: str | None = None) ->
     if kind == "which":
         return _with_tools(d, kind, tasks.which(d))
     made = PLAIN[kind](d)
-    thinking = kind == "thinking_arithmetic"
-    if kind in EASY and d.chance(0.1):
+    thinking = kind in WORKED_OUT
+    if kind in EASY and d.chance(EASY[kind]):
         made, thinking = talk.thoughtful(made), True
     messages, checks = made
     if kind != "chat" and d.chance(0.1):

@@ -158,6 +158,41 @@ def _word_problem(d: Draw) -> Made:
     return [_user(question), _model(f"The answer is {value}.", thought)], [check]
 
 
+JOURNEYS = (
+    ("A {} leaves at {} and takes {}. When does it arrive?", "It arrives at {}."),
+    ("A {} starts at {} and lasts {}. When does it end?", "It ends at {}."),
+    ("The {} begins at {} and takes {}. When is it over?", "It is over at {}."),
+)
+VEHICLES = ("train", "bus", "ship", "plane", "tram")
+EVENTS = ("film", "lesson", "meeting", "concert", "match", "talk")
+
+
+def clock(d: Draw) -> Made:
+    """A time of day after another: minutes first, then hours; after 23:59 comes 0:00."""
+
+    def make() -> str:
+        return f"{d.between(0, 23)}:{d.between(0, 59):02}+{d.between(0, 3)}:{d.between(1, 59):02}"
+
+    begin, span = d.until(make).split("+")
+    (hour, minute), (hours, minutes) = (map(int, t.split(":")) for t in (begin, span))
+    lines = [f"{begin}+{span}", f"{minute}+{minutes}={minute + minutes}"]
+    carry, end_minute = divmod(minute + minutes, 60)
+    lines.append(f"{minute + minutes}-{60 * carry}={end_minute} c{carry}")
+    total = hour + hours + carry
+    lines.append(f"{hour}+{hours}+{carry}={total}")
+    if total > 23:
+        lines.append(f"{total}-24={total - 24}")
+    value = f"{total % 24}:{end_minute:02}"
+    lines.append(f"={value}")
+    question, answer = d.pick(JOURNEYS)
+    thing = d.pick(VEHICLES if "arrive" in question else EVENTS)
+    units = [(hours, "hour"), (minutes, "minute")]
+    said = " and ".join(f"{n} {unit}{'s' if n > 1 else ''}" for n, unit in units if n)
+    check = Check(1, "clock", {"type": "answer", "value": value})
+    reply = _model(answer.format(value), "\n".join(lines))
+    return [_user(question.format(thing, begin, said)), reply], [check]
+
+
 def direct_arithmetic(d: Draw) -> Made:
     """Small sums answered at once, several in a row."""
     messages: Messages = []

@@ -155,7 +155,7 @@ def trainer(
     return Trainer(model, TINY, data, run, towers=towers, heldout=heldout)
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("color", 36), ("pitch", 20)])
+@pytest.mark.parametrize(("kind", "steps"), [("color", 45), ("pitch", 20)])
 def test_towers_learn_to_tell_colors_and_pitches(kind: str, steps: int, tmp_path: Path) -> None:
     data = write_riddles(tmp_path / "riddles", [kind])
     t = trainer(data, tmp_path / "run", heldout=TokenSet(tmp_path / "riddles", "heldout"))

@@ -19,8 +19,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gemsmith.ops.linear import cpu_multiplies_bfloat16
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """Of a step's products: bfloat16 where the hardware multiplies it fast, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
 
 
 def orthogonalize(update_BMN: torch.Tensor) -> torch.Tensor:
@@ -70,7 +79,9 @@ class Muon(torch.optim.Optimizer):
             for shape, members in same_shape.items():
                 params, updates = zip(*members, strict=True)
                 scale = 0.2 * max(shape) ** 0.5
-                for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
+                wanted = torch.stack(updates)
+                steps = orthogonalize(wanted.to(training_dtype(wanted.device)))
+                for p, update in zip(params, steps, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-group["lr"] * scale)
 

@@ -31,11 +31,10 @@ from gemsmith.cache.none import NoCache
 from gemsmith.errors import TrainError
 from gemsmith.model.text import DecoderLayer, TextModel
 from gemsmith.model.towers import Towers
-from gemsmith.ops.linear import cpu_multiplies_bfloat16
 from gemsmith.train.data import Batch, Packer, TokenSet, make_batch, plan_epoch
 from gemsmith.train.loss import backward_in_chunks, chunk_rows, sum_cross_entropy
 from gemsmith.train.media import IMAGE, SOUND, SoftInputs
-from gemsmith.train.optim import Decay, lr_scale, make_optimizers, set_lr
+from gemsmith.train.optim import Decay, lr_scale, make_optimizers, set_lr, training_dtype
 from gemsmith.train.rounding import decoder_formats, rounded
 
 LOG_STEPS = 10
@@ -62,13 +61,6 @@ class TrainConfig:
     bits: str | None = None
     """The recipe of `gemsmith quantize` that the decoder is trained for: every product sees its
     weights rounded by it. None: as they are."""
-
-
-def training_dtype(device: torch.device) -> torch.dtype:
-    """Compute dtype of a step: bfloat16 where the hardware multiplies it fast, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
 
 
 def compile_layers(model: TextModel) -> None:
