@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from rich.table import Table
+from tests.weights.low_bit import pocket_off_the_grid
 from typer.testing import CliRunner
 
 from gemsmith.cli import quantize as worker
@@ -34,6 +35,11 @@ def low(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The embedded model at 4 bits, and what was said of it."""
     folder = tmp_path_factory.mktemp("quantize") / "low"
     return folder, gemsmith("quantize", "pocket", folder)
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pocket_off_the_grid(tmp_path_factory.mktemp("exact") / "pocket")
 
 
 def test_every_kind_of_weight_is_in_the_table(low):
@@ -113,12 +119,14 @@ def test_a_checkpoint_is_not_called_what_it_is_not(low, tmp_path, monkeypatch):
         )
 
 
-def test_a_mixed_checkpoint_says_of_every_unit_what_it_got_and_why(low, tmp_path, monkeypatch):
+def test_a_mixed_checkpoint_says_of_every_unit_what_it_got_and_why(
+    low, exact, tmp_path, monkeypatch
+):
     monkeypatch.setattr(sensitivity, "PROBE_TOKENS", 64)
     monkeypatch.setattr(sensitivity, "SEQUENCE_TOKENS", 32)
     stored = (low[0] / "model.safetensors").stat().st_size
     arguments = ("--bits", "mixed", "--budget", "7.2MB")
-    said = gemsmith("quantize", "pocket", tmp_path / "mix", *arguments)
+    said = gemsmith("quantize", exact, tmp_path / "mix", *arguments)
     assert (tmp_path / "mix" / "model.safetensors").stat().st_size < stored
     rows = {line.split(" int")[0].strip(): line.split() for line in said.splitlines()}
     for unit in ("embed_tokens", "4.self_attn q k v", "8.mlp gate up"):
@@ -129,7 +137,7 @@ def test_a_mixed_checkpoint_says_of_every_unit_what_it_got_and_why(low, tmp_path
     assert used
     assert 7_180_000 < int(used[1].replace(",", "")) <= 7_200_000
     assert f"{tmp_path / 'mix'}: a mixed checkpoint; every matrix is in few bits" in said
-    facts = json.loads(gemsmith("quantize", "pocket", tmp_path / "x", *arguments, "--json"))
+    facts = json.loads(gemsmith("quantize", exact, tmp_path / "x", *arguments, "--json"))
     assert facts["budget"] == 7_200_000
     assert sum(kind["bytes"] for kind in facts["weights"]) == int(used[1].replace(",", ""))
     first = facts["choices"][0]
@@ -203,13 +211,13 @@ def conversations(path: Path, count: int = 3) -> Path:
     return path
 
 
-def test_calibration_is_reported(tmp_path):
+def test_calibration_is_reported(exact, tmp_path):
     data = conversations(tmp_path / "talks.jsonl")
-    said = gemsmith("quantize", "pocket", tmp_path / "low", "--data", data)
+    said = gemsmith("quantize", exact, tmp_path / "low", "--data", data)
     assert "calibrated" in said
     assert "27/27" in said  # three matrices of each of nine MLPs
     assert re.search(r"Calibrated on \d\d tokens of", said)
-    facts = json.loads(gemsmith("quantize", "pocket", tmp_path / "x", "--data", data, "--json"))
+    facts = json.loads(gemsmith("quantize", exact, tmp_path / "x", "--data", data, "--json"))
     kinds = {kind["kind"]: kind["calibrated"] for kind in facts["weights"]}
     assert kinds["MLP"] == 27
     assert kinds["embedding"] == kinds["PLE projections"] == 0

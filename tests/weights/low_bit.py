@@ -1,12 +1,14 @@
 """A small model whose weights every format can hold, and its checkpoint."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from gemsmith.config import Gemma4Config
 from gemsmith.model.text import TextModel
@@ -17,6 +19,7 @@ from gemsmith.testing import (
     tiny_media_config,
     whole_groups,
 )
+from gemsmith.weights.hub import resolve
 from gemsmith.weights.save import save_model
 
 
@@ -31,6 +34,21 @@ def floats(folder: Path, size: str = "E2B", *, media: bool = False) -> Path:
     model = random_model(config, dtype=torch.bfloat16)
     towers = random_towers(config, dtype=torch.bfloat16) if media else None
     save_model(model, config, folder, towers=towers)
+    return folder
+
+
+def pocket_off_the_grid(folder: Path) -> Path:
+    """The embedded model as if it had not been trained to be rounded to 4 bits: each matrix with
+    noise of a tenth of its own spread, towers and all else as they are."""
+    source = resolve("pocket")
+    shutil.copytree(source, folder)
+    weights = load_file(source / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if ".language_model." in name and weight.ndim == 2:
+            noise = torch.randn(weight.shape, generator=generator) * weight.float().std() / 10
+            weights[name] = (weight.float() + noise).to(weight.dtype)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

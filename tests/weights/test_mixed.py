@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import needs_extension
-from tests.weights.low_bit import floats, growth_with_the_table, low_config
+from tests.weights.low_bit import floats, growth_with_the_table, low_config, pocket_off_the_grid
 from tests.weights.test_calibrate import sequences
 from tests.weights.test_convert import (
     Stop,
@@ -29,7 +29,6 @@ from gemsmith.text import chat
 from gemsmith.text.tokenizer import Tokenizer
 from gemsmith.weights import mixed, sensitivity
 from gemsmith.weights.convert import PROGRESS, Row, quantize_checkpoint
-from gemsmith.weights.hub import resolve
 from gemsmith.weights.load import load_model
 from gemsmith.weights.mixed import MEASURED, Option, choose, hull
 from gemsmith.weights.recipe import Recipe
@@ -313,7 +312,7 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path):
 
 
 def test_pocket_loses_less_than_half_of_what_four_bits_lose_in_as_many_bytes(tmp_path):
-    source = resolve("pocket")
+    source = pocket_off_the_grid(tmp_path / "exact")
     rows = quantize_checkpoint(source, tmp_path / "four", Recipe("4"))
     budget = sum(row.nbytes for row in rows)
     make(source, tmp_path / "mixed", budget)
