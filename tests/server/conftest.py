@@ -43,7 +43,7 @@ from gemsmith.text.tokenizer import Tokenizer
 SMALL = EngineConfig(max_num_seqs=4, max_model_len=3000, max_num_batched_tokens=4000, queue_limit=4)
 COLD = replace(SMALL, prefix_caching=False)
 """Where usage is compared: asking twice costs the same."""
-Script = Callable[[str], str]
+Script = Callable[[str], str | list[int]]
 
 
 class ScriptedReply(Reply):
@@ -75,7 +75,7 @@ class ScriptedLM(LM):
         made.__class__ = ScriptedReply
         assert isinstance(made, ScriptedReply)
         made.model = self.model
-        made.script = self.tokenizer.encode(text)
+        made.script = self.tokenizer.encode(text) if isinstance(text, str) else text
         if text == "FAIL":
             made.take = _fail  # pyright: ignore[reportAttributeAccessIssue]
         return made
@@ -116,7 +116,8 @@ def sensing() -> ScriptedLM:
 
 @pytest.fixture
 def says(tiny: ScriptedLM) -> Callable[[str | Script], ScriptedLM]:
-    """The model, told what to say: a text, or a function of the prompt's text."""
+    """The model, told what to say: a text, or a function of the prompt's text that gives the
+    reply's text or its ids."""
 
     def told(script: str | Script) -> ScriptedLM:
         tiny.script = script if callable(script) else lambda _: script

@@ -2,6 +2,7 @@
 and a call that was not finished is none."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +14,10 @@ from tests.server import test_responses as responses
 from tests.server.conftest import SMALL, events, run, serving
 
 OPEN = "<|channel>thought\n"
-SCRIPT = (
-    f"{OPEN}hm\n<channel|>So."
-    '<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|><|tool_call>call:g{b:1}<tool_call|>'
-)
+SHORT = OPEN + 'hm\n<channel|>So.<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|>'
+SCRIPT = SHORT + "<|tool_call>call:g{b:1}<tool_call|>"
+MARKER_BEGUN = re.compile(r"<[|\w]+$")
+"""The beginning of a marker at the end, in letters; of a `<` alone nobody can tell."""
 SHOWN = tuple[str, str, list[str], str]
 """Text, thought, names of calls, and why it ended."""
 
@@ -92,14 +93,21 @@ PROTOCOLS = {
 }
 
 
+@pytest.mark.parametrize("spelled", [False, True], ids=["markers", "letters"])
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
-def test_of_what_was_not_finished_nothing_shows(says, protocol):
-    """Cut at every token, whole and streamed; a call is finished with its last bracket."""
-    lm = says(SCRIPT + "<turn|>")
-    tokens = [lm.tokenizer.decode([id]) for id in lm.tokenizer.encode(SCRIPT)]
+def test_of_what_was_not_finished_nothing_shows(says, protocol, spelled):
+    """Cut at every token, whole and streamed; a call is finished with its last bracket. The same of
+    markers that the model wrote in letters."""
+    lm = says("")
+    parts = [(SHORT if spelled else SCRIPT, not spelled), ("<turn|>", True)]
+    script = lm.tokenizer.encode_parts(parts)
+    says(lambda _: script)
+    tokens = [lm.tokenizer.decode([id]) for id in script[:-1]]
+    cuts = [end for end in range(1, len(script)) if tokens[end - 1] != "<"]
     config = replace(SMALL, max_num_seqs=8, queue_limit=len(tokens))
 
     def expected(written: str) -> SHOWN:
+        written = MARKER_BEGUN.sub("", written)
         thought, closed, said = written.partition("<channel|>")
         if not closed:
             return "", thought[len(OPEN) :], [], protocol.cut
@@ -117,6 +125,6 @@ def test_of_what_was_not_finished_nothing_shows(says, protocol):
                 assert protocol.whole(whole) == shown, most
                 assert protocol.streamed(events(stream.text)) == shown, most
 
-            await asyncio.gather(*map(check, range(1, len(tokens) + 1)))
+            await asyncio.gather(*map(check, cuts))
 
     run(scenario)

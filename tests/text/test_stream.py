@@ -108,6 +108,8 @@ def test_a_call_cut_short_comes_out_as_a_problem_at_the_end() -> None:
         'So.<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|>',
         'So.<|tool_call>call:f{a:[1,{b:<|"|>x<|"|>}]}, call:g{b:1}<tool_call|>',
         'So.<|tool_call>{"name":"f","arguments":{}}<tool_call|>',
+        'So.<|tool_call>call : f {<|"|>a<|"|>:[1]}; call : g(b=1)<tool_call|>',
+        "So.<|tool_call>f<tool_call|>",
     ],
 )
 def test_a_call_cut_anywhere_leaves_no_text(text: str) -> None:
@@ -116,6 +118,23 @@ def test_a_call_cut_anywhere_leaves_no_text(text: str) -> None:
         output = parse_output(text[:end])
         shown = output.content + "".join(problem.text for problem in output.problems)
         assert shown == "So.", text[:end]
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+@pytest.mark.parametrize("before", ["So.", "<|channel>thought\nSo.", "<|tool_call>call:f{} So."])
+def test_the_beginning_of_a_marker_is_text_unless_the_output_was_cut_there(
+    before: str, marker: str
+) -> None:
+    """However it came; of a `<` alone nobody can tell."""
+    for end in range(len(marker)):
+        for pieces in ([before + marker[:end]], [before, *marker[:end]]):
+            for cut in (False, True):
+                splitter = Splitter()
+                events = [event for piece in pieces for event in splitter.feed(piece)]
+                events += splitter.finish(cut=cut)
+                texts = [event.text for event in events if isinstance(event, Content | Thinking)]
+                shown = "".join(texts).strip()
+                assert shown == "So." + ("" if cut and end > 1 else marker[:end])
 
 
 def test_a_call_that_cannot_be_read_is_shown_without_markers() -> None:

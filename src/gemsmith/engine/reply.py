@@ -153,7 +153,7 @@ class Reply:
     def finish(self, cached_tokens: int) -> list[Event]:
         """The last events, `Finished` at the end. cached_tokens: of the prompt, not computed."""
         output, prompt = self._output, self.prompt
-        events: list[Event] = list(output.finish())
+        events: list[Event] = list(output.finish(cut=not self._closed))
         reason = FinishReason.STOP if self._closed or output.cut else FinishReason.LENGTH
         if self._closed and output.num_calls:
             reason = FinishReason.TOOL_CALLS
@@ -236,12 +236,13 @@ class _Output:
         text = self._text.add(token)
         return self._passed(self._splitter.feed(text) if self._splitter else [Content(text)])
 
-    def finish(self) -> Iterator[SplitEvent]:
+    def finish(self, *, cut: bool) -> Iterator[SplitEvent]:
+        """cut: see `Splitter.finish`."""
         text = self._text.flush()
         if self._splitter is None:
             yield from self._passed([Content(text)])
         else:
-            yield from self._passed(self._splitter.feed(text) + self._splitter.finish())
+            yield from self._passed(self._splitter.feed(text) + self._splitter.finish(cut=cut))
         yield from self._content(self._stops.flush())
 
     def _passed(self, events: Iterable[SplitEvent]) -> Iterator[SplitEvent]:

@@ -126,7 +126,7 @@ _GAP = re.compile(r"[\s,;}\])]*+")
 _SPACE = re.compile(r"\s*+")
 _MARKER = re.compile(r"<tool_call\|>|<\|tool_call>")
 _CALL_INSIDE = re.compile(rf"<\|tool_call>{_HEADER.pattern}[({{]")
-_CALL_BEGUN = re.compile(r"c(?:a(?:l(?:l\s*+)?)?)?")
+_CALL_BEGUN = re.compile(r"c(?:a(?:l(?:l\s*+(?::\s*+)?)?)?)?")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _WORDS: dict[str, Any] = {
     "null": None, "None": None, "true": True, "True": True, "false": False, "False": False,
@@ -230,14 +230,15 @@ class CallParser:
         return self.starts("call", at) and self.char(self.skip(_SPACE, at + len("call"))) == ":"
 
     def ends_within_marks(self, at: int) -> bool:
-        """Whether the text ends in the beginning of one more call, or of the close marker."""
+        """Whether the text ends in the beginning of one more call, or of a marker within calls."""
         rest = self.text[at : at + len(CALL_CLOSE)]
-        return CALL_CLOSE.startswith(rest) or bool(_CALL_BEGUN.fullmatch(self.text, at))
+        begun = any(marker.startswith(rest) for marker in (CALL_CLOSE, QUOTE))
+        return begun or bool(_CALL_BEGUN.fullmatch(self.text, at))
 
     def call(self, at: int) -> tuple[ToolCall, int]:
         if self.char(at) == "{":
             return self.json_call(at)
-        header = _HEADER.match(self.text, at)
+        begun, header = at, _HEADER.match(self.text, at)
         if header is None:
             self.need(at)
             if at >= len(self.text):
@@ -250,7 +251,7 @@ class CallParser:
             return ToolCall(name, arguments), at
         if self.starts(CALL_CLOSE, at):
             return ToolCall(name, {}), at
-        if at >= len(self.text):
+        if self.ends_within_marks(at) or self.ends_within_marks(begun):
             raise self.truncated(at)
         raise _Bad("malformed", f"no arguments after the tool name {show(name)}", at)
 
@@ -310,7 +311,7 @@ class CallParser:
             raise _Bad("too_deep", f"arguments are nested more than {MAX_DEPTH} levels deep", at)
 
     def expected(self, what: str, at: int) -> _Bad:
-        if at >= len(self.text):
+        if self.ends_within_marks(at):
             return self.truncated(at)
         return _Bad("malformed", f"{what} expected, not {self.text[at]!r}", at)
 

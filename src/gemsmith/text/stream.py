@@ -105,6 +105,7 @@ class Splitter:
         self._newline = False
         """A line end of the thought is held back: before the close it is part of the frame."""
         self._tail, self._close_at, self._work = "", -1, 0
+        self._cut = False
 
     @property
     def ended(self) -> bool:
@@ -123,8 +124,13 @@ class Splitter:
                 return []
         return self._advance(final=False)
 
-    def finish(self) -> list[Event]:
-        """Events left when the output is over: text held back, a call cut short."""
+    def finish(self, *, cut: bool = False) -> list[Event]:
+        """Events left when the output is over: text held back, a call cut short.
+
+        cut: the model had more to say. Then what may begin a marker is no text; but a `<` alone,
+        which in text is common, is.
+        """
+        self._cut = cut
         events = self._advance(final=True)
         if self._newline:
             self._newline = False
@@ -153,7 +159,7 @@ class Splitter:
     def _text(self, events: list[Event], final: bool) -> bool:
         """Emit text up to the next marker and act on it; False if more has to come first."""
         marker = _MARKER.search(self._buffer, self._at)
-        end = marker.start() if marker else len(self._buffer) - (0 if final else self._held())
+        end = marker.start() if marker else len(self._buffer) - self._held(final)
         self._emit(events, self._buffer[self._at : end])
         self._at = end
         if marker is None:
@@ -178,12 +184,17 @@ class Splitter:
             self._state = "ended"
         return True
 
-    def _held(self) -> int:
-        """Length of the longest end of the buffer that a marker begins with."""
+    def _held(self, final: bool) -> int:
+        """Length of the longest end of the buffer that a marker begins with; once final, 0 unless
+        it was cut there."""
+        if final and not self._cut:
+            return 0
         start = self._buffer.rfind("<", max(self._at, len(self._buffer) - _LONGEST))
         if start < 0:
             return 0
         tail = self._buffer[start:]
+        if final and tail == "<":
+            return 0
         return len(tail) if any(marker.startswith(tail) for marker in MARKERS) else 0
 
     def _emit(self, events: list[Event], text: str) -> None:
