@@ -159,10 +159,11 @@ class CallParser:
         """
         self.problems, self.block_start = [], start
         calls: list[ToolCall] = []
-        at = start + len(CALL_OPEN)
+        at, begun = start + len(CALL_OPEN), start
         try:
             while True:
                 at = self.skip(_GAP, at)
+                begun = at if calls else start
                 if self.starts(CALL_CLOSE, at):
                     at += len(CALL_CLOSE)
                     break
@@ -186,7 +187,7 @@ class CallParser:
                 at = marker.end() if marker[0] == CALL_CLOSE else marker.start()
             # A marker further on shows that the text was not cut short here.
             kind = "malformed" if bad.kind == "truncated" and marker else bad.kind
-            self.report(kind, str(bad), start, at)
+            self.report(kind, str(bad), begun, at)
         return CallBlock(calls, self.problems, at)
 
     def report(self, kind: ProblemKind, message: str, start: int, end: int) -> None:
