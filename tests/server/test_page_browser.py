@@ -363,6 +363,19 @@ def test_pictures_and_sounds_are_attached_and_places_drawn(page, sensing):
         assert box["height"] == pytest.approx(shown["height"] * 0.5, abs=1)
         expect(reply.locator("figure .box")).to_have_text("cup")
         expect(reply.locator("figure .point")).to_have_count(1)
+        caption = reply.locator("figure figcaption")
+        expect(caption).to_have_text("2 places in table.png")
+        # An answer names no picture: of several in a message the last is taken, and that is said.
+        files = [
+            {"name": f"{name}.png", "mimeType": "image/png", "buffer": picture()} for name in "ab"
+        ]
+        page.set_input_files("#files", files)
+        expect(page.locator("#tray li")).to_have_count(2)
+        for text in ("And here?", "Sure?"):
+            reply = ask(page, text)
+            over(page)
+            caption = reply.locator("figure figcaption")
+            expect(caption).to_have_text("2 places in b.png, the last of 2 pictures")
         page.goto("about:blank")
 
 

@@ -43,8 +43,12 @@ function read(raw) {
   };
 }
 
-/** The picture with the places over it. */
-export function drawn({ preview, name }, found) {
+/**
+ * The last of the pictures with the places over it. The models' format of places names no picture,
+ * so where there are several the caption says which one was taken.
+ */
+export function drawn(pictures, found) {
+  const { preview, name } = pictures.at(-1);
   const over = found.map(({ top, left, bottom, right, label }) => {
     const isPoint = top === bottom && left === right;
     const mark = h("div", { class: isPoint ? "point" : "box" }, h("span", {}, label));
@@ -59,10 +63,11 @@ export function drawn({ preview, name }, found) {
     return mark;
   });
   const count = found.length === 1 ? "1 place" : `${found.length} places`;
+  const which = pictures.length > 1 ? `, the last of ${pictures.length} pictures` : "";
   return h(
     "figure",
     { class: "places" },
     h("div", {}, h("img", { src: preview, alt: name }), ...over),
-    h("figcaption", {}, `${count} in ${name}`),
+    h("figcaption", {}, `${count} in ${name}${which}`),
   );
 }

@@ -43,13 +43,13 @@ async function reply() {
   const made = newReply();
   const history = messages(conversation, settings.systemPrompt());
   const asked = { model: model.id, messages: history, ...settings.fields() };
-  const picture = conversation
-    .flatMap(({ media }) => media ?? [])
-    .findLast(({ kind }) => kind === "image");
+  const pictures = conversation
+    .map(({ media }) => (media ?? []).filter(({ kind }) => kind === "image"))
+    .findLast(({ length }) => length);
   const canEdit = conversation.at(-1).role === "user";
   const view = new ReplyView(made, {
     name: model.id,
-    picture,
+    pictures,
     mayAsk,
     onRetry: retry,
     onEdit: canEdit ? edit : null,

@@ -28,13 +28,13 @@ export function userTurn({ text, media }) {
 /** A reply while it comes, and what can be done with it once it is there. */
 export class ReplyView {
   /**
-   * picture: the last one that the user gave, if any. mayAsk(): whether a reply can be asked for
-   * now. onRetry(): the reply is to be made anew.
+   * pictures: those of the user's last message that had any, or undefined.
+   * mayAsk(): whether a reply can be asked for now. onRetry(): the reply is to be made anew.
    * onEdit(): the question is to be changed; null if there is none right before.
    * onAnswered(): every call has its result now.
    */
-  constructor(reply, { name, picture, mayAsk, onRetry, onEdit, onAnswered }) {
-    Object.assign(this, { reply, picture, mayAsk, onAnswered, frame: 0 });
+  constructor(reply, { name, pictures, mayAsk, onRetry, onEdit, onAnswered }) {
+    Object.assign(this, { reply, pictures, mayAsk, onAnswered, frame: 0 });
     this.summary = h("summary");
     this.thoughts = h("div", { class: "thoughts" });
     this.thinking = h("details", { class: "thinking", hidden: true }, this.summary, this.thoughts);
@@ -88,13 +88,13 @@ export class ReplyView {
   }
 
   end() {
-    const { reply, picture } = this;
+    const { reply, pictures } = this;
     this.root.removeAttribute("aria-busy");
-    const found = picture ? places(reply.content) : [];
+    const found = pictures ? places(reply.content) : [];
     if (openCalls(reply).length)
       this.calls.append(h("button", { class: "primary" }, "Send results"));
     this.extra.append(
-      ...(found.length ? [drawn(picture, found)] : []),
+      ...(found.length ? [drawn(pictures, found)] : []),
       ...reply.problems.map(problemCard),
       ...reply.notes.map((note) => h("p", { class: "note" }, note)),
     );
