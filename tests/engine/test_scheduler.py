@@ -171,6 +171,17 @@ def test_too_few_blocks_for_all_preempt_the_youngest_and_everyone_ends():
     assert sum(s.preemptions for s in others) == run.scheduler.preemptions
 
 
+@pytest.mark.parametrize(("limit", "together"), [(9, 4), (10, 3)])
+def test_a_block_is_kept_free_for_those_alone_that_may_outgrow_theirs(limit, together):
+    """Prompts of two blocks; a reply's last token is never computed."""
+    run = Run(new_scheduler(full_blocks=8, budget=64))
+    for _ in range(4):
+        run.add(8, limit)
+    slices = run.scheduler.schedule()
+    assert len(slices) == together
+    assert run.scheduler.waiting == 4 - together
+
+
 def test_drafts_get_what_is_left_and_nobody_gives_way_to_them():
     run = Run(new_scheduler(full_blocks=16, budget=24), drafting=3)
     for _ in range(3):
