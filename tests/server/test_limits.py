@@ -250,6 +250,16 @@ def test_guesses_are_counted_under_the_names_that_dashboards_know(says, monkeypa
             for name in ("drafts", "draft_tokens", "accepted_tokens"):
                 line = f'vllm:spec_decode_num_{name}_total{{model_name="gemma"}}'
                 assert f"{line} {float(getattr(stats, name))}" in text
+            counts = stats.accepted_by_place
+            assert len(counts) > 1
+            # A guess is right only after those before it.
+            assert stats.drafts >= counts[0]
+            assert list(counts) == sorted(counts, reverse=True)
+            assert sum(counts) == stats.accepted_tokens
+            name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+            for place, count in enumerate(counts):
+                line = f'{name}{{model_name="gemma",position="{place}"}}'
+                assert f"{line} {float(count)}" in text
 
     run(scenario)
 

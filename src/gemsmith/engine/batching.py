@@ -109,6 +109,8 @@ class Stats:
     """Guesses that the model verified, see `engine.speculative`."""
     accepted_tokens: int
     """Those that were right."""
+    accepted_by_place: tuple[int, ...]
+    """The same by their place among the guesses of a step, the first at 0."""
     preemptions: int
     finished: int
     aborted: int
@@ -202,7 +204,8 @@ class BatchEngine:
         self._steps = self._prompt_tokens = self._cached_tokens = self._generated = 0
         self._hits, self._misses = 0, Counter[str]()
         self._lookups: deque[Lookup] = deque(maxlen=LOOKUPS)
-        self._drafts = self._draft_tokens = self._accepted_tokens = 0
+        self._drafts = self._draft_tokens = 0
+        self._accepted = Counter[int]()
         self._finished = self._aborted = self._failed = 0
         self._busy_s = 0.0
 
@@ -315,7 +318,8 @@ class BatchEngine:
             generated_tokens=self._generated,
             drafts=self._drafts,
             draft_tokens=self._draft_tokens,
-            accepted_tokens=self._accepted_tokens,
+            accepted_tokens=self._accepted.total(),
+            accepted_by_place=tuple(self._accepted[at] for at in range(len(self._accepted))),
             preemptions=self.scheduler.preemptions,
             finished=self._finished,
             aborted=self._aborted,
@@ -446,7 +450,7 @@ class BatchEngine:
         self.scheduler.commit(slice, accepted)
         self._drafts += slice.drafts > 0
         self._draft_tokens += slice.drafts
-        self._accepted_tokens += accepted
+        self._accepted.update(range(accepted))
         events += reply.take_known()
         new = reply.token_ids[before:]
         self._generated += len(new)

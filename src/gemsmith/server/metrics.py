@@ -130,6 +130,15 @@ class Metrics:
             counter.add_metric([self._model], value)
             yield counter
 
+        accepted = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Guesses that were right, by their place among those of a step.",
+            labels=["model_name", "position"],
+        )
+        for place, count in enumerate(stats.accepted_by_place):
+            accepted.add_metric([self._model, str(place)], count)
+        yield accepted
+
         misses = CounterMetricFamily(
             "gemsmith:prefix_misses",
             "Prompts of which the prefix cache had nothing, or less than there was, by why.",
