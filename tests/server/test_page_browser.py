@@ -92,9 +92,9 @@ def over(page: Any) -> None:
     expect(page.locator("#send")).to_be_visible()
 
 
-def picture() -> bytes:
+def picture(width: int = 64, height: int = 32) -> bytes:
     file = BytesIO()
-    Image.new("RGB", (64, 32), "teal").save(file, "PNG")
+    Image.new("RGB", (width, height), "teal").save(file, "PNG")
     return file.getvalue()
 
 
@@ -124,6 +124,7 @@ def test_a_reply_streams_and_says_what_it_cost(visit):
 
 def test_enter_sends_shift_enter_does_not_escape_stops(visit):
     page = visit(LONG)
+    expect(page.locator("#input")).to_be_focused()
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")
@@ -341,6 +342,9 @@ def test_pictures_and_sounds_are_attached_and_places_drawn(page, sensing):
         expect(page.locator("#tray li")).to_have_count(2)
         page.get_by_role("button", name="Remove dropped.png").click()
         page.get_by_role("button", name="Remove pasted.png").click()
+        page.evaluate(DROP, ["film.mp4", "video/mp4"])
+        assert not page.locator("#tray video").evaluate("video => video.controls")
+        page.get_by_role("button", name="Remove film.mp4").click()
         page.set_input_files("#files", [
             {"name": "table.png", "mimeType": "image/png", "buffer": picture()},
             {"name": "voice.wav", "mimeType": "audio/wav", "buffer": recording(0.5)},
@@ -376,6 +380,31 @@ def test_pictures_and_sounds_are_attached_and_places_drawn(page, sensing):
             over(page)
             caption = reply.locator("figure figcaption")
             expect(caption).to_have_text("2 places in b.png, the last of 2 pictures")
+        page.goto("about:blank")
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+def test_a_large_picture_leaves_the_end_of_the_conversation_in_sight(page, sensing, width):
+    """While it is attached, too; and once it is sent its turn is as wide as it is."""
+    sensing.script, sensing.asked = lambda _: "a\n\n" * 40, []
+    with on_a_socket(sensing, EngineConfig(max_num_seqs=1, max_model_len=2000)) as (url, _):
+        page.set_viewport_size({"width": width, "height": 600})
+        page.goto(url)
+        expect(page.get_by_role("button", name="Attach")).to_be_enabled()
+        reply = ask(page, "Hm?")
+        over(page)
+        expect(reply.locator("footer")).to_be_in_viewport(ratio=1)
+        large = {"name": "a.png", "mimeType": "image/png", "buffer": picture(900, 700)}
+        page.set_input_files("#files", [large])
+        expect(page.locator("#tray li")).to_have_count(1)
+        expect(reply.locator("footer")).to_be_in_viewport(ratio=1)
+        ask(page, "And?")
+        over(page)
+        turn = page.locator(".user").last
+        padding = 2 * 0.9 * 16
+        shown = turn.locator("img").bounding_box()
+        assert turn.bounding_box()["width"] == pytest.approx(shown["width"] + padding, abs=1)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.goto("about:blank")
 
 

@@ -142,12 +142,19 @@ function announce({ state, content, calls }) {
   byId("announcer").textContent = [content, ...called, ...end].join(" ");
 }
 
-const isAtEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+const isAtEnd = (height = log.clientHeight) => log.scrollHeight - log.scrollTop - height < 60;
 
 /** Keeps the end in sight, if it was. */
 function follow(wasAtEnd) {
   if (wasAtEnd) log.scrollTop = log.scrollHeight;
 }
+
+// What is attached, or a long message, takes its room from the conversation: its end stays in sight.
+let heightBefore = log.clientHeight;
+new ResizeObserver(() => {
+  follow(isAtEnd(heightBefore));
+  heightBefore = log.clientHeight;
+}).observe(log);
 
 /** As high as its text; the style sheet bounds it. */
 function fit() {

@@ -106,7 +106,9 @@ export class Tray {
         { type: "button", "aria-label": `Remove ${medium.name}`, onclick: remove },
         "×",
       );
-      return h("li", {}, preview(medium), button);
+      const shown = preview(medium);
+      if (medium.kind === "video") shown.controls = false; // they would hide it
+      return h("li", {}, shown, button);
     });
     this.list.replaceChildren(...items);
     this.list.hidden = !items.length;
