@@ -36,6 +36,7 @@ from gemsmith.errors import CapacityError
 from gemsmith.quant.formats import unpack
 from gemsmith.text.tokenizer import MARKERS
 from gemsmith.weights import layouts
+from gemsmith.weights.gguf import NAMES
 from gemsmith.weights.layouts import LowBit
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE, expected_shapes, written_key
 from gemsmith.weights.tensors import StoredTensor, read_checkpoint
@@ -48,38 +49,6 @@ SHOWN = {
                  "tool_response_open", "tool_response_close", "quote")
 }  # fmt: skip
 """Markers that llama.cpp's reader of replies must see; of others it makes no text."""
-NAMES = {
-    "embed_tokens.": "token_embd.",
-    "norm.": "output_norm.",
-    "embed_tokens_per_layer.": "per_layer_token_embd.",
-    "per_layer_model_projection.": "per_layer_model_proj.",
-    "per_layer_projection_norm.": "per_layer_proj_norm.",
-    "input_layernorm.": "attn_norm.",
-    "self_attn.q_proj.": "attn_q.",
-    "self_attn.k_proj.": "attn_k.",
-    "self_attn.v_proj.": "attn_v.",
-    "self_attn.o_proj.": "attn_output.",
-    "self_attn.q_norm.": "attn_q_norm.",
-    "self_attn.k_norm.": "attn_k_norm.",
-    "post_attention_layernorm.": "post_attention_norm.",
-    "pre_feedforward_layernorm.": "ffn_norm.",
-    "post_feedforward_layernorm.": "post_ffw_norm.",
-    "pre_feedforward_layernorm_2.": "pre_ffw_norm_2.",
-    "post_feedforward_layernorm_1.": "post_ffw_norm_1.",
-    "post_feedforward_layernorm_2.": "post_ffw_norm_2.",
-    "mlp.gate_proj.": "ffn_gate.",
-    "mlp.up_proj.": "ffn_up.",
-    "mlp.down_proj.": "ffn_down.",
-    "layer_scalar": "layer_output_scale.weight",
-    "per_layer_input_gate.": "inp_gate.",
-    "per_layer_projection.": "proj.",
-    "post_per_layer_input_norm.": "post_norm.",
-    "router.proj.": "ffn_gate_inp.",
-    "router.scale": "ffn_gate_inp.scale",
-    "router.per_expert_scale": "ffn_down_exps.scale",
-    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
-    "experts.down_proj": "ffn_down_exps.weight",
-}
 
 Bytes = NDArray[np.uint8]
 
@@ -110,7 +79,7 @@ def write(folder: Path, path: Path) -> Path:
         )
     part = path.with_suffix(".part")
     writer = gguf.GGUFWriter(part, "gemma4")
-    _metadata(writer, text, low=bool(low))
+    add_metadata(writer, text, low=bool(low))
     _vocabulary(writer, folder, text.vocab_size)
     factors = rope_factors(text)
     writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
@@ -247,7 +216,8 @@ def _rows(
         yield q.numpy(), scales[start : start + step].float().numpy(), low.format.bits
 
 
-def _metadata(writer: gguf.GGUFWriter, config: TextConfig, *, low: bool) -> None:
+def add_metadata(writer: gguf.GGUFWriter, config: TextConfig, *, low: bool) -> None:
+    """The keys of a decoder."""
     plans = config.layers
     writer.add_name("random")
     writer.add_block_count(len(plans))

@@ -12,18 +12,25 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import gguf
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from tests.weights.gguf_files import described
 
+from benchmarks import to_gguf
 from gemsmith import headers
+from gemsmith.config import PRESETS
 from gemsmith.errors import ConfigError, HubError, WeightsError
 from gemsmith.headers import parse_header, read_headers
 from gemsmith.testing import tiny_config
+from gemsmith.weights import gguf as gguf_module
 from gemsmith.weights.files import INDEX, SINGLE
 from gemsmith.weights.hub import resolve
+from gemsmith.weights.names import written_key
 from gemsmith.weights.tensors import read_checkpoint
 
 REPO = "someone/gemma-4-tiny"
@@ -88,18 +95,21 @@ def test_the_embedded_checkpoint_is_described_as_the_loader_sees_it() -> None:
     assert 0 < size - made.nbytes < 100_000
 
 
-def test_no_torch_is_imported() -> None:
+def test_no_torch_is_imported(tmp_path: Path) -> None:
+    described(tmp_path / "a.gguf", TEXT)
     code = "import sys; from gemsmith.headers import read_headers as r; r('pocket')\n"
+    code += "assert 'gguf' not in sys.modules; r(sys.argv[1])\n"
     code += "assert not {'torch', 'safetensors', 'huggingface_hub'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.gguf")], check=True)
 
 
 def test_a_folder_that_is_none_and_a_wrong_config_are_told(folder: Path) -> None:
     with pytest.raises(HubError, match="no folder 'no-such-folder'"):
         read_headers("no-such-folder")
     (folder / SINGLE).rename(folder / "model.gguf")
-    with pytest.raises(WeightsError, match=r"model.gguf is a GGUF file"):
+    with pytest.raises(WeightsError, match=r"model.gguf: begins with .*; GGUF 2 or 3"):
         read_headers(folder)
+    (folder / "model.gguf").rename(folder / SINGLE)
     (folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
         read_headers(folder)
@@ -191,6 +201,111 @@ def test_headers_of_all_files_share_one_budget(
         read_headers(folder)
 
 
+# -- GGUF -------------------------------------------------------------------------------------
+
+TEXT = PRESETS["E4B"].text_config
+
+
+def gguf_found(source: str | Path, **options: Any) -> dict[str, int]:
+    made = read_headers(source, **options)
+    assert made.gguf
+    assert made.config.text_config == TEXT
+    return {key: tensor.nbytes for key, tensor in made.tensors.items()}
+
+
+def keyed(sizes: dict[str, int]) -> dict[str, int]:
+    return {written_key(name): size for name, size in sizes.items()}
+
+
+def split(folder: Path, count: int = 2) -> dict[str, int]:
+    """A model in so many files, the first with its metadata, as llama.cpp's tool splits."""
+    sizes = {f"odd{n}": 4 * (n + 1) for n in range(1, count)}
+    for n in range(count):
+        path = folder / f"gemma-{n + 1:05}-of-{count:05}.gguf"
+        if n == 0:
+            sizes |= keyed(described(path, TEXT, split=count))
+            continue
+        writer = gguf.GGUFWriter(path, "gemma4")
+        writer.add_uint16("split.no", n)
+        writer.add_uint16("split.count", count)
+        writer.add_tensor(f"odd{n}", np.zeros(n + 1, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return sizes
+
+
+def test_a_gguf_file_is_described_by_its_path_or_its_folder(tmp_path: Path) -> None:
+    sizes = keyed(described(tmp_path / "gemma-Q4_0.GGUF", TEXT))
+    assert gguf_found(tmp_path / "gemma-Q4_0.GGUF") == sizes
+    assert gguf_found(tmp_path) == sizes
+    (tmp_path / "mmproj-F16.gguf").write_bytes(b"image and sound input")
+    assert gguf_found(tmp_path) == sizes
+    (tmp_path / "gemma-Q8_0.gguf").write_bytes(b"another")
+    message = r"has 2 models in GGUF: gemma-Q4_0.GGUF, gemma-Q8_0.gguf; name one, such as /.*Q4_0"
+    with pytest.raises(WeightsError, match=message):
+        read_headers(tmp_path)
+
+
+def test_the_files_of_a_split_model_are_one(tmp_path: Path) -> None:
+    sizes = split(tmp_path, 3)
+    first, second, third = sorted(tmp_path.iterdir())
+    assert gguf_found(tmp_path) == gguf_found(second) == sizes
+    third.rename(tmp_path / "gone")
+    with pytest.raises(WeightsError, match=r"00003-of-00003.gguf: cannot be read"):
+        read_headers(first)
+    first.rename(tmp_path / "alone.gguf")
+    with pytest.raises(WeightsError, match=r"alone.gguf: says that it is one of 3 files"):
+        read_headers(tmp_path / "alone.gguf")
+
+
+def test_headers_of_split_files_share_one_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split(tmp_path)
+    first = min(tmp_path.iterdir())
+    size = gguf.GGUFReader(first).data_offset
+    monkeypatch.setattr(gguf_module, "MAX_BYTES", size + 20)
+    with pytest.raises(WeightsError, match=r"00002-of-00002.gguf: a header of more than"):
+        read_headers(first)
+
+
+def test_parts_of_two_models_are_refused(tmp_path: Path) -> None:
+    split(tmp_path)
+    first, second = sorted(tmp_path.iterdir())
+    second.unlink()
+    second.hardlink_to(first)
+    with pytest.raises(
+        WeightsError, match=r"token_embd.weight is in both .*00001-of.* and .*00002"
+    ):
+        read_headers(first)
+
+
+def test_a_tensor_by_two_names_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "gemma4")
+    for name in ("output_norm.weight", "model.language_model.norm.weight"):
+        writer.add_tensor(name, np.zeros(4, np.float32))
+    to_gguf.add_metadata(writer, TEXT, low=True)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 4), np.float32))
+    writer.add_tensor("per_layer_token_embd.weight", np.zeros((8, 4), np.float32))
+    writer.add_tensor("blk.5.attn_v.weight", np.zeros((8, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(WeightsError, match="a tensor is there by two names"):
+        read_headers(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    "name", ["gone.gguf", "a/b.gguf", "a/b/x/../c.gguf", "/a/b/c.gguf", "\0.gguf"]
+)
+def test_a_gguf_file_that_is_not_there_is_told(name: str) -> None:
+    with pytest.raises(HubError, match=r"no file .*; give one that is here, or owner/name/FILE"):
+        read_headers(name)
+
+
 # -- a hub ------------------------------------------------------------------------------------
 
 
@@ -220,6 +335,15 @@ class Handler(BaseHTTPRequestHandler):
         at, _, name = path.removeprefix(f"/{REPO}/resolve/").partition("/")
         file = hub.folder / name
         refusal = hub.refusal
+        if path.startswith(f"/api/models/{REPO}") and not refusal:
+            names = [{"rfilename": str(p.relative_to(hub.folder))} for p in hub.folder.rglob("*.*")]
+            text = json.dumps({"id": REPO, "siblings": names}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+            return
         if not path.startswith(f"/{REPO}/"):
             refusal = "RepoNotFound"
         elif at not in ("main", "abc123"):
@@ -305,6 +429,44 @@ def test_a_header_longer_than_the_first_range_is_read_on(
     assert re.search(r"bytes=40-\d+$", hub.asked[-1])
 
 
+def test_a_gguf_file_of_a_repository_is_described_from_ranges(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "deep").mkdir()
+    sizes = keyed(described(folder / "deep" / "gemma.gguf", TEXT))
+    monkeypatch.setattr(gguf_module, "PIECE", 1 << 16)
+    assert gguf_found(REPO) == sizes
+    assert hub.sent < 400_000  # of 5 GB
+    assert gguf_found(f"{REPO}/deep/gemma.gguf", revision="abc123") == sizes
+    (folder / "mmproj.gguf").touch()
+    assert gguf_found(REPO) == sizes
+    parts = split(folder)
+    with pytest.raises(WeightsError, match=f"has 2 models .* name one, such as {REPO}/deep/gemma"):
+        read_headers(REPO)
+    assert gguf_found(f"{REPO}/gemma-00001-of-00002.gguf") == parts
+    with pytest.raises(WeightsError, match=f"{REPO}: gone.gguf does not exist; is it the name"):
+        read_headers(f"{REPO}/gone.gguf")
+
+
+def test_offline_a_gguf_file_is_looked_for_in_the_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = keyed(described(folder / "gemma.gguf", TEXT))
+    asked: list[tuple[Any, ...]] = []
+
+    def cached(repo: str, name: str, **options: Any) -> str | None:
+        asked.append((repo, name, options))
+        return str(folder / name) if name == "gemma.gguf" else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    assert gguf_found(f"{REPO}/gemma.gguf", revision="abc", offline=True) == sizes
+    assert asked == [(REPO, "gemma.gguf", {"revision": "abc"})]
+    with pytest.raises(HubError, match=f"{REPO}/gone.gguf is not in the local cache and offline"):
+        read_headers(f"{REPO}/gone.gguf", offline=True)
+
+
 def test_a_server_without_ranges_is_not_read_to_the_end(hub: Hub, folder: Path) -> None:
     hub.ranges = False
     with (folder / SINGLE).open("r+b") as file:
@@ -331,7 +493,7 @@ def test_what_the_hub_refuses_is_explained(hub: Hub, refusal: str, message: str)
 def test_a_repository_of_other_files_is_told(hub: Hub, folder: Path) -> None:
     (folder / SINGLE).unlink()
     with pytest.raises(
-        WeightsError, match=r"has neither model.safetensors nor .*index.json; pickle"
+        WeightsError, match=r"has neither model.safetensors nor .*index.json, nor GGUF; pickle"
     ):
         read_headers(REPO)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))

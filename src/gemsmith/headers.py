@@ -7,25 +7,29 @@ torch is not imported. What is in the local cache already is not looked for ther
 Whoever made the file wrote the header. It is read with bounded memory, and whatever in it is not
 as the format says, lies about sizes, overlaps or leaves holes is one WeightsError.
 
-What it is not: a check that the tensors are those of the config's model (weights/names.py does
-that), or a reader of GGUF.
+A GGUF file is described by its own header (weights/gguf.py), which is 16 MiB where it has Gemma's
+vocabulary in it. gemsmith knows what such a file takes; it does not run it.
 
-File: 8 bytes, the header's length n, little endian; n bytes of JSON, {name: {dtype, shape,
-data_offsets: [begin, end]}}, offsets from the end of the header; then the data, without gaps.
-Source: the safetensors format description.
+What it is not: a check that the tensors are those of the config's model (weights/names.py does
+that).
+
+A file of safetensors: 8 bytes, the header's length n, little endian; n bytes of JSON, {name:
+{dtype, shape, data_offsets: [begin, end]}}, offsets from the end of the header; then the data,
+without gaps. Source: the safetensors format description.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gemsmith.config import MAX_CONFIG_BYTES, Gemma4Config
 from gemsmith.errors import ConfigError, HubError, WeightsError
-from gemsmith.weights import hub
+from gemsmith.weights import gguf, hub
 from gemsmith.weights.files import INDEX, SINGLE, joined, read_index, short, weight_files
 
 BITS = {
@@ -40,6 +44,7 @@ MAX_ALL_BYTES = 32 << 20
 """Of all files of a checkpoint together."""
 MAX_REMOTE_INDEX_BYTES, MAX_REMOTE_FILES = 8 << 20, 256
 MAX_DIMENSIONS, MAX_DIMENSION = 8, 1 << 40
+GGUF, SPLIT = ".gguf", r"(.*)-([0-9]{5})-of-([0-9]{5})(\.gguf)"
 FIRST_BYTES = 512 << 10
 """Asked for at once: in released files the length and the whole header."""
 TIMEOUT_S = 20.0
@@ -66,7 +71,9 @@ class Headers:
 
     config: Gemma4Config
     tensors: dict[str, TensorHeader]
-    """By the names the files use."""
+    """By the names the files use; of GGUF, where it is known, by that of a checkpoint."""
+    gguf: bool = False
+    """Whether it is GGUF, which is described here and not run."""
 
     @property
     def nbytes(self) -> int:
@@ -77,15 +84,18 @@ class Headers:
 def read_headers(
     source: str | Path, *, revision: str | None = None, offline: bool | None = None
 ) -> Headers:
-    """Config and tensors of a folder, of "pocket", or of a hub repository at `revision`.
+    """Config and tensors of a folder, of "pocket", or of a hub repository at `revision`; also of a
+    GGUF file: by its path, by owner/name/FILE.gguf, or as the only model in a folder or repository.
 
     `offline` None asks the environment; offline, a repository is read from the local cache.
 
     Raises:
-      HubError: no such folder or repository, or the hub cannot be reached.
-      ConfigError: config.json is missing or wrong.
-      WeightsError: no safetensors files, or a header that cannot be true, with its file.
+      HubError: no such folder, file or repository, or the hub cannot be reached.
+      ConfigError: config.json, or the metadata of GGUF, are missing or wrong.
+      WeightsError: no weights that are known here, or a header that cannot be true, with its file.
     """
+    if str(source).lower().endswith(GGUF):
+        return _of_gguf(str(source), revision, hub.is_offline() if offline is None else offline)
     place = hub.place(source, revision=revision)
     if isinstance(place, str) and (hub.is_offline() if offline is None else offline):
         place = hub.resolve(place, revision=revision, offline=True)
@@ -96,6 +106,10 @@ def read_headers(
 
 
 def _of_folder(folder: Path) -> Headers:
+    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+        names = [path.name for path in folder.glob("*.[gG][gG][uU][fF]")]
+        if names:
+            return _of_gguf_file(folder / _model_of(names, str(folder)))
     config = Gemma4Config.load(folder)
     files, index = weight_files(folder)
 
@@ -104,19 +118,22 @@ def _of_folder(folder: Path) -> Headers:
         for path in files:
             try:
                 with path.open("rb") as file:
-
-                    def read(start: int, stop: int, file: Any = file) -> bytes:
-                        file.seek(start)
-                        return file.read(stop - start)
-
                     size = path.stat().st_size
-                    tensors, used = parse_file(read, size, str(path), budget)
+                    tensors, used = parse_file(_reader(file), size, str(path), budget)
             except OSError as error:
                 raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
             budget -= used
             yield path.name, tensors
 
     return Headers(config, joined(parts(), index, str(folder)))
+
+
+def _reader(file: BinaryIO) -> Read:
+    def read(start: int, stop: int) -> bytes:
+        file.seek(start)
+        return file.read(stop - start)
+
+    return read
 
 
 def parse_file(
@@ -224,6 +241,97 @@ def _entry(value: Any, where: str) -> tuple[int, int, TensorHeader]:
     return begin, end, TensorHeader(dtype, tuple(shape), end - begin)
 
 
+# -- GGUF -------------------------------------------------------------------------------------
+
+
+def _of_gguf(name: str, revision: str | None, offline: bool) -> Headers:
+    """Of one file, here or as owner/name/FILE.gguf."""
+    path = Path(name).expanduser()
+    try:
+        here = path.is_file()
+    except (OSError, ValueError):
+        here = False
+    if here:
+        return _of_gguf_file(path)
+    found = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)/([\w-][\w./-]*)", name)
+    if found is None or ".." in name:
+        raise HubError(f"no file {short(name)!r}; give one that is here, or owner/name/FILE.gguf")
+    repo, file = found.groups()
+    if not offline:
+        with hub.explained(repo, revision):
+            return _gguf_of_repository(_Repository(repo, revision), file)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, file, revision=revision)
+    if not isinstance(cached, str):
+        raise HubError(
+            f"{name} is not in the local cache and offline mode is on; connect, or give a file"
+        )
+    return _of_gguf_file(Path(cached))
+
+
+def _of_gguf_file(path: Path) -> Headers:
+    def parse(name: str, budget: int) -> gguf.Header:
+        try:
+            with (path.parent / name).open("rb") as file:
+                size = (path.parent / name).stat().st_size
+                return gguf.parse(_reader(file), size, str(path.parent / name), budget)
+        except OSError as error:
+            raise WeightsError(f"{path.parent / name}: cannot be read ({error.strerror})") from None
+
+    return _joined_gguf(path.name, parse, str(path))
+
+
+def _joined_gguf(name: str, parse: Callable[[str, int], gguf.Header], where: str) -> Headers:
+    """The model of one file, or of all files where it was split."""
+    names = [name]
+    if split := re.fullmatch(SPLIT, name, re.I):
+        count = int(split[3])
+        if not 1 <= count <= MAX_REMOTE_FILES:
+            raise WeightsError(
+                f"{where}: one of {count} files; at most {MAX_REMOTE_FILES} are read"
+            )
+        names = [f"{split[1]}-{n:05}-of-{split[3]}{split[4]}" for n in range(1, count + 1)]
+    first = parse(names[0], gguf.MAX_BYTES)
+    said = first.metadata.get("split.count", 1)
+    if said not in (0, len(names)):
+        raise WeightsError(
+            f"{where}: says that it is one of {said} files; all of them are needed, under names "
+            "such as NAME-00001-of-00002.gguf"
+        )
+
+    def parts() -> Iterator[tuple[str, dict[str, tuple[str, tuple[int, ...], int]]]]:
+        budget = gguf.MAX_BYTES - first.nbytes
+        yield names[0], first.tensors
+        for name in names[1:]:
+            found = parse(name, budget)
+            budget -= found.nbytes
+            yield name, found.tensors
+
+    tensors = joined(parts(), {}, where)
+    config = gguf.config_of(gguf.Header(first.metadata, tensors, 0), where)
+    ours = {gguf.our_key(name): TensorHeader(*tensor) for name, tensor in tensors.items()}
+    if len(ours) != len(tensors):
+        raise WeightsError(f"{where}: a tensor is there by two names; fetch the file anew")
+    return Headers(config, ours, gguf=True)
+
+
+def _model_of(names: Iterable[str], where: str) -> str:
+    """The file of the only model among GGUF files: the first of its parts, without image input.
+
+    Raises:
+      WeightsError: there are several, or none.
+    """
+    models = [name for name in sorted(names) if not Path(name).name.lower().startswith("mmproj")]
+    split = [(name, re.fullmatch(SPLIT, name, re.I)) for name in models]
+    models = [name for name, part in split if part is None or int(part[2]) == 1]
+    if len(models) != 1:
+        shown = ", ".join(map(short, models[:8])) + (", ..." if len(models) > 8 else "")
+        hint = f"; name one, such as {where}/{short(models[0])}" if models else ""
+        raise WeightsError(f"{where} has {len(models)} models in GGUF: {shown or 'none'}{hint}")
+    return models[0]
+
+
 # -- the hub ----------------------------------------------------------------------------------
 
 
@@ -253,6 +361,16 @@ class _Repository:
         if found.size is None:
             raise HubError(f"{self.repo}: the hub does not say how large {name} is; try again")
         return found.size
+
+    def gguf_names(self) -> list[str]:
+        """The repository's files of this kind."""
+        from huggingface_hub import HfApi, constants
+
+        found = HfApi(endpoint=constants.ENDPOINT).model_info(
+            self.repo, revision=self.revision, timeout=TIMEOUT_S
+        )
+        names = (file.rfilename for file in found.siblings or ())
+        return [name for name in names if name.lower().endswith(GGUF)]
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a file, at most these, whatever the server sends."""
@@ -297,8 +415,12 @@ def _streamed(url: str, headers: Mapping[str, str]) -> Iterator[tuple[int, Itera
 
 
 def _of_repository(repository: _Repository) -> Headers:
-    config = _remote_config(repository)
     where = repository.repo
+    single = repository.size(SINGLE) is not None
+    index_size = None if single else repository.size(INDEX)
+    if not single and index_size is None and (names := repository.gguf_names()):
+        return _gguf_of_repository(repository, _model_of(names, where))
+    config = _remote_config(repository)
 
     def tensors(name: str, budget: int) -> tuple[dict[str, TensorHeader], int]:
         size = repository.size(name)
@@ -313,18 +435,17 @@ def _of_repository(repository: _Repository) -> Headers:
 
         return parse_file(read, size, f"{where}: {name}", budget)
 
-    if repository.size(SINGLE) is not None:
+    if single:
         return Headers(config, tensors(SINGLE, MAX_ALL_BYTES)[0])
-    size = repository.size(INDEX)
-    if size is None:
+    if index_size is None:
         raise WeightsError(
-            f"{where} has neither {SINGLE} nor {INDEX}; pickle and GGUF files are not read. Name a "
-            "repository in safetensors format"
+            f"{where} has neither {SINGLE} nor {INDEX}, nor GGUF; pickle files are not read. Name "
+            "a repository in safetensors format"
         )
-    if size > MAX_REMOTE_INDEX_BYTES:
+    if index_size > MAX_REMOTE_INDEX_BYTES:
         most = MAX_REMOTE_INDEX_BYTES >> 20
         raise WeightsError(f"{where}: {INDEX} is larger than {most} MiB; not an index")
-    index = read_index(repository.read(INDEX, 0, size), f"{where}: {INDEX}")
+    index = read_index(repository.read(INDEX, 0, index_size), f"{where}: {INDEX}")
     names = sorted(set(index.values()))
     if len(names) > MAX_REMOTE_FILES:
         raise WeightsError(
@@ -339,6 +460,19 @@ def _of_repository(repository: _Repository) -> Headers:
             yield name, found
 
     return Headers(config, joined(parts(), index, where))
+
+
+def _gguf_of_repository(repository: _Repository, name: str) -> Headers:
+    def parse(name: str, budget: int) -> gguf.Header:
+        where = f"{repository.repo}: {name}"
+        size = repository.size(name)
+        if size is None:
+            raise WeightsError(f"{where} does not exist; is it the name of a file there?")
+        return gguf.parse(
+            lambda start, stop: repository.read(name, start, stop), size, where, budget
+        )
+
+    return _joined_gguf(name, parse, f"{repository.repo}/{name}")
 
 
 def _remote_config(repository: _Repository) -> Gemma4Config:

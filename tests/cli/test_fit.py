@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
+from tests.weights.gguf_files import described
 from typer.testing import CliRunner
 
 from gemsmith import hardware, probe, sizing
@@ -178,6 +180,42 @@ def test_a_format_of_its_own_is_counted_as_stored(folders: dict[str, Path]):
     weights = found["memory"]["weights"]
     assert weights["mlp"] == model.stored["mlp"]
     assert weights["ple_table"] == 0
+
+
+def test_a_gguf_file_is_counted_as_it_is(tmp_path: Path):
+    text = PRESETS["E4B"].text_config
+    sizes = described(tmp_path / "gemma-Q4_0.gguf", text)
+    [found] = plans(str(tmp_path), "--device", "rtx-4090")
+    weights = found["memory"]["weights"]
+    table = sizes["embed_tokens_per_layer.weight"]
+    assert "other" not in weights
+    assert weights["embedding"] == sizes["embed_tokens.weight"]
+    assert weights["ple_table"] == 0
+    assert sum(weights.values()) == sum(sizes.values()) - table
+    assert found["memory"]["kv"] == sizing.kv_bytes(text, 8192)
+    # Others run it: what gemsmith reaches says nothing of them.
+    [here] = plans(str(tmp_path / "gemma-Q4_0.gguf"), "--device", "cpu")
+    assert here["speed"]["decode_bound"] > 0
+    assert (here["speed"]["decode"], here["speed"]["ttft"], here["speed"]["guess"]) == (None,) * 3
+    assert json.loads(ask(str(tmp_path), "--json"))["loads"] is False
+    assert json.loads(ask("E4B", "--json"))["loads"] is True
+    printed = ask(str(tmp_path), "--device", "cpu")
+    assert "gemsmith does not run GGUF: the weights are those of the file; K/V" in printed
+    assert f"{sum(sizes.values()) / GIB:.2f} GiB" in printed
+    assert "expected" not in printed
+    text = ask(str(tmp_path), "--quant", "int8", code=2)
+    assert "is GGUF, of which the weights count as they are; leave --quant out" in text
+
+
+def test_a_gguf_file_of_floats_is_computed_in_floats(tmp_path: Path):
+    """Rates of floats and of low bits differ, and so does the time to the first token."""
+    described(tmp_path / "a.gguf", PRESETS["E4B"].text_config, lambda name, shape: Kind.BF16)
+    described(tmp_path / "b.gguf", PRESETS["E4B"].text_config)
+    floats, low = (
+        plans(str(tmp_path / name), "--device", "cpu")[0] for name in ("a.gguf", "b.gguf")
+    )
+    assert (floats["format"], low["format"]) == ("bfloat16", "int4")
+    assert floats["speed"]["ttft_bound"] > 3 * low["speed"]["ttft_bound"]
 
 
 def test_what_is_quantized_is_not_quantized_again(folders: dict[str, Path]):

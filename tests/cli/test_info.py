@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.weights.gguf_files import described
 from tests.weights.low_bit import floats
 from typer.testing import CliRunner
 
@@ -40,6 +41,13 @@ def test_every_layer_is_in_one_row_of_the_plan(name: str):
     layers = sorted(index for run in facts["layers"] for index in run["layers"])
     assert layers == list(range(PRESETS[name].text_config.num_hidden_layers))
     assert all(run["count"] == len(run["layers"]) for run in facts["layers"])
+
+
+def test_a_gguf_file_is_described_by_its_metadata(tmp_path: Path):
+    described(tmp_path / "a.gguf", PRESETS["E2B"].text_config)
+    facts = json.loads(info(str(tmp_path / "a.gguf"), "--json"))
+    wanted = describe("E2B", text_only(PRESETS["E2B"]))
+    assert facts | {"name": "E2B"} == json.loads(json.dumps(wanted))
 
 
 def test_layers_that_read_layer_0_are_told_from_layers_that_own_their_kv():

@@ -47,6 +47,11 @@ PUBLISHED: Mapping[str, tuple[float | None, ...]] = {
     "31B": (69.9, 34.9, 17.5, None, None),
 }
 PUBLISHED_FORMATS = {"BF16": "bfloat16", "SFP8": "int8", "Q4_0": "int4"}
+NOT_RUN = (
+    "gemsmith does not run GGUF: the weights are those of the file; K/V, workspace and runtime are "
+    "what gemsmith takes for the same model in safetensors, and other programs differ in these. "
+    "Image and sound input are files of their own (mmproj) and not counted."
+)
 MARGIN = 1.2
 GUESSED = "~"
 """Before a speed whose share was measured on another kind of processor."""
@@ -62,10 +67,14 @@ class Model:
     """Of a checkpoint: that of its weights, where it is one of ours."""
     stored: Mapping[str, int] | None = None
     """Of a checkpoint: bytes in its files by part."""
+    gguf: bool = False
+    """A GGUF file, which others run."""
+    floats: bool = False
+    """Whether most of its bytes are floats."""
 
 
 def model_of(name: str) -> Model:
-    """A preset by name, or a checkpoint's own headers: a folder, "pocket" or a hub id.
+    """A preset by name, or a checkpoint's own headers: a folder, "pocket", a hub id or GGUF.
 
     Raises:
       GemsmithError: neither, or headers that cannot be true.
@@ -92,6 +101,7 @@ def model_of(name: str) -> Model:
     parts.setdefault("lm_head", "head")
     skipped = unused_shapes(text)
     stored: dict[str, int] = {}
+    floats = sum(t.nbytes for t in tensors.values() if t.dtype in ("F32", "F16", "BF16"))
     for key, tensor in tensors.items():
         below = key.removeprefix("model.")
         stem = next((s for n in (module_name(key), below) if (s := _stem(n, parts))), "")
@@ -99,7 +109,8 @@ def model_of(name: str) -> Model:
             continue  # no layer reads it
         part = parts.get(stem, "other")
         stored[part] = stored.get(part, 0) + tensor.nbytes
-    return Model(name, config, _format_of(config, stored), stored)
+    format = None if headers.gguf else _format_of(config, stored)
+    return Model(name, config, format, stored, headers.gguf, 2 * floats > headers.nbytes)
 
 
 def _stem(name: str, parts: Mapping[str, str]) -> str:
@@ -156,6 +167,11 @@ def forward(
     """
     options = {"context": context, "users": users, "kv": kv, "prompt": prompt}
     own = model.stored is not None and model.format not in sizing.FLOATS
+    if formats is not None and model.gguf:
+        raise ConfigError(
+            f"{model.name} is GGUF, of which the weights count as they are; leave --quant out, or "
+            "name a size such as E4B"
+        )
     if formats is not None and own and formats != (model.format,):
         has = model.format or "a format of its own"
         raise ConfigError(
@@ -169,7 +185,12 @@ def forward(
             held = dict(model.stored) | ({"ple_table": 0} if "ple_table" in model.stored else {})
             if not media:
                 held = {p: n for p, n in held.items() if not p.startswith(("vision", "audio"))}
-            return [fit.plan(model.name, model.config, "int4", target, weights=held, **options)]
+            format = "bfloat16" if model.floats else "int4"
+            found = fit.plan(model.name, model.config, format, target, weights=held, **options)
+            if model.gguf:  # the bounds are any program's, what is expected is gemsmith's alone
+                speed = replace(found.speed, decode=None, ttft=None, guess=None)
+                found = replace(found, speed=speed)
+            return [found]
     if formats is None:
         formats = FORMATS
         if model.config.text_config.enable_moe_block:
@@ -182,13 +203,15 @@ def forward(
     ]  # fmt: skip
 
 
-def facts(plans: list[Plan]) -> dict[str, Any]:
-    """What `--json` prints; sizes in bytes, seconds, tokens a second."""
+def facts(plans: list[Plan], model: Model | None = None) -> dict[str, Any]:
+    """What `--json` prints; sizes in bytes, seconds, tokens a second. loads: False for what
+    `gemsmith.load` does not take."""
     target = asdict(plans[0].target)
     found = [asdict(plan) | {"total": plan.memory.total, "fits": plan.fits} for plan in plans]
     for each in found:
         del each["target"]
-    return {"target": target, "plans": found}
+    loads = {} if model is None else {"loads": not model.gguf}
+    return {"target": target, "plans": found, **loads}
 
 
 # -- for people -----------------------------------------------------------------------------------
@@ -235,18 +258,22 @@ def show(plans: list[Plan], model: Model, console: Console) -> None:
     if any(plan.speed.ttft for plan in plans):
         table.add_row("  expected", *(_marked(p, _seconds_range(p.speed.ttft)) for p in plans))
     console.print(table)
-    console.print(_notes(plans), highlight=False, markup=False, soft_wrap=True)
+    console.print(_notes(plans, gguf=model.gguf), highlight=False, markup=False, soft_wrap=True)
 
 
-def _notes(plans: list[Plan]) -> str:
+def _notes(plans: list[Plan], *, gguf: bool = False) -> str:
     notes: list[str] = []
+    if gguf:
+        notes.append(NOT_RUN)
     if any("ple_table" in plan.memory.weights for plan in plans) or any(
         "ple" in plan.memory.weights for plan in plans
     ):
         notes.append("The per-layer table stays on disk; rows are read as they are needed.")
     if plans[0].users > 1:
         notes.append("Several users count as sequences of one batch.")
-    if not any(plan.speed.decode or plan.speed.ttft for plan in plans):
+    if gguf:
+        notes.append("Bounds are what the machine allows.")
+    elif not any(plan.speed.decode or plan.speed.ttft for plan in plans):
         notes.append(
             "Bounds are what the machine allows; on such a machine nothing was measured yet."
         )
@@ -487,7 +514,7 @@ def run(
             media=media, drafter=drafter,
         )  # fmt: skip
     if as_json:
-        print(json.dumps(facts(plans), ensure_ascii=False))
+        print(json.dumps(facts(plans, model), ensure_ascii=False))
     elif model is None:
         show_search(plans, console)
     else:

@@ -30,7 +30,8 @@ MAX_FIDELITY_BYTES = 1 << 22
 
 
 def config_of(name: str) -> Gemma4Config:
-    """The config of a preset by name, or of whatever checkpoint `gemsmith.load` would take.
+    """The config of a preset by name, of whatever checkpoint `gemsmith.load` would take, or of a
+    GGUF file.
 
     Raises:
       GemsmithError: neither a preset nor a checkpoint that can be found and read.
@@ -38,6 +39,10 @@ def config_of(name: str) -> Gemma4Config:
     if not Path(name).exists():
         with suppress(ConfigError):
             return preset(name)
+    if name.lower().endswith(".gguf"):
+        from gemsmith.headers import read_headers
+
+        return read_headers(name).config
     return Gemma4Config.load(hub.resolve(name))
 
 

@@ -405,7 +405,7 @@ def quantize(
 
 @app.command()
 def info(
-    name: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, or a checkpoint.")],
+    name: Annotated[str, typer.Argument(help="E2B, E4B, 12B, 26B-A4B, 31B, a checkpoint or GGUF.")],
     json: Json = False,
 ) -> None:
     """Layers, parameters and memory of a model, from its config alone."""
@@ -419,7 +419,7 @@ def info(
 def fit(
     name: Annotated[
         str | None,
-        typer.Argument(help="E2B ... 31B, a folder or a hub id; without: whatever fits."),
+        typer.Argument(help="E2B ... 31B, a folder, hub id or GGUF; without: whatever fits."),
     ] = None,
     quant: Annotated[
         str | None,
