@@ -2,12 +2,12 @@
 
 #include <cstring>
 #include <initializer_list>
-#include <memory>
 #include <utility>
 #include <vector>
 
 #include "kernels.h"
 #include "math-inl.h"
+#include "room.h"
 #include "threads.h"
 
 namespace gemsmith {
@@ -19,9 +19,9 @@ constexpr int64_t ROWS = 128;
 // Floats of rows that are done by the caller before a worker could have woken.
 constexpr int64_t ALONE = 1 << 15;
 
-using Floats = std::unique_ptr<float[]>;
+using Floats = Room<float>;
 
-Floats floats(int64_t count) { return Floats(new float[static_cast<size_t>(count)]); }
+Floats floats(int64_t count) { return room<float>(count); }
 
 // body(m0, m1) over 0..M by all threads, rows of `width` floats each.
 template <class Body>
@@ -46,11 +46,10 @@ void each_row(int64_t M, int64_t width, const Body& body) {
 // Rows rounded to int8, once for all the weights they are multiplied with.
 struct Rounded {
   int64_t M;
-  std::unique_ptr<int8_t[]> x8;
+  Room<int8_t> x8;
   Floats sx;
 
-  Rounded(int64_t M, int64_t K)
-      : M(M), x8(new int8_t[static_cast<size_t>(M * K)]), sx(floats(M)) {}
+  Rounded(int64_t M, int64_t K) : M(M), x8(room<int8_t>(M * K)), sx(floats(M)) {}
   Rounded(const float* x, int64_t M, int64_t K)
       : Rounded(M, K) {
     quantize_rows(x, M, K, x8.get(), sx.get());

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "room.h"
 #include "threads.h"
 
 namespace gemsmith {
@@ -77,14 +78,14 @@ void run_products(const void* data, int64_t piece) {
 
 // As long as its thread lives: to ask the system for it each time would cost more than to unpack.
 uint8_t* aligned_scratch(int64_t bytes) {
-  thread_local std::unique_ptr<uint8_t[]> room;
+  thread_local Room<uint8_t> there;
   thread_local int64_t size = 0;
   if (size < bytes) {
-    room.reset();
-    room.reset(new uint8_t[static_cast<size_t>(bytes + LINE)]);
+    there.reset();
+    there = room<uint8_t>(bytes);
     size = bytes;
   }
-  return room.get() + (LINE - reinterpret_cast<uintptr_t>(room.get()) % LINE);
+  return there.get();
 }
 
 void run_gemm(const void* data, int64_t piece) {
@@ -380,7 +381,7 @@ void multiply_many(const Kernels& k, const Factor& w, int64_t K, const int8_t* x
   const int64_t stride = ceil_div(count * inputs, k.gemm->bytes) * k.gemm->bytes;
   const int64_t panels = ceil_div(M, k.gemm->rows), rows = panels * k.gemm->rows;
   const std::unique_ptr<int32_t[]> sums(new int32_t[static_cast<size_t>(rows * groups)]);
-  const std::unique_ptr<int8_t[]> x(new int8_t[static_cast<size_t>(rows * stride)]);
+  const Room<int8_t> x = room<int8_t>(rows * stride);
   const ArrangeJob arrange{k, x8, M, K, stride, groups, -(1 << (w.bits - 1)), x.get(), sums.get(),
                            {panels, piece_size(panels, k.gemm->rows * stride)}};
   parallel(arrange.panels.count(), run_arrange, &arrange);
@@ -450,7 +451,7 @@ void matmul(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int 
 
 void linear(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
             int64_t group, int scale_bits, const float* x, int64_t M, float* y) {
-  const std::unique_ptr<int8_t[]> x8(new int8_t[static_cast<size_t>(M * K)]);
+  const Room<int8_t> x8 = room<int8_t>(M * K);
   const std::unique_ptr<float[]> sx(new float[static_cast<size_t>(M)]);
   quantize_rows(x, M, K, x8.get(), sx.get());
   matmul(lines, scales, N, K, bits, group, scale_bits, x8.get(), sx.get(), M, y);
