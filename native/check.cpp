@@ -493,7 +493,7 @@ void hammer(const Case& c, int repeats) {
 int main() {
   const Shape shapes[] = {{1, 1, 0},   {16, 16, 0},   {17, 33, 0},   {40, 130, 0},
                           {96, 640, 0}, {15, 128, 32}, {33, 256, 64}, {16, 384, 128},
-                          {50, 288, 96}};
+                          {50, 288, 96}, {20, 224, 32}, {33, 320, 32}};
   const int64_t rows[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17, 35, 48};
   std::vector<Case> cases;
   for (const Shape& shape : shapes)
