@@ -64,7 +64,7 @@ bench-26B: $(VENV)/.dev
 	@$(RUN)peers --size 26B-A4B --record $(NUMBERS)
 	@$(RUN)report $(NUMBERS)
 
-# Half an hour, the first time 15 minutes more to compile llama-server.
+# Half an hour, the first time 15 minutes more to compile llama.cpp.
 bench-serve: $(VENV)/.dev
 	@$(RUN)conformance --record $(NUMBERS)
 	@for model in pocket E2B; do \

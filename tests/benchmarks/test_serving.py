@@ -20,6 +20,7 @@ from benchmarks import (
     agent,
     client,
     conformance,
+    llama,
     measure,
     musts,
     report,
@@ -216,10 +217,10 @@ def test_llama_server_can_be_named_and_must_then_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "llama-server"
-    monkeypatch.setenv(servers.LLAMA_SERVER, str(program))
-    assert servers.llama_server() == (None, f"GEMSMITH_LLAMA_SERVER: no file {program}")
+    monkeypatch.setenv(llama.NAMED, str(program))
+    assert llama.server() == (None, f"GEMSMITH_LLAMA_SERVER: no file {program}")
     program.touch()
-    assert servers.llama_server() == (program, "")
+    assert llama.server() == (program, "")
 
 
 def test_chats_are_formatted_as_for_small_models_where_llama_cpps_source_is(tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ def test_our_server_is_probed_and_a_missing_peer_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv(servers.LLAMA_SERVER, "nowhere")
+    monkeypatch.setenv(llama.NAMED, "nowhere")
     options = ["--only", "models", "tool-const", "--threads", "1", "--record", str(tmp_path / "n")]
     monkeypatch.setattr(sys, "argv", ["conformance", *options])
     conformance.main()
@@ -339,7 +340,7 @@ def test_a_dry_run_without_a_peer_says_so_in_its_record(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(measure, "UNFINISHED", tmp_path)
-    monkeypatch.setenv(servers.LLAMA_SERVER, "nowhere")
+    monkeypatch.setenv(llama.NAMED, "nowhere")
     options = ["--model", "tiny-E2B", "--rounds", "1", "--threads", "1"]
     options += ["--record", str(tmp_path / "numbers")]
     monkeypatch.setattr(sys, "argv", ["serve", "--clients", "2", *options])
