@@ -246,6 +246,18 @@ def test_memory_and_passes_are_judged_by_their_own_records() -> None:
     assert "| llama.cpp Q4_0 | not installed | | | |" in page
 
 
+def test_what_is_no_speed_counts_on_every_machine() -> None:
+    elsewhere = {**record()["machine"], "threads": 1}
+    soaked = record(
+        name="soak", model="pocket", dtype="", minutes=60, clients=32, faults=0, growth=0.001,
+        machine=elsewhere,
+    )  # fmt: skip
+    lines = report.required([peers_record(int4={"decode 128": 5.0}, llama={}), soaked])
+    (head,) = (line for line in lines if line.startswith("## "))
+    assert head == "## Must reach, A processor (avx2), 2 threads: 2 of 40"
+    assert report.required([soaked]) == []
+
+
 def test_a_dry_run_of_decode_writes_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
