@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -72,7 +73,7 @@ FILTERS = {
 @given(seed=st.integers(0, 1000), **FILTERS)
 def test_candidates_equal_the_definition(seed, temperature, top_k, top_p, min_p):
     logits = random_logits(seed)
-    ids, probs = candidates(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    probs, ids = candidates(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     expected = slow_candidates(logits.tolist(), temperature, top_k, top_p, min_p)
     assert dict(zip(ids.tolist(), probs.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5)
 
@@ -80,7 +81,7 @@ def test_candidates_equal_the_definition(seed, temperature, top_k, top_p, min_p)
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
 def test_top_p_over_a_large_vocabulary_equals_the_definition(spread):
     logits = spread * random_logits(3, 9000) / 4
-    ids, probs = candidates(logits, temperature=1.0, top_p=0.9)
+    probs, ids = candidates(logits, temperature=1.0, top_p=0.9)
     expected = slow_candidates(logits.tolist(), 1.0, 0, 0.9, 0.0)
     assert dict(zip(ids.tolist(), probs.tolist(), strict=True)) == pytest.approx(expected, rel=1e-5)
 
@@ -97,22 +98,22 @@ def test_candidates_equal_transformers(warpers, seed, temperature, top_k, top_p,
     if min_p:
         scores = warpers.MinPLogitsWarper(min_p)(None, scores)
     expected = scores[0].softmax(0)
-    ids, probs = candidates(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    probs, ids = candidates(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ours = torch.zeros(VOCAB, dtype=torch.float64)
-    ours[ids] = probs
+    ours[torch.from_numpy(ids)] = torch.from_numpy(probs)
     torch.testing.assert_close(ours.float(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_top_k_keeps_exactly_k_of_equal_logits_the_lowest_ids():
-    ids, probs = candidates(torch.zeros(10), temperature=1.0, top_k=3)
+    probs, ids = candidates(torch.zeros(10), temperature=1.0, top_k=3)
     assert ids.tolist() == [0, 1, 2]
     assert probs.tolist() == pytest.approx([1 / 3] * 3)
-    ids, _ = candidates(torch.tensor([1.0, 5.0, 7.0, 5.0, 7.0, 5.0]), temperature=1.0, top_k=4)
+    _, ids = candidates(torch.tensor([1.0, 5.0, 7.0, 5.0, 7.0, 5.0]), temperature=1.0, top_k=4)
     assert ids.tolist() == [2, 4, 1, 3]
 
 
 def test_smallest_temperature_takes_the_likeliest_without_overflow():
-    ids, probs = candidates(torch.tensor([30.0, -30.0, 29.9]), temperature=1e-6)
+    probs, ids = candidates(torch.tensor([30.0, -30.0, 29.9]), temperature=1e-6)
     assert dict(zip(ids.tolist(), probs.tolist(), strict=True)) == {0: 1.0, 1: 0.0, 2: 0.0}
 
 
@@ -157,7 +158,7 @@ def test_greedy_takes_the_likeliest():
 
 
 def test_draws_have_the_probabilities_asked_for():
-    probs = torch.tensor([0.5, 0.0, 0.2, 0.3], dtype=torch.float64)
+    probs = np.array([0.5, 0.0, 0.2, 0.3])
     generator = torch.Generator().manual_seed(1)
     counts = Counter(draw(probs, generator) for _ in range(4000))
     assert counts[1] == 0
@@ -167,7 +168,7 @@ def test_draws_have_the_probabilities_asked_for():
 
 def test_a_token_of_no_probability_is_not_drawn_at_the_edge_either(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros(1, dtype=torch.float64))
-    assert draw(torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64), torch.Generator()) == 2
+    assert draw(np.array([0.0, 0.0, 1.0]), torch.Generator()) == 2
 
 
 def choices(seed: int | None) -> list[int]:

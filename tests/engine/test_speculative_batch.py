@@ -109,15 +109,44 @@ def test_every_choice_is_made_from_the_same_bits(size, window, low_bit, monkeypa
 
 
 @needs_extension
-def test_rows_of_several_replies_are_told_whole_since_each_leaves_out_others(low_bit):
+def test_rows_are_told_whole_where_that_was_said(low_bit):
     model, none = low_bit("E2B").model, torch.tensor([], dtype=torch.long)
     hidden_RD = torch.randn(2, model.config.hidden_size)
     assert all(row.likeliest(1, none) for row in Rows(model, hidden_RD).all())
     for row, logits_V in zip(
-        Rows(model, hidden_RD, alike=False).all(), model.logits(hidden_RD), strict=True
+        Rows(model, hidden_RD, reach=None).all(), model.logits(hidden_RD), strict=True
     ):
         assert row.likeliest(1, none) is None
         assert torch.equal(row.logits_V, logits_V)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changed", "whole"),
+    [
+        ({}, False),
+        ({"temperature": 0.9, "top_k": 30}, False),
+        ({"logprobs": 1}, True),
+        ({"temperature": 0.7, "top_k": 0}, True),
+    ],
+)
+def test_whole_rows_are_worked_out_only_if_someone_looks_at_them(changed, whole, low_bit):
+    lm = low_bit("E2B", speculation="off")
+    params = [GREEDY, GREEDY.changed(temperature=0.7, top_k=9, seed=3)]
+    params.append(GREEDY.changed(seed=4, **changed))
+    asked = [
+        Request(prompt=Prompt(random_ids(9, lm.tokenizer.vocab_size, seed=n)), params=each,
+                chat=False)
+        for n, each in enumerate(params)
+    ]  # fmt: skip
+    alone = [replies(BatchEngine(lm, SMALL), [request])[0] for request in asked]
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        logits = lm.model.logits
+        patch.setattr(lm.model, "logits", lambda rows: told.append(len(rows)) or logits(rows))
+        together = replies(BatchEngine(lm, SMALL), asked)
+    assert bool(told) == whole
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
 
 
 @needs_extension

@@ -421,7 +421,7 @@ class BatchEngine:
             blocks += [-1] * (slice.tokens - len(blocks))
             blocks_T = torch.tensor(blocks, device=self.lm.device)
         ids = [*job.text.ids[start:stop], *job.text.drafts]
-        return Work(slice.sequence.pages, ids, slice.asks * (1 + slice.drafts),
+        return Work(slice.sequence.pages, ids, slice.asks * (1 + slice.drafts), job.reply.sees,
                     self._soft(job, start, stop), blocks_T)  # fmt: skip
 
     def _soft(self, job: _Job, start: int, stop: int) -> Soft | None:

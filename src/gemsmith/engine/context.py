@@ -88,9 +88,10 @@ class Rows:
     """Rows of one pass, each asked for after the other: the head's weights are read once for what
     all of them are likely to be asked."""
 
-    def __init__(self, model: TextModel, hidden_RD: Tensor, *, alike: bool = True) -> None:
-        """alike: whether all are asked in the same way, as one reply asks."""
-        self._model, self._hidden_RD, self._alike = model, hidden_RD, alike
+    def __init__(self, model: TextModel, hidden_RD: Tensor, *, reach: int | None = 0) -> None:
+        """reach: how many of the greatest logits some row may be asked for at least, if the same
+        are skipped in all; None: some row is asked for all of them."""
+        self._model, self._hidden_RD, self._reach = model, hidden_RD, reach
         self._logits_RV: Tensor | None = None
         self._likeliest: dict[int, tuple[Tensor, Tensor] | None] = {}
 
@@ -104,12 +105,13 @@ class Rows:
         return self._logits_RV[row]
 
     def likeliest(self, row: int, count: int, skipped: Tensor) -> tuple[Tensor, Tensor] | None:
-        if not self._alike:
+        if self._reach is None:
             return None
-        if count not in self._likeliest:
-            self._likeliest[count] = self._model.likeliest(self._hidden_RD, count, skipped)
-        found = self._likeliest[count]
-        return None if found is None else (found[0][row], found[1][row])
+        most = max(count, self._reach)
+        if most not in self._likeliest:
+            self._likeliest[most] = self._model.likeliest(self._hidden_RD, most, skipped)
+        found = self._likeliest[most]
+        return None if found is None else (found[0][row, :count], found[1][row, :count])
 
 
 class Context:

@@ -21,7 +21,7 @@ from gemsmith.engine.request import (
     TokenLogprob,
     Usage,
 )
-from gemsmith.engine.sampler import Sampler, token_logprob
+from gemsmith.engine.sampler import Sampler, Sees, token_logprob
 from gemsmith.engine.stop import StopStrings
 from gemsmith.engine.thinking import Thought
 from gemsmith.text.stream import Content, Splitter, Thinking, ToolCallEvent, ToolProblem
@@ -79,6 +79,11 @@ class Reply:
         self._closed = False
         """Ended by an end token, a stop string or a marker spelled out, not by its length."""
         self._first_token_s = 0.0
+
+    @property
+    def sees(self) -> Sees | None:
+        """What of the logits the choice of the next token may depend on; None: on all."""
+        return None if self._constraint else self._sampler.sees
 
     @property
     def knows_next(self) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from gemsmith.cache.block_pool import Pages
 from gemsmith.cache.paged import Chunk, PagedCache
 from gemsmith.engine.context import Next, Rows, Soft
+from gemsmith.engine.sampler import Sees
 from gemsmith.model.text import TextModel
 
 
@@ -28,6 +29,8 @@ class Work:
     """Known ones, then drafts of what follows."""
     asks: int
     """After how many of them, the last ones, what follows is wanted."""
+    sees: Sees | None = None
+    """What of the logits the choice of a next token may depend on; None: on all."""
     soft: Soft | None = None
     """Which of them, counted from the first, stand for an image or a sound."""
     blocks_T: Tensor | None = None
@@ -66,7 +69,15 @@ class Runner:
             rows_R=rows_R,
             soft=(torch.cat(at), torch.cat(values)) if at else None,
         )
-        # The head's weights are read once for all; one sequence may do with the greatest logits.
-        alone = sum(work.asks > 0 for work in works) == 1
-        found = iter(Rows(self.model, hidden_RD, alike=alone).all())
+        reach = reach_of([work.sees for work in works if work.asks])
+        found = iter(Rows(self.model, hidden_RD, reach=reach).all())
         return [list(islice(found, work.asks)) for work in works]
+
+
+def reach_of(seen: Sequence[Sees | None]) -> int | None:
+    """How many of the greatest logits will do for all; None: not everybody is content with those,
+    and the head's weights are to be read once."""
+    some = [sees for sees in seen if sees is not None]
+    if len(some) < len(seen) or len({sees.skipped for sees in some}) > 1:
+        return None
+    return max((sees.reach for sees in some), default=0)

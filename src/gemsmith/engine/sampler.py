@@ -4,6 +4,9 @@ Pure functions on logits [V] float32, and `Sampler`, which holds what one reques
 tokens. Order of the filters as in Transformers: repetition penalty, suppressed ids, temperature,
 top-k, top-p, min-p; then one draw.
 
+Candidates are few, and torch takes microseconds to begin anything: from the greatest logits on,
+filters are NumPy's.
+
 The draw inverts the cumulative distribution at one uniform number of a CPU generator seeded by the
 request. So a reply depends on the seed and the logits alone: not on the device, nor on what else
 the process draws. Of equal logits the lowest id comes first, also at the border of top-k.
@@ -16,16 +19,30 @@ Source of the definitions: transformers 5.23 generation/logits_process.py.
 
 from collections.abc import Collection, Sequence
 from math import isfinite
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gemsmith.engine.request import SamplingParams, TokenLogprob
 from gemsmith.errors import WeightsError
 
+Floats = npt.NDArray[np.floating]
+Ids = npt.NDArray[np.int64]
+
 MAX_REACH = 256
 """Most logits that are asked for by rank; beyond, the whole row."""
+
+
+class Sees(NamedTuple):
+    """The part of a row of logits that a choice may depend on: the greatest."""
+
+    reach: int
+    """How many of them."""
+    skipped: tuple[int, ...]
+    """Ids that are not among them, however great."""
 
 
 class Next(Protocol):
@@ -47,29 +64,41 @@ def penalize_repetition(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Ten
 
 def candidates(
     logits_V: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Token ids [C] that the filters leave, likeliest first, and their probabilities [C].
+) -> tuple[Floats, Ids]:
+    """Probabilities [C] of the tokens that the filters leave, and their ids [C], likeliest first.
 
     Probabilities are float64 and sum to 1. Without top_k and top_p the order is that of the ids.
     """
-    ids: Tensor | None = None
     if top_k:
-        logits_V, ids = greatest(logits_V, min(top_k, logits_V.shape[0]))
-    # The largest is taken away first: a small temperature must not overflow.
-    probs_C = ((logits_V - logits_V.max()) / temperature).double().softmax(0)
-    if ids is None and top_p < 1:
-        probs_C, ids = _likeliest(probs_C, top_p)
-    elif ids is None:
-        ids = torch.arange(len(probs_C), device=probs_C.device)
+        values, ids = greatest(logits_V, min(top_k, logits_V.shape[0]))
+        probs_C, ids_C = softmax(_array(values), temperature), _array(ids)
+    elif top_p < 1:
+        # The largest is taken away first: a small temperature must not overflow.
+        probs_V = ((logits_V - logits_V.max()) / temperature).double().softmax(0)
+        probs_C, ids_C = map(_array, _likeliest(probs_V, top_p))
+    else:
+        probs_C = softmax(_array(logits_V), temperature)
+        ids_C = np.arange(len(probs_C))
+    return kept(probs_C, ids_C, top_p=top_p, min_p=min_p)
+
+
+def softmax(logits_C: Floats, temperature: float) -> Floats:
+    """Probabilities in float64 of float32 logits over a temperature."""
+    weights_C = np.exp(((logits_C - logits_C.max()) / temperature).astype(np.float64))
+    return weights_C / weights_C.sum()
+
+
+def kept(probs_C: Floats, ids_C: Ids, *, top_p: float, min_p: float) -> tuple[Floats, Ids]:
+    """What top-p and min-p leave of candidates, for top-p the likeliest first."""
     if top_p < 1:
         # A token stays while those before it have not reached the sum; the first always does.
-        before = probs_C.cumsum(0) - probs_C
-        kept = max(1, int((before < top_p).sum()))
-        probs_C, ids = probs_C[:kept], ids[:kept]
+        before = probs_C.cumsum() - probs_C
+        stop = max(1, int((before < top_p).sum()))
+        probs_C, ids_C = probs_C[:stop], ids_C[:stop]
     if min_p > 0:
         likely = probs_C >= min_p * probs_C.max()
-        probs_C, ids = probs_C[likely], ids[likely]
-    return ids, probs_C / probs_C.sum()
+        probs_C, ids_C = probs_C[likely], ids_C[likely]
+    return probs_C / probs_C.sum(), ids_C
 
 
 def greatest(logits_V: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -93,13 +122,17 @@ def _likeliest(probs_V: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return probs_C, ids_C
 
 
-def draw(probs_C: Tensor, generator: torch.Generator) -> int:
+def draw(probs_C: Floats, generator: torch.Generator) -> int:
     """Index drawn from probabilities [C] with one float64 uniform number of a CPU generator."""
-    sums_C = probs_C.cumsum(0)
-    uniform = torch.rand(1, dtype=torch.float64, generator=generator).to(sums_C.device)
-    # right=True passes over candidates of no probability when the number falls on their border.
-    index = torch.searchsorted(sums_C, uniform * sums_C[-1], right=True)
-    return min(int(index), probs_C.shape[0] - 1)
+    sums_C = probs_C.cumsum()
+    uniform = torch.rand(1, dtype=torch.float64, generator=generator).item()
+    # side="right" passes over candidates of no probability when the number falls on their border.
+    index = int(np.searchsorted(sums_C, uniform * sums_C[-1], side="right"))
+    return min(index, len(probs_C) - 1)
+
+
+def _array(values: Tensor) -> Any:
+    return values.numpy(force=True)
 
 
 def token_logprob(logits_V: Tensor, token_id: int, alternatives: int) -> TokenLogprob:
@@ -136,6 +169,7 @@ class Sampler:
         if params.repetition_penalty != 1:
             self._seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self._seen_V[torch.tensor(prompt_ids, device=device)] = True
+        self._skipped = suppressed
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=device)
 
     def observe(self, token_id: int) -> None:
@@ -161,17 +195,26 @@ class Sampler:
         if allowed is not None:
             ids = sorted(allowed)
             return self._choice(row.logits_of(ids), torch.tensor(ids, device=self._device))
-        reach = self._reach
-        found = row.likeliest(reach, self._suppressed) if reach else None
-        return self._choice(row.logits_V, None) if found is None else self._choice(*found)
+        sees = self.sees
+        found = row.likeliest(sees.reach, self._suppressed) if sees else None
+        if found is None:
+            return self._choice(row.logits_V, None)
+        params, (values_C, ids_C) = self.params, found
+        if params.temperature == 0:
+            return int(ids_C[0])
+        probs_C = softmax(_array(values_C), params.temperature)
+        return self._drawn(*kept(probs_C, _array(ids_C), top_p=params.top_p, min_p=params.min_p))
+
+    def _drawn(self, probs_C: Floats, ids_C: Ids) -> int:
+        return int(ids_C[draw(probs_C, self._generator)])
 
     @property
-    def _reach(self) -> int | None:
-        """How many of the greatest logits a choice may depend on; None: on all."""
+    def sees(self) -> Sees | None:
+        """What a choice among all ids may depend on; None: on all logits."""
         if self._seen_V is not None or self.params.logprobs is not None:
             return None
         reach = 1 if self.params.temperature == 0 else self.params.top_k
-        return reach if 0 < reach <= MAX_REACH else None
+        return Sees(reach, self._skipped) if 0 < reach <= MAX_REACH else None
 
     def _choice(self, logits_C: Tensor, ids_C: Tensor | None) -> int:
         """One of the ids that the logits are of; None: of all."""
@@ -189,12 +232,13 @@ class Sampler:
         if params.temperature == 0:
             at = int(logits_C.argmax())
         else:
-            left, probs = candidates(
-                logits_C,
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                min_p=params.min_p,
+            at = self._drawn(
+                *candidates(
+                    logits_C,
+                    temperature=params.temperature,
+                    top_k=params.top_k,
+                    top_p=params.top_p,
+                    min_p=params.min_p,
+                )
             )
-            at = int(left[draw(probs, self._generator)])
         return at if ids_C is None else int(ids_C[at])

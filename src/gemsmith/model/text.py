@@ -411,6 +411,11 @@ class TextModel(nn.Module):
         if not all(map(isfinite, most_R.tolist())):
             return None
         values_RC = self._capped(raw_RC)
+        if bool((values_RC[:, :-1] > values_RC[:, 1:]).all()):
+            near = values_RC[:, count - 1] - values_RC[:, -1] <= NEAR
+            if wanted < left and bool(near.any()):
+                return None
+            return values_RC[:, :count], ids_RC[:, :count]
         values, ids = [], []
         for pairs in zip(values_RC.tolist(), ids_RC.tolist(), strict=True):
             # Capping rounds: what was in order before may be equal now.
