@@ -48,7 +48,7 @@ void unpack(const Product& p, int64_t block, int8_t* codes, float* scales) {
     UNROLL
     for (int f = 0; f < 8 / B; f++, to += LINE) {
       const Words field = (u >> (B * f)) & MASK;
-      const Bytes q = reinterpret_cast<const Bytes&>(field) - ZERO;
+      const Bytes q = reinterpret_cast<Bytes>(field) - ZERO;
       std::memcpy(to, &q, LINE);
     }
   }
@@ -89,9 +89,10 @@ inline void store_rows(const Product& p, const Floats* total, int64_t block, int
   }
 }
 
-// Asks for what `store_rows` will write, a line a row: fetched from memory by then, not when it is due.
-inline void expect_rows(const Product& p, int64_t block, int64_t m0, int64_t m1) {
-  for (int64_t m = m0; m < m1; m++)
+// Asks for what `store_rows` will write of so many panels, a line a row: fetched from memory by then,
+// not when it is due.
+inline void expect_rows(const Product& p, int64_t block, int64_t m0, int64_t m1, int panels) {
+  for (int64_t m = m0; m < m1 && m < m0 + panels * PANEL; m++)
     __builtin_prefetch(p.y + m * p.N + block * BLOCK, 1);
 }
 
@@ -140,7 +141,7 @@ void tile_of_groups(const Product& p, int64_t block, int64_t m0, int64_t m1, con
   const int64_t turn = 2 * size, scale_turn = 2 * BLOCK;
   Sums sums[4];
   Floats total[PANEL] = {};
-  expect_rows(p, block, m0, m0 + PANEL < m1 ? m0 + PANEL : m1);
+  expect_rows(p, block, m0, m1, 1);
   pair_dots<0>(x, codes, 0, size, step);
   for (int64_t i = 0; i < pairs; i += 2) {
     pair_store<0>(sums);
@@ -175,7 +176,7 @@ void tiles(const Product& p, int64_t block, int64_t m0, int64_t m1, const int8_t
            const float* scales) {
   const int8_t* x = p.x + m0 * p.stride;
   const int64_t block_bytes = p.stride * BLOCK, panel_bytes = p.stride * PANEL;
-  for (int j = 0; j < NB; j++) expect_rows(p, block + j, m0, m0 + NM * PANEL < m1 ? m0 + NM * PANEL : m1);
+  for (int j = 0; j < NB; j++) expect_rows(p, block + j, m0, m1, NM);
   Unit::zero<0>();
   if (NB > 1) Unit::zero<1>();
   if (NM > 1) Unit::zero<2>();
