@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -60,6 +61,30 @@ void linear_of(Address lines, Address scales, int64_t N, int64_t K, int bits, in
             int scale_bits, Address x, int64_t M, Address ids, int64_t count, Address y) {
   gemsmith::linear_of(at<const uint8_t>(lines), at<const void>(scales), N, K, bits, group, scale_bits,
                    at<const float>(x), M, at<const int64_t>(ids), count, at<float>(y));
+}
+
+// What stands between products, for rows of T.
+template <class T>
+void rows_of(nb::module_& m, const std::string& type) {
+  const auto release = nb::call_guard<WithoutGil>();
+  m.def(("norm_" + type).c_str(), [](Address x, Address weight, int64_t M, int64_t D, float eps,
+                                     Address y) {
+    gemsmith::norm(at<const T>(x), at<const T>(weight), M, D, eps, at<T>(y));
+  }, release);
+  m.def(("add_norm_" + type).c_str(), [](Address x, Address branch, Address weight, int64_t M,
+                                         int64_t D, float eps, float scale, Address y) {
+    gemsmith::add_norm(at<const T>(x), at<const T>(branch), at<const T>(weight), M, D, eps, scale,
+                       at<T>(y));
+  }, release);
+  m.def(("geglu_" + type).c_str(), [](Address gate, int64_t gate_stride, Address up,
+                                      int64_t up_stride, int64_t M, int64_t n, Address y) {
+    gemsmith::geglu(at<const T>(gate), gate_stride, at<const T>(up), up_stride, M, n, at<T>(y));
+  }, release);
+  m.def(("rotate_" + type).c_str(), [](Address x, Address cosine, Address sine, int64_t M,
+                                       int64_t heads, int64_t H, int64_t pairs, Address y) {
+    gemsmith::rotate(at<const T>(x), at<const float>(cosine), at<const float>(sine), M, heads, H,
+                     pairs, at<T>(y));
+  }, release);
 }
 
 // (lines, scales, outputs, inputs, bits, group, scale_bits), or seven zeros for a weight that the layer lacks.
@@ -244,9 +269,8 @@ NB_MODULE(_native, m) {
   m.def("set_experts", set_experts);
   // Turned from Python's lists into C++ before the GIL is released.
   m.def("run_layers", run_layers, release);
-  m.def("rms_norm", [](Address x, Address weight, int64_t M, int64_t D, float eps, Address y) {
-    gemsmith::rms_norm(at<const float>(x), at<const float>(weight), M, D, eps, at<float>(y));
-  }, release);
+  rows_of<float>(m, "float32");
+  rows_of<uint16_t>(m, "bfloat16");
   m.def("attention", attention, release);
   m.def("attention_of_many", attention_of_many, release);
   m.def("read_memory", [](Address data, int64_t bytes) {

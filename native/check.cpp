@@ -120,7 +120,7 @@ void norms(int64_t M, int64_t D) {
   std::vector<float> x(M * D), weight(D), y(M * D, -1);
   for (float& value : x) value = small();
   for (float& value : weight) value = small();
-  rms_norm(x.data(), weight.data(), M, D, 1e-6f, y.data());
+  norm(x.data(), weight.data(), M, D, 1e-6f, y.data());
   for (int64_t m = 0; m < M; m++) {
     double sum = 0;
     for (int64_t d = 0; d < D; d++) sum += double(x[m * D + d]) * x[m * D + d];

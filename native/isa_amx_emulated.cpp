@@ -69,6 +69,7 @@ void product(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1) {
 #include "wide-inl.h"
 
 namespace gemsmith {
-const Kernels AMX_EMULATED = {"amx-emulated", runs_here, product, quantize, norm, add_norm, geglu, rotate, dots, wide,
+const Kernels AMX_EMULATED = {"amx-emulated", runs_here, product, quantize, {norm, add_norm, geglu, rotate},
+    BFLOAT16_ROWS, dots, wide,
                  read, sums, ATTENTION, &GEMM};
 }

@@ -116,6 +116,6 @@ bool runs_here() { return __builtin_cpu_supports("avx2"); }
 #include "wide-inl.h"
 
 namespace gemsmith {
-const Kernels AVX2 = {"avx2", runs_here, product, quantize, norm, add_norm, geglu,
-    rotate, dots, wide, read, sums, ATTENTION};
+const Kernels AVX2 = {"avx2", runs_here, product, quantize, {norm, add_norm, geglu, rotate},
+    BFLOAT16_ROWS, dots, wide, read, sums, ATTENTION};
 }

@@ -322,6 +322,6 @@ bool runs_here() {
 #include "wide-avx512-inl.h"
 
 namespace gemsmith {
-const Kernels AVX512VNNI = {"avx512vnni", runs_here, product, quantize, norm, add_norm, geglu,
-    rotate, dots, wide, read, sums, ATTENTION, &GEMM};
+const Kernels AVX512VNNI = {"avx512vnni", runs_here, product, quantize, {norm, add_norm, geglu, rotate},
+    BFLOAT16_ROWS, dots, wide, read, sums, ATTENTION, &GEMM};
 }

@@ -58,6 +58,6 @@ bool runs_here() { return true; }
 #include "wide-inl.h"
 
 namespace gemsmith {
-const Kernels GENERIC = {"generic", runs_here, product, quantize, norm, add_norm, geglu,
-    rotate, dots, wide, read, sums, ATTENTION};
+const Kernels GENERIC = {"generic", runs_here, product, quantize, {norm, add_norm, geglu, rotate},
+    BFLOAT16_ROWS, dots, wide, read, sums, ATTENTION};
 }

@@ -99,6 +99,7 @@ bool runs_here() {
 #include "wide-inl.h"
 
 namespace gemsmith {
-const Kernels NEON = {"neon", runs_here, product, quantize, norm, add_norm, geglu, rotate, dots, wide,
+const Kernels NEON = {"neon", runs_here, product, quantize, {norm, add_norm, geglu, rotate},
+    BFLOAT16_ROWS, dots, wide,
                  read, sums, ATTENTION};
 }

@@ -178,6 +178,18 @@ struct Gemm {
   void (*run)(const Product&, int64_t b0, int64_t b1, int64_t m0, int64_t m1, uint8_t* scratch);
 };
 
+// What stands between products, of rows of float32 or of bfloat16 (uint16_t); see layer-inl.h.
+template <class T>
+struct RowKernels {
+  void (*norm)(const T* x, const T* weight, int64_t D, float eps, int64_t m0, int64_t m1, T* y);
+  void (*add_norm)(const T* x, const T* branch, const T* weight, int64_t D, float eps, float scale,
+                   int64_t m0, int64_t m1, T* y);
+  void (*geglu)(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t n,
+                int64_t m0, int64_t m1, T* y);
+  void (*rotate)(T* x, int64_t heads, int64_t H, int64_t pairs, const float* cosine,
+                 const float* sine, int64_t m0, int64_t m1);
+};
+
 // The kernels of one instruction set. Each may run on many threads at once, over disjoint outputs.
 struct Kernels {
   const char* name;
@@ -186,15 +198,8 @@ struct Kernels {
   void (*product)(const Product&, int64_t b0, int64_t b1, int64_t m0, int64_t m1);
   // See quantize_rows below, for rows m0..m1.
   void (*quantize)(const float* x, int64_t K, int64_t m0, int64_t m1, int8_t* x8, float* sx);
-  // See layer-inl.h.
-  void (*norm)(const float* x, const float* weight, int64_t D, float eps, int64_t m0, int64_t m1,
-               float* y);
-  void (*add_norm)(const float* x, const float* branch, const float* weight, int64_t D, float eps,
-                   float scale, int64_t m0, int64_t m1, float* y);
-  void (*geglu)(const float* gate, int64_t gate_stride, const float* up, int64_t up_stride,
-                int64_t n, int64_t m0, int64_t m1, float* y);
-  void (*rotate)(float* x, int64_t heads, int64_t H, int64_t pairs, const float* cosine,
-                 const float* sine, int64_t m0, int64_t m1);
+  RowKernels<float> floats;
+  RowKernels<uint16_t> bfloats;
   void (*dots)(const float* x, const float* w, int64_t D, int64_t n0, int64_t n1, float* y);
   // Columns n0..n1 of y [M][N]: x [M][D] times rows of w [N][D], bfloat16, widened on the way. y is
   // float32 or bfloat16 (y_bits: 32 or 16). room: WIDE_ROOM * D floats to work in.
@@ -273,6 +278,24 @@ uint64_t read_memory(const uint8_t* data, int64_t bytes);
 // A number that any changed, lost or moved bytes change, all but one time in 2^64; no defence
 // against malice. The same on every instruction set; bytes: a multiple of 64.
 uint64_t checksum(const uint8_t* data, int64_t bytes);
+
+// rows.cpp: RowKernels for all rows 0..M by all threads. T: float, or uint16_t for bfloat16.
+// y = x / rms(x) * weight; weight null: none.
+template <class T>
+void norm(const T* x, const T* weight, int64_t M, int64_t D, float eps, T* y);
+// y = (x + branch / rms(branch) * weight) * scale.
+template <class T>
+void add_norm(const T* x, const T* branch, const T* weight, int64_t M, int64_t D, float eps,
+              float scale, T* y);
+// y [M][n] = gelu(gate) * up, whose rows lie a stride apart.
+template <class T>
+void geglu(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t M, int64_t n,
+           T* y);
+// y [M][heads][H] = x with the pairs (i, i + H/2), i < pairs, of each head turned by the angles whose
+// cosines and sines are [M][pairs].
+template <class T>
+void rotate(const T* x, const float* cosine, const float* sine, int64_t M, int64_t heads, int64_t H,
+            int64_t pairs, T* y);
 
 // attention.cpp
 // Of several sequences at once.

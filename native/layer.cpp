@@ -16,32 +16,10 @@ namespace {
 // Rows that go through the MLP together: enough that reading the weights costs little beside the
 // products, few enough that what lies between them stays in cache.
 constexpr int64_t ROWS = 128;
-// Floats of rows that are done by the caller before a worker could have woken.
-constexpr int64_t ALONE = 1 << 15;
 
 using Floats = Room<float>;
 
 Floats floats(int64_t count) { return room<float>(count); }
-
-// body(m0, m1) over 0..M by all threads, rows of `width` floats each.
-template <class Body>
-void each_row(int64_t M, int64_t width, const Body& body) {
-  if (M * width <= ALONE || threads() == 1) return body(0, M);
-  struct Job {
-    const Body& body;
-    int64_t M, size;
-  };
-  const int64_t size = ceil_div(M, 4 * threads());
-  const Job job{body, M, size};
-  parallel(
-      ceil_div(M, size),
-      [](const void* data, int64_t piece) {
-        const auto& job = *static_cast<const Job*>(data);
-        const int64_t end = (piece + 1) * job.size;
-        job.body(piece * job.size, end < job.M ? end : job.M);
-      },
-      &job);
-}
 
 // Rows rounded to int8, once for all the weights they are multiplied with.
 struct Rounded {
@@ -103,10 +81,10 @@ void Layer::mix(const float* x, int64_t M, float* y) const {
   const int64_t E = static_cast<int64_t>(experts.gate_up.size()), F = experts.F;
   const Floats normed = floats(M * D), scores = floats(M * E);
   each_row(M, D + E * D, [&](int64_t m0, int64_t m1) {
-    isa.norm(x, experts.router_norm, D, eps, m0, m1, normed.get());
+    isa.floats.norm(x, experts.router_norm, D, eps, m0, m1, normed.get());
     for (int64_t m = m0; m < m1; m++)
       isa.dots(&normed[m * D], experts.router, D, 0, E, &scores[m * E]);
-    isa.norm(x, experts.before, D, eps, m0, m1, normed.get());
+    isa.floats.norm(x, experts.before, D, eps, m0, m1, normed.get());
   });
   std::vector<std::vector<Choice>> chosen(static_cast<size_t>(E));
   for (int64_t m = 0; m < M; m++) choose(&scores[m * E], m, experts, chosen);
@@ -125,7 +103,7 @@ void Layer::mix(const float* x, int64_t M, float* y) const {
     const Floats both = floats(count * 2 * F), hidden = floats(count * F), out = floats(count * D);
     some.times(experts.gate_up[e], both.get());
     each_row(count, 2 * F, [&](int64_t m0, int64_t m1) {
-      isa.geglu(both.get(), 2 * F, both.get() + F, 2 * F, F, m0, m1, hidden.get());
+      isa.floats.geglu(both.get(), 2 * F, both.get() + F, 2 * F, F, m0, m1, hidden.get());
     });
     Rounded(hidden.get(), count, F).times(experts.down[e], out.get());
     for (int64_t i = 0; i < count; i++)
@@ -139,17 +117,17 @@ void Layer::before(const float* x, int64_t M, const float* cosine, const float* 
   const Kernels& isa = kernels();
   const Floats normed = floats(M * D);
   each_row(M, D, [&](int64_t m0, int64_t m1) {
-    isa.norm(x, input_norm, D, eps, m0, m1, normed.get());
+    isa.floats.norm(x, input_norm, D, eps, m0, m1, normed.get());
   });
   const Rounded rows(normed.get(), M, D);
   rows.times({{&this->q, q}, {&this->k, k}, {&this->v, v}});
   each_row(M, heads * H, [&](int64_t m0, int64_t m1) {
-    isa.norm(q, q_norm, H, eps, m0 * heads, m1 * heads, q);
-    isa.rotate(q, heads, H, pairs, cosine, sine, m0, m1);
+    isa.floats.norm(q, q_norm, H, eps, m0 * heads, m1 * heads, q);
+    isa.floats.rotate(q, heads, H, pairs, cosine, sine, m0, m1);
     if (!kv_heads) return;
-    isa.norm(this->v.lines ? v : k, nullptr, H, eps, m0 * kv_heads, m1 * kv_heads, v);
-    isa.norm(k, k_norm, H, eps, m0 * kv_heads, m1 * kv_heads, k);
-    isa.rotate(k, kv_heads, H, pairs, cosine, sine, m0, m1);
+    isa.floats.norm(this->v.lines ? v : k, nullptr, H, eps, m0 * kv_heads, m1 * kv_heads, v);
+    isa.floats.norm(k, k_norm, H, eps, m0 * kv_heads, m1 * kv_heads, k);
+    isa.floats.rotate(k, kv_heads, H, pairs, cosine, sine, m0, m1);
   });
 }
 
@@ -165,40 +143,35 @@ void Layer::after(const float* x, const float* o, const float* ple, int64_t ple_
     float* out = y + start * D;
     Rounded(o + start * heads * H, rows, heads * H).times(this->o, branch.get());
     each_row(rows, D, [&](int64_t m0, int64_t m1) {
-      isa.add_norm(in, branch.get(), attention_norm, D, eps, 1.0f, m0, m1, out);
-      isa.norm(out, before_mlp_norm, D, eps, m0, m1, normed.get());
+      isa.floats.add_norm(in, branch.get(), attention_norm, D, eps, 1.0f, m0, m1, out);
+      isa.floats.norm(out, before_mlp_norm, D, eps, m0, m1, normed.get());
     });
     Rounded(normed.get(), rows, D).times({{&gate, gate_out.get()}, {&up, up_out.get()}});
     each_row(rows, F, [&](int64_t m0, int64_t m1) {
-      isa.geglu(gate_out.get(), F, up_out.get(), F, F, m0, m1, gate_out.get());
+      isa.floats.geglu(gate_out.get(), F, up_out.get(), F, F, m0, m1, gate_out.get());
     });
     Rounded(gate_out.get(), rows, F).times(down, branch.get());
     if (!experts.gate_up.empty()) {
       mix(out, rows, normed.get());
       each_row(rows, D, [&](int64_t m0, int64_t m1) {
-        isa.norm(branch.get(), experts.after_mlp, D, eps, m0, m1, branch.get());
-        isa.norm(normed.get(), experts.after, D, eps, m0, m1, normed.get());
+        isa.floats.norm(branch.get(), experts.after_mlp, D, eps, m0, m1, branch.get());
+        isa.floats.norm(normed.get(), experts.after, D, eps, m0, m1, normed.get());
         for (int64_t i = m0 * D; i < m1 * D; i++) branch[i] += normed[i];
       });
     }
     each_row(rows, D, [&](int64_t m0, int64_t m1) {
-      isa.add_norm(out, branch.get(), after_mlp_norm, D, eps, P ? 1.0f : scalar, m0, m1, out);
+      isa.floats.add_norm(out, branch.get(), after_mlp_norm, D, eps, P ? 1.0f : scalar, m0, m1, out);
     });
     if (!P) continue;
     Rounded(out, rows, D).times(ple_gate, gate_out.get());
     each_row(rows, P, [&](int64_t m0, int64_t m1) {
-      isa.geglu(gate_out.get(), P, ple + start * ple_stride, ple_stride, P, m0, m1, gate_out.get());
+      isa.floats.geglu(gate_out.get(), P, ple + start * ple_stride, ple_stride, P, m0, m1, gate_out.get());
     });
     Rounded(gate_out.get(), rows, P).times(ple_projection, branch.get());
     each_row(rows, D, [&](int64_t m0, int64_t m1) {
-      isa.add_norm(out, branch.get(), ple_norm, D, eps, scalar, m0, m1, out);
+      isa.floats.add_norm(out, branch.get(), ple_norm, D, eps, scalar, m0, m1, out);
     });
   }
-}
-
-void rms_norm(const float* x, const float* weight, int64_t M, int64_t D, float eps, float* y) {
-  const Kernels& isa = kernels();
-  each_row(M, D, [&](int64_t m0, int64_t m1) { isa.norm(x, weight, D, eps, m0, m1, y); });
 }
 
 void run(const Layer* const* layers, const std::vector<Place>& places, const float* x,

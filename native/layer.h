@@ -59,9 +59,6 @@ struct Layer {
   void mix(const float* x, int64_t M, float* y) const;
 };
 
-// y [M][D] = x / rms(x) * weight, as layers do it.
-void rms_norm(const float* x, const float* weight, int64_t M, int64_t D, float eps, float* y);
-
 // Keys and values as int8: [slots][K][H], scales [slots][K] float32.
 struct StoredInt8 {
   int8_t* k = nullptr;

@@ -15,4 +15,27 @@ using Piece = void (*)(const void* job, int64_t piece);
 // pool is in use by another thread, everything runs on the caller.
 void parallel(int64_t pieces, Piece piece, const void* job);
 
+// Values of rows that are done by the caller before a worker could have woken.
+constexpr int64_t ALONE_VALUES = 1 << 15;
+
+// body(m0, m1) over 0..M by all threads, rows of `width` values each.
+template <class Body>
+void each_row(int64_t M, int64_t width, const Body& body) {
+  if (M * width <= ALONE_VALUES || threads() == 1) return body(0, M);
+  struct Job {
+    const Body& body;
+    int64_t M, size;
+  };
+  const int64_t size = (M + 4 * threads() - 1) / (4 * threads());
+  const Job job{body, M, size};
+  parallel(
+      (M + size - 1) / size,
+      [](const void* data, int64_t piece) {
+        const auto& job = *static_cast<const Job*>(data);
+        const int64_t end = (piece + 1) * job.size;
+        job.body(piece * job.size, end < job.M ? end : job.M);
+      },
+      &job);
+}
+
 }  // namespace gemsmith

@@ -172,7 +172,8 @@ def test_held_out_loss_is_told_by_kind_of_media(tmp_path: Path) -> None:
         t = trainer(data, folder / "run", heldout=TokenSet(folder, "heldout"))
         told.append(t.evaluate())
     both, colors, pitches = told
-    assert both == pytest.approx(colors | pitches, rel=1e-5)
+    # Sums of other numbers of rows are an ulp apart, and may make a bfloat16 the next one.
+    assert both == pytest.approx(colors | pitches, rel=1e-3)
     assert list(colors) == ["color"]
 
 

@@ -12,7 +12,7 @@ from gemsmith.cache.none import NoCache
 from gemsmith.cache.ring import RingCache
 from gemsmith.config import Gemma4Config
 from gemsmith.errors import WeightsError
-from gemsmith.model.text import Experts, Layers, RMSNorm, TextModel
+from gemsmith.model.text import Experts, Layers, TextModel
 from gemsmith.ops import attention, cpu, cpu_layers, native
 from gemsmith.ops.cpu_attention import StoredKV
 from gemsmith.ops.cpu_layers import Layer, Place
@@ -22,7 +22,7 @@ from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from gemsmith.quant.packed import Packed
 from gemsmith.quant.quantize import quantize
 from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
-from gemsmith.weights.fuse import PackedLayer, PackedNorm, fuse
+from gemsmith.weights.fuse import PackedLayer, fuse
 
 pytestmark = needs_extension
 
@@ -100,29 +100,6 @@ def test_half_a_layer_is_near_its_definition():
     wide = layer.self_attn.queries_keys_values(layer.input_layernorm(x), (angle.cos(), angle.sin()))
     for found, wanted in zip((q, k, v), wide, strict=True):
         assert_close(found, wanted, tolerance(torch.float32, 64, steps=4))
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_norms_outside_of_layers_are_near_their_definition(isa, monkeypatch, threads):
-    monkeypatch.setattr(native, "threads", lambda: threads)
-    generator = torch.Generator().manual_seed(1)
-    x, weight = (torch.randn(n, 1037, generator=generator) for n in (70, 1))
-    wanted = nn.functional.rms_norm(x.double(), (1037,), weight[0].double(), 1e-6).float()
-    found = cpu_layers.rms_norm(x, weight[0], 1e-6)
-    assert_close(found, wanted, tolerance(torch.float32, 1037))
-    assert torch.equal(cpu_layers.rms_norm(x[5:6], weight[0], 1e-6), found[5:6])
-    with pytest.raises(WeightsError, match=r"norm is torch.float32 \[1036\]"):
-        cpu_layers.rms_norm(x, weight[0, 1:].clone(), 1e-6)
-
-
-def test_norms_of_a_model_whose_layers_are_not_all_packed_stay():
-    model = packed_model(tiny_config("E2B"), Format(8))
-    model.layers[0].input_layernorm.double()
-    fuse(model)
-    assert type(model.norm) is RMSNorm
-    model = packed_model(tiny_config("E2B"), Format(8))
-    fuse(model)
-    assert type(model.norm) is type(model.per_layer_projection_norm) is PackedNorm
 
 
 @pytest.mark.parametrize("size", ["E2B", "26B-A4B"])

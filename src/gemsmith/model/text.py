@@ -12,8 +12,8 @@ v norm without; softmax scale 1; two rotary settings; key/value heads and head s
 last layers that read an earlier layer's K/V; V taken from the K projection (K = V layers);
 per-layer inputs (PLE); experts beside a dense MLP; one scalar a layer; capped logits.
 
-Numerics: norms, router softmax, attention softmax and logits in float32, the rest in the weights'
-dtype. float16 is refused: the MLP overflows its range.
+Numerics: norms, router softmax, attention softmax and logits in float32, what is stored between
+operations in the weights' dtype. float16 is refused: the MLP overflows its range.
 
 Module names are the checkpoint's own, below `model.language_model.`.
 Sources: transformers 5.23 modeling_gemma4.py; google-deepmind/gemma gemma/gm/nn/gemma4.
@@ -24,14 +24,14 @@ from math import isfinite
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemsmith.config import LayerPlan, RopeParameters, TextConfig
 from gemsmith.errors import ConfigError
 from gemsmith.ops import moe
 from gemsmith.ops.linear import linear, linear_rows, top
-from gemsmith.ops.rotary import KeyRule, Turns, rotate, table
+from gemsmith.ops.rotary import KeyRule, Turns, table
+from gemsmith.ops.rows import add_norm, geglu, rms_norm, rotate
 
 SPARE, NEAR = 16, 1e-4
 """Logits asked for beyond those wanted, and how far apart the last of either must be: then no other
@@ -56,12 +56,6 @@ class KVStore(Protocol):
         that ask. Causality and windows are the store's business.
         """
         ...
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMS norm over the last dimension, in float32, back in x's dtype."""
-    wide = None if weight is None else weight.float()
-    return F.rms_norm(x.float(), (x.shape[-1],), wide, eps).to(x.dtype)
 
 
 @cache
@@ -100,6 +94,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def added(self, x: Tensor, branch: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x plus the norm of `branch`, times a scalar."""
+        return add_norm(x, branch, self.weight, self.eps, scale)
 
 
 def rope_table(positions_T: Tensor, rope: RopeParameters, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -163,8 +161,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden_size, **where)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TF = F.gelu(self.gate_proj(x_TD), approximate="tanh")
-        return self.down_proj(gate_TF * self.up_proj(x_TD))
+        return self.down_proj(geglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class Router(nn.Module):
@@ -248,13 +245,14 @@ class DecoderLayer(nn.Module):
 
     def after_attention(self, x_TD: Tensor, o_TNH: Tensor, ple_TP: Tensor | None) -> Tensor:
         attended = self.self_attn.o_proj(o_TNH.reshape(x_TD.shape[0], -1))
-        x_TD = x_TD + self.post_attention_layernorm(attended)
-        x_TD = x_TD + self.post_feedforward_layernorm(self.feed_forward(x_TD))
+        x_TD = self.post_attention_layernorm.added(x_TD, attended)
+        # The scalar multiplies the whole residual stream, not a branch: it comes with the last.
+        branch_TD, norm = self.feed_forward(x_TD), self.post_feedforward_layernorm
         if ple_TP is not None:
-            gated_TP = F.gelu(self.per_layer_input_gate(x_TD), approximate="tanh") * ple_TP
-            x_TD = x_TD + self.post_per_layer_input_norm(self.per_layer_projection(gated_TP))
-        # The scalar multiplies the whole residual stream, not the branch.
-        return x_TD * self.layer_scalar
+            x_TD = norm.added(x_TD, branch_TD)
+            gated_TP = geglu(self.per_layer_input_gate(x_TD), ple_TP)
+            branch_TD, norm = self.per_layer_projection(gated_TP), self.post_per_layer_input_norm
+        return norm.added(x_TD, branch_TD, self.layer_scalar)
 
     def feed_forward(self, x_TD: Tensor) -> Tensor:
         dense_TD = self.mlp(self.pre_feedforward_layernorm(x_TD))
@@ -262,9 +260,8 @@ class DecoderLayer(nn.Module):
             return dense_TD
         index_TA, weight_TA = self.router(x_TD)
         sparse_TD = self.experts(self.pre_feedforward_layernorm_2(x_TD), index_TA, weight_TA)
-        return self.post_feedforward_layernorm_1(dense_TD) + self.post_feedforward_layernorm_2(
-            sparse_TD
-        )
+        dense_TD = self.post_feedforward_layernorm_1(dense_TD)
+        return self.post_feedforward_layernorm_2.added(dense_TD, sparse_TD)
 
 
 class Layers(nn.ModuleList):
@@ -379,7 +376,8 @@ class TextModel(nn.Module):
         weight = self.per_layer_model_projection.weight[first * P : stop * P]
         context = (linear(h_TD, weight) * self.config.hidden_size**-0.5).view(shape)
         identity = rows * _root(P, rows.dtype)
-        return (self.per_layer_projection_norm(context) + identity) * 2**-0.5
+        norm: RMSNorm = self.per_layer_projection_norm
+        return add_norm(identity, context, norm.weight, norm.eps, 2**-0.5)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """float32 [R, V], capped: c * tanh(logits / c).

@@ -15,22 +15,6 @@ from gemsmith.ops.cpu import PackedWeight
 from gemsmith.ops.cpu_attention import INT8, StoredKV
 
 
-def rms_norm(x_MD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """RMS norm of float32 rows, in a layer's order of adding. Needs the extension.
-
-    Raises:
-      WeightsError: another type, shape or layout.
-    """
-    M, D = x_MD.shape
-    native.check(x_MD, "x", torch.float32, (M, D))
-    native.check(weight_D, "norm", torch.float32, (D,))
-    kernels = native.ready()
-    assert kernels is not None, "ask `native.available` first"
-    y_MD = torch.empty((M, D))
-    kernels.rms_norm(x_MD.data_ptr(), weight_D.data_ptr(), M, D, eps, y_MD.data_ptr())
-    return y_MD
-
-
 class Layer:
     """A decoder layer of low-bit weights, but for its attention; `model.text.DecoderLayer`'s halves
     in two calls of the extension, for float32 hidden states. Needs the extension.

@@ -1,8 +1,8 @@
 """The C++ extension `gemsmith._native`: whether it is there, how it runs, what may be passed to it.
 
 It sees addresses alone, so whatever calls it checks every tensor first (`check`). Products are in
-cpu.py, attention in cpu_attention.py, decoder layers in cpu_layers.py; no other module of `ops`
-calls it.
+cpu.py, what stands between them in rows.py, attention in cpu_attention.py, decoder layers in
+cpu_layers.py; no other module of `ops` calls it.
 """
 
 from functools import cache

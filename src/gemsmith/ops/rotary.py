@@ -1,12 +1,14 @@
 """Rotary position embedding, and the keys of K = V layers, which it makes of stored values.
 
-Shapes: T tokens, S keys, N heads, K key/value heads, H head_dim, R pairs of a head that turn.
+Shapes: T tokens, S keys, K key/value heads, H head_dim, R pairs of a head that turn.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from gemsmith.ops.rows import rotate
 
 BLOCK = 128
 """Positions of which `Turns.far_BR` knows the first; KEYS in native/kernels.h."""
@@ -16,17 +18,6 @@ def table(positions_T: Tensor, frequencies_R: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, each [T, 1, R] float32."""
     angle = positions_T[:, None, None].float() * frequencies_R
     return angle.cos(), angle.sin()
-
-
-def rotate(x_TNH: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs (i, i + H/2) for i below the table's width; the other dimensions pass."""
-    cos, sin = (t.to(x_TNH.dtype) for t in table)
-    half, pairs = x_TNH.shape[-1] // 2, cos.shape[-1]
-    a, b = x_TNH[..., :pairs], x_TNH[..., half : half + pairs]
-    turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
-    if pairs == half:
-        return torch.cat((turned_a, turned_b), -1)
-    return torch.cat((turned_a, x_TNH[..., pairs:half], turned_b, x_TNH[..., half + pairs :]), -1)
 
 
 class Turns:

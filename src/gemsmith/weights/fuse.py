@@ -15,7 +15,6 @@ from gemsmith.model.text import (
     Experts,
     KVStore,
     Layers,
-    RMSNorm,
     Tables,
     TextModel,
 )
@@ -102,18 +101,6 @@ class PackedLayer(DecoderLayer):
         return self._native.after(x_TD.contiguous(), o_TNH.contiguous(), ple_TP)
 
 
-class PackedNorm(RMSNorm):
-    """A norm of float32 rows that the extension computes."""
-
-    def __init__(self, norm: RMSNorm) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(norm.__dict__)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        return cpu_layers.rms_norm(rows, self.weight, self.eps).view(x.shape)
-
-
 def takes(layer: DecoderLayer) -> bool:
     """Whether `PackedLayer` can stand in: its matrices packed, all else float32 on the CPU."""
     if not native.available():
@@ -181,16 +168,11 @@ class PackedLayers(Layers):
 
 
 def fuse(model: TextModel) -> None:
-    """Replace the layers that can be by `PackedLayer`s, in place; if all can, other norms too."""
-    layers = [
+    """Replace the layers that can be by `PackedLayer`s, in place."""
+    model.layers = PackedLayers(
         PackedLayer(layer) if isinstance(layer, DecoderLayer) and takes(layer) else layer
         for layer in model.layers
-    ]
-    model.layers = PackedLayers(layers)
-    if all(isinstance(layer, PackedLayer) for layer in layers):
-        for name, norm in list(model.named_children()):
-            if isinstance(norm, RMSNorm):
-                model.set_submodule(name, PackedNorm(norm))
+    )
 
 
 def same_bits_in_any_pass(model: TextModel) -> bool:
