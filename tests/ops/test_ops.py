@@ -81,6 +81,24 @@ def test_bfloat16_products_equal_the_wide_ones_with_and_without_cpu_support(
     assert_close(actual, expected, torch.finfo(torch.bfloat16).eps)
 
 
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_few_bfloat16_rows_go_to_the_extension_whatever_the_cpu_multiplies(
+    monkeypatch, tiles, multiplies
+):
+    """Many rows where only the extension multiplies them well, none where it does not."""
+    taken: list[int] = []
+    monkeypatch.setattr(linear_module, "cpu_multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(linear_module.cpu, "tiles_bfloat16", lambda: tiles)
+    monkeypatch.setattr(
+        linear_module.cpu, "linear_bfloat16", lambda w, x: taken.append(len(x)) or x @ w.T
+    )
+    weight, few = random(50, 64).bfloat16(), linear_module.FEW_ROWS
+    for rows in (1, few, few + 1, 40):
+        linear_module.linear(random(rows, 64).bfloat16(), weight)
+    assert taken == ([] if not tiles else [1, few] if multiplies else [1, few, few + 1, 40])
+
+
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_float_rows_take_bfloat16_weights_with_and_without_the_extension(monkeypatch, native, rows):

@@ -1,6 +1,7 @@
 """Checkpoint folders: what is read, what is refused and why, and how much memory it takes."""
 
 import json
+import platform
 import random
 import subprocess
 import sys
@@ -146,6 +147,30 @@ def test_writing_to_loaded_weights_leaves_the_file_alone(tmp_path):
     with torch.no_grad():
         model.norm.weight.fill_(7)
     assert_same(load_model(tmp_path)[1], state)
+
+
+AFTER_A_LOAD = """
+import resource, sys, torch
+from gemsmith.weights.load import load_model
+load_model(sys.argv[1])
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def activations():
+    return [torch.ones(2 << 20, dtype=torch.uint8) for _ in range(20)]
+activations()
+before = faults()
+for _ in range(10):
+    activations()
+print((faults() - before) * resource.getpagesize() >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries free otherwise")
+def test_activations_lie_in_the_same_memory_pass_after_pass_where_weights_are_floats(tmp_path):
+    """400 MiB of them are not had from the system once more."""
+    command = [sys.executable, "-c", AFTER_A_LOAD, str(write(tmp_path, tensors()))]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(found) < 16
 
 
 def test_a_deleted_checkpoint_stays_readable_to_the_model(tmp_path):

@@ -26,6 +26,9 @@ from gemsmith.ops import cpu, native
 
 MIN_ROWS = 32
 """Below this many rows reading the weight is what costs, and widening it only adds to that."""
+FEW_ROWS = 6
+"""Up to so many rows of bfloat16 the extension takes together, and reads the weight as fast as
+memory gives it; torch does not, whatever the CPU multiplies."""
 BLOCK_OUTPUTS = 2048
 """Rows of the weight widened at once: at most 2048 * D * 4 bytes beside the model."""
 
@@ -65,7 +68,8 @@ def cpu_multiplies_bfloat16() -> bool:
 def bfloat16_rows_are_alone() -> bool:
     """Whether a row of a product of bfloat16s on the CPU has the same bits whatever rows stand
     beside it: where the extension multiplies them. Elsewhere torch does, in an order that depends
-    on their number; it is faster where the CPU has bfloat16 products of its own, or no AVX512."""
+    on their number; it is faster where the CPU has no AVX512, and of many rows where the CPU has
+    bfloat16 products of its own."""
     return cpu.tiles_bfloat16() and not cpu_multiplies_bfloat16()
 
 
@@ -114,7 +118,7 @@ def _goes_native(x_TD: Tensor, few: bool) -> bool:
     """Whether the extension multiplies these rows with a bfloat16 weight."""
     if x_TD.dtype == torch.float32:
         return few and native.available()
-    return bfloat16_rows_are_alone()
+    return bfloat16_rows_are_alone() or (len(x_TD) <= FEW_ROWS and cpu.tiles_bfloat16())
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

@@ -71,6 +71,8 @@ from gemsmith.weights.tensors import (
 TABLE_DTYPES = DTYPES | {"I32": torch.int32, "U8": torch.uint8, "I8": torch.int8}
 COMPUTE = (torch.bfloat16, torch.float32)
 HEAD_ROWS_COMPARED = 256
+KEPT = (32 << 20) - (64 << 10)
+"""With what torch and glibc add, still no more than 32 MiB."""
 STAY_BFLOAT16 = ("per_layer_model_projection.weight", HEAD)
 """Beside low-bit weights, which compute in float32 on the CPU: what `ops.linear` widens as it goes.
 A token reads half the bytes, and the file's pages serve as they are."""
@@ -134,7 +136,22 @@ def load_model(
     _fill(model, stored, chosen, low, device, dtype, formats, advance, quant or "")
     model = model.eval().requires_grad_(False)
     fuse(model)
+    if device.type == "cpu" and not low and not formats:
+        keep_what_is_freed()
     return config, model
+
+
+def keep_what_is_freed() -> None:
+    """Let torch's tensors of up to 32 MiB lie where earlier ones did, instead of in fresh memory.
+
+    glibc gives freed memory back to the system where it is more than twice the largest piece that
+    was mapped by itself and freed so far; to have it again costs a fault a page, a sixth of a
+    prompt's time where products are as fast as with AMX. So one piece of the most that it takes
+    notice of (DEFAULT_MMAP_THRESHOLD_MAX in mallopt(3)) is had and freed, and none of it touched.
+    Up to 64 MiB stay with the process then. Other C libraries, and limits that the user has set,
+    stay as they are.
+    """
+    torch.empty(KEPT, dtype=torch.uint8)
 
 
 def quantized_values(
