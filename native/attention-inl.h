@@ -1,5 +1,5 @@
 // Attention of a few query rows over one block of keys, for an isa_*.cpp to include after defining
-// (see attention-plain-inl.h, which is what they must equal)
+// (see attention-plain-inl.h and attention-plain-int8-inl.h, which is what they must equal)
 //   void scores_int8(const AttentionTile&, const KeyBlock&, float (*scores)[KEYS])
 //   void scores_float(const AttentionTile&, const KeyBlock&, float (*scores)[KEYS])
 //   void values_int8(const AttentionTile&, const KeyBlock&, const Weights&)
@@ -31,10 +31,10 @@ float quantize16(const float* x, int64_t count, int16_t* out) {
     std::memset(out, 0, static_cast<size_t>(count) * sizeof(*out));
     return most >= INFINITE ? largest - largest : 0.0f;  // a NaN, of infinity too
   }
-  const float inverse = 32767.0f / largest;
+  const float inverse = CODE_MOST / largest;
   for (int64_t k = 0; k < count; k++)
     out[k] = static_cast<int16_t>(static_cast<int32_t>((x[k] * inverse + ROUND) - ROUND));
-  return largest / 32767.0f;
+  return largest / CODE_MOST;
 }
 
 // Sum of 16 floats as a tree: halves are added until one is left.

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "room.h"
 #include "threads.h"
 
 namespace gemsmith {
@@ -42,6 +43,8 @@ struct Job {
   bool apart;       // whether each piece has one split
   int64_t stride;   // of q16
   const int16_t* q16;
+  const int8_t* arranged;  // tiles of each chunk [K][chunks][ceil(chunk_rows / TILE_ROWS)], or null
+  int64_t arranged_bytes;  // of a tile
   const float* q_scale;  // [R][N]
   int64_t turning_width;
   const float* turning;  // [R][N][turning_width]: q of the dimensions that turn, or null
@@ -55,6 +58,12 @@ struct Job {
     return token(i) * a.N + head * group + i % group;
   }
   float* output(int64_t head, int64_t i) const { return a.y + query(head, i) * a.H; }
+  // The arranged tile that begins with query row i.
+  const int8_t* tile(int64_t head, int64_t i) const {
+    const int64_t chunk = i / chunk_rows, place = i % chunk_rows / TILE_ROWS;
+    const int64_t in_chunk = ceil_div(chunk_rows, TILE_ROWS);
+    return arranged + ((head * chunks + chunk) * in_chunk + place) * arranged_bytes;
+  }
   // Keys of a split, from `low`'s block on.
   int64_t begin(int64_t split) const {
     const int64_t origin = a.origin + low;
@@ -121,6 +130,7 @@ bool look(const Job& job, int64_t head, int64_t base, const Sums& sums, int64_t 
     tile.q_scale[row] = job.q_scale[query];
     tile.acc[row] = sums.acc + (i - base) * a.H;
   }
+  if (job.arranged) tile.arranged = job.tile(head, i0);
   tile.most = sums.most + i0 - base;
   tile.sum = sums.sum + i0 - base;
   return any;
@@ -221,10 +231,27 @@ struct Prepared {
   Attention a;
   std::unique_ptr<int64_t[]> ranges;
   std::unique_ptr<int16_t[]> q16;
+  Room<int8_t> arranged;
   std::unique_ptr<float[]> still, turning, q_scale, state, acc;
   std::unique_ptr<Job> job;
   int64_t pieces = 0, ends = 0, work = 0;
 };
+
+// All tiles of q16, as Job::tile finds them.
+void arrange(const Job& job, int8_t* out) {
+  AttentionTile tile;
+  tile.H = job.a.H;
+  for (int64_t head = 0; head < job.a.K; head++)
+    for (int64_t chunk = 0; chunk < job.chunks; chunk++) {
+      const int64_t i1 = less((chunk + 1) * job.chunk_rows, job.rows);
+      for (int64_t i = chunk * job.chunk_rows; i < i1; i += TILE_ROWS) {
+        tile.rows = less(TILE_ROWS, i1 - i);
+        for (int64_t row = 0; row < tile.rows; row++)
+          tile.q16[row] = job.q16 + job.query(head, i + row) * job.stride;
+        job.kernels.attention.arrange(tile, out + (job.tile(head, i) - job.arranged));
+      }
+    }
+}
 
 // sequences: how many are attended together.
 void prepare(const Attention& given, int64_t sequences, Prepared& made) {
@@ -278,12 +305,18 @@ void prepare(const Attention& given, int64_t sequences, Prepared& made) {
       made.q_scale[size(n)] =
           kernels.attention.quantize16(a.q + n * a.H, a.H, made.q16.get() + n * stride);
   }
+  const bool arranges = a.k_format == INT8 && kernels.attention.arrange;
+  const int64_t tile_bytes = arranges ? kernels.attention.arranged_bytes(a.H) : 0;
+  if (arranges)
+    made.arranged = room<int8_t>(a.K * chunks * ceil_div(chunk_rows, TILE_ROWS) * tile_bytes);
   const int64_t parts = apart ? splits : 1, states = a.K * parts * rows;
   made.state.reset(new float[size(2 * states)]);
   if (apart) made.acc.reset(new float[size(states * a.H)]);
   made.job.reset(new Job{kernels, a, group, rows, chunk_rows, chunks, low, splits, apart, stride,
-                         made.q16.get(), made.q_scale.get(), turning_width, made.turning.get(),
+                         made.q16.get(), made.arranged.get(), tile_bytes, made.q_scale.get(),
+                         turning_width, made.turning.get(),
                          made.acc.get(), made.state.get(), made.state.get() + states});
+  if (arranges) arrange(*made.job, made.arranged.get());
   made.pieces = a.K * chunks * parts;
   made.ends = apart ? a.K * rows : 0;
   made.work = a.K * rows * (high - low) * a.H;

@@ -71,7 +71,8 @@ void product(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1) {
 
 #include "amx-inl.h"
 #include "attention-avx512-inl.h"
-#include "attention-inl.h"
+#include "attention-amx-avx512-inl.h"
+#include "attention-amx-inl.h"
 #include "layer-inl.h"
 #include "rows-inl.h"
 #include "wide-avx512-inl.h"
@@ -79,5 +80,5 @@ void product(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1) {
 namespace gemsmith {
 const Kernels AMX = {"amx", runs_here, product, quantize, {norm, add_norm, geglu, rotate},
     BFLOAT16_ROWS, dots, wide,
-                 read, sums, ATTENTION, &GEMM};
+                 read, sums, UNIT_ATTENTION, &GEMM};
 }

@@ -315,6 +315,7 @@ bool runs_here() {
 }  // namespace gemsmith
 
 #include "attention-avx512-inl.h"
+#include "attention-avx512-int8-inl.h"
 #include "attention-inl.h"
 #include "layer-inl.h"
 #include "product-inl.h"

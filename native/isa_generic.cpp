@@ -51,6 +51,7 @@ bool runs_here() { return true; }
 }  // namespace gemsmith
 
 #include "attention-plain-inl.h"
+#include "attention-plain-int8-inl.h"
 #include "attention-inl.h"
 #include "layer-inl.h"
 #include "product-inl.h"

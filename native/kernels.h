@@ -75,6 +75,7 @@ struct Product {
 // division of a sequence into steps, for a row's order follows from where its keys lie in it.
 constexpr int64_t KEYS = 128;
 constexpr int64_t TILE_ROWS = 8;
+constexpr int CODE_MOST = 127 * 256 + 127;  // of 16 bits: 256 times a signed byte plus another
 constexpr int64_t MAX_HEAD = 512;
 
 enum Format : int { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
@@ -119,8 +120,8 @@ struct Attention {
                                   // s stands at position origin + s
 };
 
-// Keys of one key/value head. Pointers and scales go on to a multiple of 4, the last pointers
-// again and zeros; v_scale to KEYS.
+// Keys of one key/value head. Pointers and scales go on to KEYS, the last pointers again and
+// zeros.
 struct KeyBlock {
   int64_t count;
   const void* k[KEYS];
@@ -137,6 +138,7 @@ struct AttentionTile {
   const float* turning[TILE_ROWS];          // [turning_width], of q where keys are rebuilt
   int64_t turning_width;
   const int16_t* q16[TILE_ROWS];            // [H up to a multiple of 32], for int8 keys
+  const int8_t* arranged;                   // q16 as `arrange` made it, if there is one
   float q_scale[TILE_ROWS];
   int64_t first[TILE_ROWS], last[TILE_ROWS];  // keys of the block that the row sees
   float* acc[TILE_ROWS];                    // [H]: sum of e^(score - most) * value
@@ -152,8 +154,8 @@ struct Weights {
 };
 
 struct AttentionKernels {
-  // x rounded to codes * (the result): the largest becomes 32767. Zeros and 0 below 1e-30; zeros
-  // and NaN where x is not finite.
+  // x rounded to codes * (the result): the largest becomes CODE_MOST. Zeros and 0 below 1e-30;
+  // zeros and NaN where x is not finite.
   float (*quantize16)(const float* x, int64_t count, int16_t* codes);
   // turned: what `turn` made of the block's keys, or null.
   void (*attend)(const AttentionTile&, const KeyBlock&, const KeyBlock* turned);
@@ -164,6 +166,10 @@ struct AttentionKernels {
   // Adds one row's sums over further keys, acc with its most and sum, to those in y.
   void (*fold)(const float* acc, float most, float sum, int64_t H, float* y, float* y_most,
                float* y_sum);
+  // The form in which `attend` reads a tile's q16, if it is another: its bytes, a multiple of 64, and
+  // what makes it.
+  int64_t (*arranged_bytes)(int64_t H) = nullptr;
+  void (*arrange)(const AttentionTile&, int8_t* arranged) = nullptr;
 };
 
 // A product of many rows, which unpacks weights once for all of them. It reads activations in
