@@ -98,6 +98,78 @@ def test_every_miss_says_why():
     assert (result.pages.length, result.miss) == (0, Miss.FULL)
 
 
+def test_others_give_way_to_whoever_goes_on_in_the_middle_of_a_block():
+    cache = new_cache()
+    prefix = PrefixCache(cache)
+    kept(cache, prefix, range(30))
+    kept(cache, prefix, range(100, 120))
+    cache.blocks.full.take(cache.blocks.full.free)
+    assert prefix.find(range(40), Chain("", BLOCK)).pages.length == 30
+    assert prefix.evictions == 1
+
+
+def test_what_a_prompt_has_passed_goes_first_unless_two_went_on_from_it():
+    cache = new_cache()
+    prefix = PrefixCache(cache)
+    kept(cache, prefix, range(200, 230))  # used longest ago, and the end of what it is
+    kept(cache, prefix, range(50), 9, 17, 30, 50)
+    for _ in range(2):
+        assert found(cache, prefix, [*range(9), 99, 98])[0] == 9
+    left = []
+    while prefix.evict():
+        ends = [(range(200, 240), 30), (range(60), 50), (range(31), 30), (range(18), 17),
+                ([*range(9), 99, 98], 9)]  # fmt: skip
+        left.append([length for keys, length in ends if known(prefix, keys) == length])
+    assert left == [[30, 50, 17, 9], [30, 50, 9], [50, 9], [9], []]
+
+
+def known(prefix: PrefixCache, keys) -> int:
+    """Tokens of the longest checkpoint that `find` would find; it is not used by that."""
+    keys, most = list(keys), len(keys) - 1
+    best = prefix._longest(Chain("", BLOCK).upto(keys, most // BLOCK), keys, most)
+    return best.pages.length if best else 0
+
+
+def test_the_end_of_a_reply_does_not_push_out_the_prompt_before_it():
+    cache = new_cache()
+    prefix = PrefixCache(cache)
+    conversation = Conversation(cache, range(40)).compute()
+    kept(cache, prefix, range(100, 120))
+    assert conversation.keep(prefix, 30)
+    assert prefix.keep(conversation.keys, conversation.chain, conversation.pages, 40, passed=False)
+    conversation.leave()
+    assert prefix.evict()
+    assert (known(prefix, range(130)), known(prefix, range(31))) == (40, 30)
+    assert known(prefix, range(100, 130)) == 0
+
+
+def test_conversations_that_take_turns_find_their_newest_ends_in_little_room():
+    """Eight of them, with room for about two checkpoints of each and no more."""
+    cache = new_cache(full_blocks=400, sliding_blocks=8 * 6)
+    prefix = PrefixCache(cache)
+    shared = list(range(20))
+    ends = [[*shared, 100 + i] for i in range(8)]
+    for _turn in range(5):
+        for i, keys in enumerate(ends):
+            hit = prefix.find([*keys, 7], Chain("", BLOCK))
+            grown = Conversation(cache, keys + [7] * 9 + [8] * 8)
+            assert hit.pages.length in ((len(keys),) if _turn else (0, 20)), (_turn, i)
+            grown.pages = hit.pages
+            while not cache.blocks.room(
+                cache.blocks.lacking(grown.pages, len(grown.keys) - grown.pages.length)
+            ):
+                assert prefix.evict()
+            start = grown.pages.length
+            grown.compute()
+            for end in (20, len(keys) + 9, len(grown.keys)):
+                if start < end:
+                    grown.keep(prefix, end)
+            grown.leave()
+            ends[i] = grown.keys
+    prefix.clear()
+    assert (cache.blocks.full.held, cache.blocks.sliding.held) == (0, 0)
+
+
 def test_a_miss_says_up_to_where_it_is_known():
     cache = new_cache()
     prefix = PrefixCache(cache)

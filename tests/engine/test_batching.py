@@ -244,7 +244,7 @@ def test_decoding_low_bit_weights_together_gives_the_bits_of_each_alone(quant, t
     ids = prompts(config.text_config.vocab_size, (30, 12, 5))
 
     def run(count: int, first: int = 0) -> list[list[torch.Tensor]]:
-        lm = LM(model, tokenizer, config)
+        lm = LM(model, tokenizer, config, speculation="off")  # a row each in every step
         engine = BatchEngine(lm, replace(SMALL, max_num_batched_tokens=64))
         runner, seen = engine._runner, []
         plain = runner.run
@@ -267,6 +267,28 @@ def test_decoding_low_bit_weights_together_gives_the_bits_of_each_alone(quant, t
         [alone] = run(1, i)
         for a, b in zip(together[i], alone, strict=True):
             assert torch.equal(a, b)
+
+
+def test_what_several_prompts_begin_with_is_computed_once(tokenizer):
+    lm = random_lm("E2B", tokenizer)
+    shared = [*prompts(lm.tokenizer.vocab_size, (40,))[0], lm.tokenizer.special.turn_close]
+    ids = [[*shared, *end] for end in prompts(lm.tokenizer.vocab_size, (9, 5, 7))]
+    # Nothing in common with them, and too little.
+    ids += [shared[30:0:-1], [*shared[:3], *shared[30:0:-1]]]
+    asked = [Request(prompt=Prompt(each), params=GREEDY, chat=False) for each in ids]
+    engine = BatchEngine(lm, replace(SMALL, max_num_batched_tokens=64))
+    told = [reply_of(events) for events in run_all(engine, asked)]
+    cached = [reply.usage.cached_tokens for reply in told]
+    assert cached == [0, 41, 41, 0, 0]
+    assert engine.stats().prompt_tokens == sum(map(len, ids)) - sum(cached)
+    for reply, request in zip(told, asked, strict=True):
+        alone = collect(lm._start(request.prompt, request.params, chat=False))
+        assert reply.token_ids == alone.token_ids
+    # Another tenant's prompt waits for nobody and is told nothing.
+    engine = BatchEngine(lm, replace(SMALL, max_num_batched_tokens=64))
+    other = [replace(request, tenant=name) for request, name in zip(asked[:2], "ab", strict=True)]
+    assert [reply_of(e).usage.cached_tokens for e in run_all(engine, other)] == [0, 0]
+    idle(engine)
 
 
 def test_the_queue_pushes_back_and_the_impossible_is_refused(tokenizer):

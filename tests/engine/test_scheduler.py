@@ -27,8 +27,8 @@ def plan_of(*, full_blocks=30, seqs=4, budget=24, length=64):
     return replace(plan, full_blocks=full_blocks)
 
 
-def new_scheduler(queue_limit=1000, **options) -> Scheduler:
-    return Scheduler(Blocks(plan_of(**options)), queue_limit=queue_limit)
+def new_scheduler(queue_limit=1000, awaits=lambda sequence, other: False, **options) -> Scheduler:
+    return Scheduler(Blocks(plan_of(**options)), queue_limit=queue_limit, awaits=awaits)
 
 
 class Run:
@@ -139,11 +139,17 @@ def arrivals(draw):
     st.sampled_from([16, 17, 24, 48]),
     st.sampled_from([24, 33]),
     st.none() | st.integers(0, 99),
+    st.sampled_from([1, 2, 3, 1000]),
 )
 def test_budget_blocks_and_everyones_end_hold_for_any_arrivals(
-    wanted, full_blocks, budget, drafting
+    wanted, full_blocks, budget, drafting, alike
 ):
-    run = Run(new_scheduler(full_blocks=full_blocks, budget=budget), drafting)
+    def awaits(sequence, other):
+        assert not sequence.begun
+        assert other.admitted < sequence.admitted
+        return (sequence.admitted - other.admitted) % alike == 0
+
+    run = Run(new_scheduler(full_blocks=full_blocks, budget=budget, awaits=awaits), drafting)
     aborts: list[tuple[int, Sequence]] = []
     wanted = list(wanted)
     while wanted or run.alive:
@@ -197,6 +203,31 @@ def test_drafts_get_what_is_left_and_nobody_gives_way_to_them():
     generating.tokens += 1
     scheduler.add(Sequence(40, 60))
     assert scheduler.room(scheduler.schedule()) == 0
+
+
+def test_a_prompt_waits_for_one_that_begins_as_it_does_and_looks_again():
+    looked: list[Sequence] = []
+    scheduler = Scheduler(
+        Blocks(plan_of(budget=24, full_blocks=64)),
+        begin=looked.append,
+        awaits=lambda sequence, other: other.pages.length < 40,
+    )
+    first, second, third = (Sequence(60, 62) for _ in range(3))
+    for sequence in (first, second, third):
+        scheduler.add(sequence)
+    steps = []
+    while scheduler.running or not steps:
+        slices = scheduler.schedule()
+        steps.append({slice.sequence.admitted: slice.tokens for slice in slices})
+        for slice in slices:
+            scheduler.commit(slice)
+            if slice.asks:
+                scheduler.remove(slice.sequence)
+    # All of each step is the first one's until it has come to 40 tokens, then everybody's.
+    assert steps[:2] == [{0: 24}, {0: 24}]
+    assert 1 in steps[2]
+    # Once when it came, and again before each step after one that it waited in.
+    assert [looked.count(first), looked.count(second)] == [1, 3]
 
 
 def test_a_short_prompt_waits_for_no_long_one():

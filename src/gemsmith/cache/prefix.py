@@ -61,6 +61,7 @@ class _Checkpoint:
     tail: tuple[Hashable, ...]
     """Keys beyond the last whole block."""
     pages: Pages
+    hits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,13 @@ class Chain:
 
 
 class PrefixCache:
-    """Checkpoints, the least recently used first to go."""
+    """Checkpoints; the first to go are those that a prompt has passed and that no two went on from,
+    then the least recently used.
+
+    So of a conversation that grows the newest ends stay, which its next turn goes on from, and what
+    many begin with. By last use alone many conversations that take turns, a little more than there
+    is room for, would each find its own just given up.
+    """
 
     def __init__(
         self, cache: PagedCache, *, max_checkpoints: int = 4096, store: Store | None = None
@@ -130,17 +137,45 @@ class PrefixCache:
         """What checkpoints hold, to check that blocks are conserved."""
         return [checkpoint.pages for checkpoint in self._checkpoints]
 
-    def keep(self, keys: Sequence[Hashable], chain: Chain, pages: Pages, length: int) -> bool:
+    def same(
+        self,
+        one: tuple[Sequence[Hashable], Chain],
+        other: tuple[Sequence[Hashable], Chain],
+        length: int,
+    ) -> bool:
+        """Whether two sequences, keys and chain of each, have the first `length` keys and the salt
+        in common; both have so many."""
+        whole = length // self._cache.plan.block_tokens
+        (keys, chain), (others, other_chain) = one, other
+        rest = slice(whole * self._cache.plan.block_tokens, length)
+        return (
+            keys[rest] == others[rest]
+            and chain.upto(keys, whole)[-1] == other_chain.upto(others, whole)[-1]
+        )
+
+    def keep(
+        self,
+        keys: Sequence[Hashable],
+        chain: Chain,
+        pages: Pages,
+        length: int,
+        *,
+        passed: bool = True,
+    ) -> bool:
         """Keep the first `length` tokens of a sequence that has computed them; False where its
         sliding layers no longer hold the window before that point.
 
-        keys, chain: of the sequence, at least as far.
+        keys, chain: of the sequence, at least as far. passed: whether shorter beginnings of the
+        same are needed less from now on; not so at the end of a reply, which the next prompt may
+        leave out.
         """
         if not 0 < length <= pages.length or not self._cache.blocks.reaches(pages, length):
             return False
         size = self._cache.plan.block_tokens
         digests = chain.upto(keys, length // size)
         tail = tuple(keys[length // size * size : length])
+        if passed:
+            self._pass(digests, keys, length)
         for same in self._at.get(digests[-1], ()):
             if same.tail == tail:
                 self._checkpoints.move_to_end(same)
@@ -150,6 +185,17 @@ class PrefixCache:
         if self._store is not None:
             self._store.write(digests, keys, length, partial(self._cache.copy_out, held))
         return True
+
+    def _pass(self, digests: list[bytes], keys: Sequence[Hashable], length: int) -> None:
+        """Let those before `length` go before others, but for what two or more went on from: the
+        longest first, as fewest begin so."""
+        size = self._cache.plan.block_tokens
+        for blocks, digest in enumerate(digests):
+            for each in self._at.get(digest, ()):
+                stop = each.pages.length
+                begins = each.tail == tuple(keys[blocks * size : stop])
+                if stop < length and each.hits < 2 and begins:
+                    self._checkpoints.move_to_end(each, last=False)
 
     def _add(self, checkpoint: _Checkpoint) -> None:
         if len(self._checkpoints) >= self._max:
@@ -222,11 +268,16 @@ class PrefixCache:
     def _hit(self, checkpoint: _Checkpoint, digests: list[bytes]) -> Found:
         length = checkpoint.pages.length
         self._checkpoints.move_to_end(checkpoint)
-        try:
-            pages = self._cache.branch(checkpoint.pages, length)
-        except CapacityError:
-            return Found(Pages(), Miss.FULL, length)
-        return Found(pages, *self._missed(digests, length))
+        while True:
+            try:
+                pages = self._cache.branch(checkpoint.pages, length)
+            except CapacityError:
+                if len(self) == 1:  # itself
+                    return Found(Pages(), Miss.FULL, length)
+                self.evict()
+            else:
+                checkpoint.hits += 1
+                return Found(pages, *self._missed(digests, length))
 
     def _missed(self, digests: list[bytes], length: int) -> tuple[Miss | None, int]:
         """Why the whole blocks of a prompt beyond `length` were not found, and `Found.known`."""

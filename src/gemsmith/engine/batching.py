@@ -182,6 +182,7 @@ class BatchEngine:
             self.cache.blocks,
             queue_limit=self.config.queue_limit,
             begin=self._begin,
+            awaits=self._awaits,
             evict=self.prefix.evict,
             written=self._written,
         )
@@ -343,6 +344,21 @@ class BatchEngine:
         job.found = self.prefix.find(job.keys, job.chain, stored=job.found is None)
         sequence.pages = job.found.pages
 
+    def _awaits(self, sequence: Sequence, other: Sequence) -> bool:
+        """Whether the other comes to an end of a turn that spares this one half of its work."""
+        if not self.config.prefix_caching:
+            return False
+        job, ahead = self._by_sequence[sequence], self._by_sequence[other]
+        have = sequence.pages.length
+        for boundary in reversed(ahead.boundaries):
+            if boundary <= other.pages.length or 2 * (boundary - have) < sequence.remaining:
+                return False
+            if boundary < len(job.keys) and self.prefix.same(
+                (job.keys, job.chain), (ahead.keys, ahead.chain), boundary
+            ):
+                return True
+        return False
+
     def _count_cached(self, job: _Job) -> None:
         """Once a request, when it is first seen in a step."""
         if job.cached is not None:
@@ -461,7 +477,7 @@ class BatchEngine:
             self._finished += 1
             if self.config.prefix_caching:
                 pages = job.sequence.pages
-                self.prefix.keep(job.keys, job.chain, pages, pages.length)
+                self.prefix.keep(job.keys, job.chain, pages, pages.length, passed=False)
             self._forget(job)
         else:
             reply.prepare()

@@ -3,9 +3,11 @@
 Every step has a budget of tokens. First each running sequence that is generating gets one; what is
 left goes to prompts, in chunks: half of it to the oldest of them, so that a long prompt gets on
 whatever comes, the rest to the one with the least to do, so that a short prompt waits for no long
-one. Known tokens are of use for sure: drafts of the next ones get what these leave of the budget
-and of free blocks. Requests are admitted in turns of their tenants (first come first served within
-one), while there are seats, and blocks for all that is known of the sequence.
+one. A prompt that begins as an older one does, of which this step computes more, waits for it
+rather than compute the same again. Known tokens are of use for sure: drafts of the next ones get
+what these leave of the budget and of free blocks. Requests are admitted in turns of their tenants
+(first come first served within one), while there are seats, and blocks for all that is known of the
+sequence.
 
 When a generating sequence finds no block, the prefix cache gives some back; then the sequence that
 came last is preempted: it loses its blocks and computes its tokens again later, before anything new
@@ -38,6 +40,8 @@ class Sequence:
     admitted: int = -1
     """Its number in the order of (first) admission: the smaller, the older."""
     preemptions: int = 0
+    begun: bool = False
+    """Whether any of it was computed since it was admitted."""
 
     @property
     def remaining(self) -> int:
@@ -72,6 +76,11 @@ def _never() -> bool:
     return False
 
 
+def _alone(sequence: Sequence, other: Sequence) -> bool:
+    """Without a prefix cache nobody has anything from another."""
+    return False
+
+
 def _unkept(slice: Slice) -> None:
     """Without a prefix cache windows are forgotten at once."""
 
@@ -86,13 +95,16 @@ class Scheduler:
         *,
         queue_limit: int = 256,
         begin: Callable[[Sequence], None] = _nothing,
+        awaits: Callable[[Sequence, Sequence], bool] = _alone,
         evict: Callable[[], bool] = _never,
         written: Callable[[Slice], None] = _unkept,
     ) -> None:
-        """queue_limit: most requests that wait. begin: told of a sequence about to be admitted, may
-        give it pages of tokens that are computed already. evict: gives some cached blocks back;
-        False if there are none. written: told of each slice once it is computed, while the windows
-        of all its tokens are still there.
+        """queue_limit: most requests that wait. begin: told of a sequence about to be admitted, and
+        of one that has waited for another; may give it pages of tokens that are computed already.
+        awaits: whether the first sequence, of which nothing is computed yet, had better wait for
+        what the second one computes. evict: gives some cached blocks back; False if there are none.
+        written: told of each slice once it is computed, while the windows of all its tokens are
+        still there.
 
         Raises:
           ConfigError: a step has no token for each sequence.
@@ -110,7 +122,9 @@ class Scheduler:
         self._preempted: list[Sequence] = []
         self._queues: OrderedDict[str, deque[Sequence]] = OrderedDict()
         """Of each tenant with waiting requests; the first tenant is next."""
-        self._begin, self._evict, self._written = begin, evict, written
+        self._begin, self._awaits, self._evict, self._written = begin, awaits, evict, written
+        self._waited: list[Sequence] = []
+        """Those that the last step left waiting for another."""
         self._admissions = count()
 
     @property
@@ -160,8 +174,13 @@ class Scheduler:
 
     def schedule(self) -> list[Slice]:
         """The next step, with the blocks it needs taken; empty only if nobody is there."""
+        for sequence in self._waited:
+            if sequence in self.running:
+                self.blocks.release(sequence.pages)
+                self._begin(sequence)
         self._admit()
         generating = sum(s.remaining == 1 for s in self.running)
+        self._waited = []
         chunks = self._chunks(self.plan.max_num_batched_tokens - generating)
         slices: list[Slice] = []
         for sequence in list(self.running):
@@ -173,6 +192,7 @@ class Scheduler:
             strong = sequence not in chunks or sequence is self.running[0]
             if tokens and self._make_room(sequence, tokens, preempt=strong):
                 self.blocks.extend(sequence.pages, tokens)
+                sequence.begun = True
                 start = sequence.pages.length
                 slices.append(Slice(sequence, start, start + tokens))
             elif strong:
@@ -217,6 +237,12 @@ class Scheduler:
         taken[oldest] = self._chunk(oldest, 0, max(1, left // 2), left)
         left -= taken[oldest]
         for sequence in sorted(prompts, key=lambda s: (s.remaining, s.admitted)):
+            if not sequence.begun and any(
+                taken[other] and self._awaits(sequence, other)
+                for other in prompts[: prompts.index(sequence)]
+            ):
+                self._waited.append(sequence)
+                continue
             more = self._chunk(sequence, taken[sequence], left, left)
             taken[sequence] += more
             left -= more
@@ -247,6 +273,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.blocks.release(sequence.pages)
+        sequence.begun = False
         self._preempted.append(sequence)
         self._preempted.sort(key=lambda s: s.admitted)
         sequence.preemptions += 1
