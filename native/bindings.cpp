@@ -4,10 +4,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -126,80 +128,82 @@ void set_experts(gemsmith::Layer& layer, int64_t A, int64_t F,
   for (int i = 0; i < 6; i++) *all[i] = at<const float>(arrays[i]);
 }
 
-// Each place: what Place in layer.h has, in its order, then spans of six as in `attention`.
-void run_layers(const std::vector<const gemsmith::Layer*>& layers,
-                const std::vector<std::vector<int64_t>>& places, Address x, Address ple,
-                int64_t ple_stride, int64_t M, Address y) {
-  constexpr size_t FIXED = 10;
-  std::vector<gemsmith::Place> made;
-  for (const std::vector<int64_t>& f : places) {
-    const auto address = [&](size_t i) { return static_cast<Address>(f[i]); };
-    gemsmith::Place place;
-    place.into = {at<int8_t>(address(0)), at<float>(address(1)), at<int8_t>(address(2)),
-                  at<float>(address(3))};
-    place.slot = f[4];
-    place.kv_heads = f[5];
-    place.ranges = at<const int64_t>(address(6));
-    place.cosine = at<const float>(address(7));
-    place.sine = at<const float>(address(8));
-    place.pairs = f[9];
-    for (size_t i = FIXED; i + 6 <= f.size(); i += 6)
-      place.spans.push_back({at<const void>(address(i)), at<const float>(address(i + 1)),
-                             at<const void>(address(i + 2)), at<const float>(address(i + 3)),
-                             f[i + 4], f[i + 5]});
-    made.push_back(std::move(place));
-  }
-  gemsmith::run(layers.data(), made, at<const float>(x), at<const float>(ple), ple_stride, M,
-                at<float>(y));
-}
-
 // What KeyRule has, or zeros where keys are stored.
 using Rule = std::array<int64_t, 7>;
+using Numbers = std::vector<int64_t>;
 
 gemsmith::KeyRule key_rule(const Rule& rule) {
   const auto floats = [&](size_t i) { return at<const float>(static_cast<Address>(rule[i])); };
   return {floats(0), rule[1], floats(2), floats(3), floats(4), floats(5), floats(6)};
 }
 
-// spans: six integers each, as KeySpan has them.
-void attention(Address q, int64_t R, int64_t N, int64_t K, int64_t H,
-               const std::vector<int64_t>& spans, int k_format, int v_format, Address ranges,
-               Address y, int64_t origin, const Rule& rule) {
-  const gemsmith::KeyRule rebuilt = key_rule(rule);
-  std::vector<gemsmith::KeySpan> found;
-  for (size_t i = 0; i + 6 <= spans.size(); i += 6) {
-    const int64_t* s = &spans[i];
-    const auto address = [&](int j) { return static_cast<Address>(s[j]); };
-    found.push_back({at<const void>(address(0)), at<const float>(address(1)),
-                     at<const void>(address(2)), at<const float>(address(3)), s[4], s[5]});
-  }
-  gemsmith::attention({at<const float>(q), R, N, K, H, found.data(),
-                       static_cast<int64_t>(found.size()), k_format, v_format,
-                       at<const int64_t>(ranges), at<float>(y), origin, rule[0] ? &rebuilt : nullptr});
+// Three numbers a sequence, as Seen has them.
+std::vector<gemsmith::Seen> seen(const Numbers& sequences) {
+  std::vector<gemsmith::Seen> found;
+  for (size_t i = 0; i + 3 <= sequences.size(); i += 3)
+    found.push_back({sequences[i], sequences[i + 1], sequences[i + 2]});
+  return found;
 }
 
-// The same of several sequences whose keys lie in one storage, `kv`: addresses of k, k_scale, v and
-// v_scale. sequences: rows, spans and origin of each, three integers; spans: first and count of all;
-// q, ranges and y: rows of all.
-void attention_of_many(Address q, int64_t N, int64_t K, int64_t H, const std::vector<int64_t>& kv,
-                       int k_format, int v_format, const std::vector<int64_t>& sequences,
-                       const std::vector<int64_t>& spans, Address ranges, Address y,
-                       const Rule& rule) {
-  const gemsmith::KeyRule rebuilt = key_rule(rule);
-  const auto address = [&](size_t j) { return static_cast<Address>(kv.at(j)); };
+// spans: the number of a storage, the first slot and a count of each; storages: addresses of k,
+// k_scale, v and v_scale of each, from storages[first] on.
+std::vector<gemsmith::KeySpan> key_spans(const Numbers& spans, const Numbers& storages, size_t first) {
   std::vector<gemsmith::KeySpan> found;
-  for (size_t i = 0; i + 2 <= spans.size(); i += 2)
+  for (size_t i = 0; i + 3 <= spans.size(); i += 3) {
+    const auto address = [&](size_t j) {
+      return static_cast<Address>(storages.at(first + 4 * static_cast<size_t>(spans[i]) + j));
+    };
     found.push_back({at<const void>(address(0)), at<const float>(address(1)),
-                     at<const void>(address(2)), at<const float>(address(3)), spans[i],
-                     spans[i + 1]});
+                     at<const void>(address(2)), at<const float>(address(3)), spans[i + 1],
+                     spans[i + 2]});
+  }
+  return found;
+}
+
+// Each reading: sequences and spans as in `attention`, the address of their ranges. Each place: what
+// Place in layer.h has up to its ranges, a reading's number, then storages as in `attention`.
+using Reading = std::tuple<Numbers, Numbers, Address>;
+void run_layers(const std::vector<const gemsmith::Layer*>& layers,
+                const std::vector<Numbers>& places, const std::vector<Reading>& readings, Address x,
+                Address ple, int64_t ple_stride, int64_t M, Address y) {
+  constexpr size_t FIXED = 10;
+  std::vector<std::vector<gemsmith::Seen>> sequences;
+  for (const Reading& reading : readings) sequences.push_back(seen(std::get<0>(reading)));
+  std::vector<gemsmith::Place> made;
+  for (const Numbers& f : places) {
+    const auto address = [&](size_t i) { return static_cast<Address>(f.at(i)); };
+    const auto number = static_cast<size_t>(f.at(9));
+    gemsmith::Place place;
+    place.into = {at<int8_t>(address(0)), at<float>(address(1)), at<int8_t>(address(2)),
+                  at<float>(address(3))};
+    place.slots = at<const int64_t>(address(4));
+    place.kv_heads = f[5];
+    place.cosine = at<const float>(address(6));
+    place.sine = at<const float>(address(7));
+    place.pairs = f[8];
+    place.ranges = at<const int64_t>(std::get<2>(readings.at(number)));
+    place.sequences = &sequences[number];
+    place.spans = key_spans(std::get<1>(readings[number]), f, FIXED);
+    made.push_back(std::move(place));
+  }
+  gemsmith::run(layers.data(), made, at<const float>(x), at<const float>(ple), ple_stride, M,
+                at<float>(y));
+}
+
+// sequences: as `seen` takes them; spans and storages: as `key_spans` does; q, ranges and y: rows of
+// all.
+void attention(Address q, int64_t N, int64_t K, int64_t H, const Numbers& storages, int k_format,
+               int v_format, const Numbers& sequences, const Numbers& spans, Address ranges,
+               Address y, const Rule& rule) {
+  const gemsmith::KeyRule rebuilt = key_rule(rule);
+  const std::vector<gemsmith::KeySpan> found = key_spans(spans, storages, 0);
   std::vector<gemsmith::Attention> all;
   int64_t row = 0, span = 0;
-  for (size_t i = 0; i + 3 <= sequences.size(); i += 3) {
-    const int64_t rows = sequences[i], count = sequences[i + 1];
-    all.push_back({at<const float>(q) + row * N * H, rows, N, K, H, found.data() + span, count,
-                   k_format, v_format, at<const int64_t>(ranges) + 2 * row,
-                   at<float>(y) + row * N * H, sequences[i + 2], rule[0] ? &rebuilt : nullptr});
-    row += rows, span += count;
+  for (const gemsmith::Seen& one : seen(sequences)) {
+    all.push_back({at<const float>(q) + row * N * H, one.rows, N, K, H, found.data() + span,
+                   one.spans, k_format, v_format, at<const int64_t>(ranges) + 2 * row,
+                   at<float>(y) + row * N * H, one.origin, rule[0] ? &rebuilt : nullptr});
+    row += one.rows, span += one.spans;
   }
   gemsmith::attention(all.data(), static_cast<int64_t>(all.size()));
 }
@@ -272,7 +276,6 @@ NB_MODULE(_native, m) {
   rows_of<float>(m, "float32");
   rows_of<uint16_t>(m, "bfloat16");
   m.def("attention", attention, release);
-  m.def("attention_of_many", attention_of_many, release);
   m.def("read_memory", [](Address data, int64_t bytes) {
     return gemsmith::read_memory(at<const uint8_t>(data), bytes);
   }, release);

@@ -450,6 +450,11 @@ struct LayerCase {
     Stored one[] = {past, past, past, past}, other[] = {past, past, past, past};
     const auto codes = [](Stored& s) { return reinterpret_cast<int8_t*>(s.bytes.data()); };
     std::vector<Place> places(2);
+    // As two sequences with the same keys; rows in slots on end.
+    const std::vector<Seen> sequences =
+        M > 1 ? std::vector<Seen>{{1, 2, 0}, {M - 1, 2, 0}} : std::vector<Seen>{{M, 2, 0}};
+    std::vector<int64_t> slots;
+    for (int64_t m = 0; m < M; m++) slots.push_back(FIRST + m);
     std::vector<float> wanted(x);
     for (size_t i = 0; i < 2; i++) {
       Stored &k = one[2 * i], &v = one[2 * i + 1], &k2 = other[2 * i], &v2 = other[2 * i + 1];
@@ -457,15 +462,17 @@ struct LayerCase {
         return {{codes(a), a.scales.data(), codes(b), b.scales.data(), 0, FIRST},
                 {codes(a), a.scales.data(), codes(b), b.scales.data(), FIRST, M}};
       };
-      places[i] = {{codes(k), k.scales.data(), codes(v), v.scales.data()}, FIRST, 1, ranges.data(),
-                   cosine.data(), sine.data(), PAIRS, spans(k, v)};
+      std::vector<KeySpan> seen = spans(k, v);
+      if (M > 1) seen.insert(seen.end(), {seen[0], seen[1]});
+      places[i] = {{codes(k), k.scales.data(), codes(v), v.scales.data()}, slots.data(), 1,
+                   cosine.data(), sine.data(), PAIRS, ranges.data(), &sequences, seen};
       std::vector<float> q(M * HEADS * H), o(q), key(M * H), value(M * H), y(M * D);
       layer.before(wanted.data(), M, cosine.data(), sine.data(), PAIRS, q.data(), key.data(),
                    value.data());
       quantize_rows(key.data(), M, H, codes(k2) + FIRST * H, k2.scales.data() + FIRST);
       quantize_rows(value.data(), M, H, codes(v2) + FIRST * H, v2.scales.data() + FIRST);
-      const std::vector<KeySpan> seen = spans(k2, v2);
-      attention({q.data(), M, HEADS, 1, H, seen.data(), 2, INT8, INT8, ranges.data(), o.data()});
+      const std::vector<KeySpan> past2 = spans(k2, v2);
+      attention({q.data(), M, HEADS, 1, H, past2.data(), 2, INT8, INT8, ranges.data(), o.data()});
       layer.after(wanted.data(), o.data(), ple.data() + i * P, 2 * P, M, y.data());
       wanted = y;
     }

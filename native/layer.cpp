@@ -174,6 +174,44 @@ void Layer::after(const float* x, const float* o, const float* ple, int64_t ple_
   }
 }
 
+namespace {
+
+// Rows k and v [M][heads][H], each in its slot; those of slots on end together.
+void store(const Place& place, const float* k, const float* v, int64_t M, int64_t heads, int64_t H) {
+  const StoredInt8& into = place.into;
+  const int64_t row = heads * H;
+  for (int64_t m = 0, count = 1; m < M; m += count, count = 1) {
+    const int64_t slot = place.slots[m];
+    while (m + count < M && place.slots[m + count] == slot + count) count++;
+    quantize_rows(k + m * row, count * heads, H, into.k + slot * row, into.k_scale + slot * heads);
+    quantize_rows(v + m * row, count * heads, H, into.v + slot * row, into.v_scale + slot * heads);
+  }
+}
+
+void attend(const Layer& layer, const Place& place, const float* q, float* o) {
+  std::vector<Attention> asked;
+  int64_t row = 0, span = 0;
+  for (const Seen& seen : *place.sequences) {
+    Attention one{};
+    one.q = q + row * layer.heads * layer.H;
+    one.R = seen.rows;
+    one.N = layer.heads;
+    one.K = place.kv_heads;
+    one.H = layer.H;
+    one.spans = place.spans.data() + span;
+    one.span_count = seen.spans;
+    one.k_format = one.v_format = INT8;
+    one.ranges = place.ranges + 2 * row;
+    one.y = o + row * layer.heads * layer.H;
+    one.origin = seen.origin;
+    asked.push_back(one);
+    row += seen.rows, span += seen.spans;
+  }
+  attention(asked.data(), static_cast<int64_t>(asked.size()));
+}
+
+}  // namespace
+
 void run(const Layer* const* layers, const std::vector<Place>& places, const float* x,
          const float* ple, int64_t ple_stride, int64_t M, float* y) {
   int64_t q_size = 0, kv_size = 0;
@@ -188,27 +226,10 @@ void run(const Layer* const* layers, const std::vector<Place>& places, const flo
   for (size_t i = 0; i < places.size(); i++) {
     const Layer& layer = *layers[i];
     const Place& place = places[i];
-    const int64_t heads = layer.kv_heads, row = heads * layer.H;
+    const int64_t heads = layer.kv_heads;
     layer.before(i ? y : x, M, place.cosine, place.sine, place.pairs, q.get(), k.get(), v.get());
-    if (heads) {
-      const StoredInt8& into = place.into;
-      quantize_rows(k.get(), M * heads, layer.H, into.k + place.slot * row,
-                    into.k_scale + place.slot * heads);
-      quantize_rows(v.get(), M * heads, layer.H, into.v + place.slot * row,
-                    into.v_scale + place.slot * heads);
-    }
-    Attention asked{};
-    asked.q = q.get();
-    asked.R = M;
-    asked.N = layer.heads;
-    asked.K = place.kv_heads;
-    asked.H = layer.H;
-    asked.spans = place.spans.data();
-    asked.span_count = static_cast<int64_t>(place.spans.size());
-    asked.k_format = asked.v_format = INT8;
-    asked.ranges = place.ranges;
-    asked.y = o.get();
-    attention(asked);
+    if (heads) store(place, k.get(), v.get(), M, heads, layer.H);
+    attend(layer, place, q.get(), o.get());
     layer.after(i ? y : x, o.get(), ple, ple_stride, M, y);
     if (ple) ple += layer.P;
   }

@@ -67,16 +67,23 @@ struct StoredInt8 {
   float* v_scale = nullptr;
 };
 
-// What a layer does with keys and values: it stores its M rows from `slot` on, if it owns any, and
-// attends to `spans`, see Attention in kernels.h.
+// Rows of a sequence, one after the other, the spans that are its keys, and which of its tokens the
+// first key is.
+struct Seen {
+  int64_t rows, spans, origin;
+};
+
+// What a layer does with keys and values: it stores those of its M rows, if it owns any, each in its
+// slot, and attends to what each sequence sees; see Attention in kernels.h.
 struct Place {
   StoredInt8 into;
-  int64_t slot = 0;
-  int64_t kv_heads = 0;  // of those that are read
-  const int64_t* ranges = nullptr;
+  const int64_t* slots = nullptr;  // [M]
+  int64_t kv_heads = 0;            // of those that are read
   const float *cosine = nullptr, *sine = nullptr;  // see Layer::before
   int64_t pairs = 0;
-  std::vector<KeySpan> spans;
+  const int64_t* ranges = nullptr;  // [M][2]
+  const std::vector<Seen>* sequences = nullptr;
+  std::vector<KeySpan> spans;  // of all sequences
 };
 
 // Layers one after the other, x [M][D] -> y [M][D]; a place for each. ple: [M][layers][P], rows

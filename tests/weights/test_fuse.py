@@ -14,7 +14,7 @@ from gemsmith.config import Gemma4Config
 from gemsmith.errors import WeightsError
 from gemsmith.model.text import Experts, Layers, TextModel
 from gemsmith.ops import attention, cpu, cpu_layers, native
-from gemsmith.ops.cpu_attention import StoredKV
+from gemsmith.ops.cpu_attention import Readers, StoredKV
 from gemsmith.ops.cpu_layers import Layer, Place
 from gemsmith.ops.rotary import KeyRule
 from gemsmith.quant.formats import Format
@@ -198,7 +198,8 @@ def test_places_that_do_not_belong_to_the_layers_are_refused():
         return StoredKV(values, values, *extra)
 
     def run(kv: StoredKV, count: int = 2, into: StoredKV | None = None) -> Tensor:
-        place = Place(into, 0, [(kv, 0, count)], ranges)
+        slots_M = None if into is None else torch.tensor([0])
+        place = Place(into, slots_M, [kv], Readers([[(0, 0, count)]], [1], ranges, [0]))
         return cpu_layers.run_layers([layer], [place], [turn], x, None)
 
     assert run(stored()).shape == (1, 64)
@@ -212,11 +213,10 @@ def test_places_that_do_not_belong_to_the_layers_are_refused():
         run(stored(heads=3))
     with pytest.raises(WeightsError, match="a layer of 0 key/value heads was given"):
         run(stored(), into=stored())
-    place, turns = Place(None, 0, [(stored(), 0, 2)], ranges), torch.zeros(2, 8)
-    with pytest.raises(WeightsError, match=r"ranges is torch.int64 \[1, 2\]"):
-        cpu_layers.run_layers([layer], [place], [(turns, turns)], torch.zeros(2, 64), None)
-    with pytest.raises(WeightsError, match="no spans were given"):
-        cpu_layers.run_layers([layer], [Place(None, 0, [], ranges)], [turn], x, None)
+    place = Place(None, None, [stored()], Readers([[(0, 0, 2)]], [1], ranges, [0]))
+    two = torch.zeros(2, 8), torch.zeros(2, 8)
+    with pytest.raises(WeightsError, match="2 rows, of which 1 ask"):
+        cpu_layers.run_layers([layer], [place], [two], torch.zeros(2, 64), None)
 
 
 def test_layers_keep_their_names_and_those_with_floats_stay():

@@ -30,6 +30,7 @@ from gemsmith.ops.attention import (
     Slots,
     batched_attention,
 )
+from gemsmith.ops.cpu_layers import Place
 from gemsmith.sizing import KVPlan
 
 
@@ -177,6 +178,7 @@ class PagedStep:
     def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]) -> None:
         self.cache, self.chunks = cache, chunks
         self._readings: dict[tuple[bool, bool], Reading] = {}
+        self._places: dict[tuple[int, bool, bool], Place] = {}
         self._rows: list[Tensor] | None = None
 
     @cached_property
@@ -193,34 +195,37 @@ class PagedStep:
         return {sliding: self._target(sliding) for sliding in (False, True)}
 
     def _target(self, sliding: bool) -> Tensor:
-        parts = []
+        at: list[int] = []
         for chunk in self.chunks:
-            table = _table(chunk.pages, sliding)
-            if not table.blocks:
-                return torch.empty(0, dtype=torch.long)
-            at = torch.arange(chunk.pages.length, chunk.pages.length + chunk.tokens)
-            parts.append(self.cache.slots_of(table, at))
-        return torch.cat(parts).to(self.cache.device)
+            start = chunk.pages.length
+            for slot, count in self._runs(chunk.pages, sliding, start, start + chunk.tokens):
+                at += range(slot, slot + count)
+        return torch.tensor(at, dtype=torch.long, device=self.cache.device)
 
     @cached_property
     def _parts(self) -> dict[bool, list[_Part]]:
         return {s: [self._part(chunk, s) for chunk in self.chunks] for s in (False, True)}
 
     def _part(self, chunk: Chunk, sliding: bool) -> _Part:
-        pages, size, window = chunk.pages, self.cache.plan.block_tokens, self.cache.plan.window
+        pages, window = chunk.pages, self.cache.plan.window
         start = max(0, pages.length - window + 1) if sliding and window is not None else 0
         stop = pages.length + chunk.tokens
-        table, runs = _table(pages, sliding), []
-        at = start
-        while table.blocks and at < stop:
-            slot = table.blocks[at // size - table.first] * size + at % size
-            count = min(size - at % size, stop - at)
+        return _Part(self._runs(pages, sliding, start, stop), stop - start, start)
+
+    def _runs(self, pages: Pages, sliding: bool, start: int, stop: int) -> list[tuple[int, int]]:
+        """Where tokens start..stop-1 of a sequence lie: (first slot, count), one after the other;
+        none where it has no blocks of the kind."""
+        size, table = self.cache.plan.block_tokens, _table(pages, sliding)
+        runs: list[tuple[int, int]] = []
+        while table.blocks and start < stop:
+            slot = table.blocks[start // size - table.first] * size + start % size
+            count = min(size - start % size, stop - start)
             if runs and sum(runs[-1]) == slot:
                 runs[-1] = (runs[-1][0], runs[-1][1] + count)
             else:
                 runs.append((slot, count))
-            at += count
-        return _Part(runs, stop - start, start)
+            start += count
+        return runs
 
     def _rows_of(self, rows_R: Tensor) -> list[Tensor]:
         """Of each chunk the tokens that ask, counted from its first."""
@@ -269,6 +274,20 @@ class PagedStep:
         if k_TKH is not None and v_TKH is not None:
             slots.scatter(self._targets[sliding], k_TKH, v_TKH)
         return batched_attention(q, slots, self._reading(sliding, rows_R))
+
+    def place(self, layer: int, rows_R: Tensor | None) -> Place | None:
+        """See `ring.RingCache.place`."""
+        plan = self.cache.config.layers[layer]
+        slots, sliding = self.cache.slots[plan.kv_source], plan.window is not None
+        if self.cache.dtype != torch.int8 or slots._native is None or slots.rule is not None:
+            return None
+        kind = (plan.kv_source, plan.owns_kv, rows_R is None)
+        if kind not in self._places:
+            into = slots._native if plan.owns_kv else None
+            slots_T = self._targets[sliding] if plan.owns_kv else None
+            readers = self._reading(sliding, rows_R).readers
+            self._places[kind] = Place(into, slots_T, [slots._native], readers)
+        return self._places[kind]
 
 
 class PagedReader:

@@ -246,12 +246,16 @@ class Queries:
 
     @cached_property
     def ranges_R2(self) -> Tensor:
-        """int64 on the CPU: the first key that each one sees, and one after the last."""
+        """`ranges` as int64 on the CPU."""
+        return torch.tensor(self.ranges, dtype=torch.int64).view(-1, 2)
+
+    @cached_property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The first key that each one sees, and one after the last."""
         at = range(self.tokens) if self.rows_R is None else self.rows_R.tolist()
         ends = [0] * self.tokens if self.block_T is None else _block_ends(self.block_T)
         window = self.keys if self.window is None else self.window
-        ranges = [(max(0, self.past + t + 1 - window), self.past + max(t + 1, ends[t])) for t in at]
-        return torch.tensor(ranges, dtype=torch.int64).view(-1, 2)
+        return [(max(0, self.past + t + 1 - window), self.past + max(t + 1, ends[t])) for t in at]
 
 
 def _block_ends(block_T: Tensor) -> list[int]:
@@ -313,8 +317,10 @@ class Reading:
     @cached_property
     def readers(self) -> Readers:
         """The same for the extension."""
-        ranges = [queries.ranges_R2 for queries in self.queries]
-        return Readers(self.runs, ranges, [queries.origin for queries in self.queries])
+        spans = [[(0, *run) for run in runs] for runs in self.runs]
+        ranges = [pair for queries in self.queries for pair in queries.ranges]
+        ranges_R2 = torch.tensor(ranges, dtype=torch.int64).view(-1, 2)
+        return Readers(spans, self.rows, ranges_R2, [queries.origin for queries in self.queries])
 
 
 def batched_attention(q_RNH: Tensor, slots: Slots, reading: Reading) -> Tensor:
@@ -323,7 +329,7 @@ def batched_attention(q_RNH: Tensor, slots: Slots, reading: Reading) -> Tensor:
     if slots._native is not None and faster:
         dtype = q_RNH.dtype
         q = q_RNH.float().contiguous()
-        return cpu_attention.attention_of_many(q, slots._native, reading.readers).to(dtype)
+        return cpu_attention.attention_of_many(q, [slots._native], reading.readers).to(dtype)
     outs = [
         stored_attention(q, [(slots, *run) for run in runs], queries)
         for q, runs, queries in zip(

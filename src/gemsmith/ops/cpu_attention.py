@@ -103,107 +103,108 @@ class StoredKV:
             raise WeightsError(f"slots {first} to {first + count} of {self.slots}")
 
 
+class Readers:
+    """What each of several sequences asks of storages: for `attention_of_many` and
+    `cpu_layers.run_layers`, for all layers that are alike. Checked once, here."""
+
+    __slots__ = ("_stops", "positions", "ranges_R2", "rows", "sequences", "spans")
+
+    def __init__(
+        self,
+        spans: Sequence[Sequence[tuple[int, int, int]]],
+        rows: Sequence[int],
+        ranges_R2: Tensor,
+        origins: Sequence[int],
+    ):
+        """Of each sequence: spans of (a storage's number, first slot, count), one after the other
+        its keys 0..S-1; its rows; origin: which of its tokens key 0 is. ranges_R2, int64, of all
+        rows: row r sees keys ranges[r, 0] to ranges[r, 1] - 1 of its sequence, one that sees none
+        gets NaN.
+
+        Raises:
+          WeightsError: a sequence without keys, or ranges of another type or shape.
+        """
+        self.sequences: list[int] = []
+        """Rows, spans and origin of each."""
+        self.spans: list[int] = []
+        self._stops: dict[int, int] = {}
+        """By storage: one after the last slot."""
+        self.positions = 0
+        """One after the last token of the longest sequence."""
+        for runs, count, origin in zip(spans, rows, origins, strict=True):
+            if not runs or min(min(run) for run in runs) < 0 or origin < 0:
+                raise WeightsError(f"spans {list(runs)} from token {origin}: attention needs keys")
+            self.sequences += (count, len(runs), origin)
+            for storage, first, keys in runs:
+                self.spans += (storage, first, keys)
+                self._stops[storage] = max(self._stops.get(storage, 0), first + keys)
+            self.positions = max(self.positions, origin + sum(keys for *_, keys in runs))
+        self.rows = sum(rows)
+        native.check(ranges_R2, "ranges", torch.int64, (self.rows, 2))
+        self.ranges_R2 = ranges_R2
+
+    def check(self, storages: Sequence[StoredKV]) -> None:
+        """Raises:
+        WeightsError: storages that are not alike, or slots that are not there.
+        """
+        kv = storages[0]
+        for each in storages:
+            if (each.formats, each.heads, each.head_dim) != (kv.formats, kv.heads, kv.head_dim):
+                raise WeightsError("keys of different formats or shapes are not attended together")
+            if each.rule is not kv.rule:
+                raise WeightsError("keys that follow different rules are not attended together")
+        for storage, stop in self._stops.items():
+            if storage >= len(storages):
+                raise WeightsError(f"storage number {storage} of {len(storages)}")
+            storages[storage].check_slots(0, stop)
+
+
 def attention(
     q_RNH: Tensor,
     spans: Sequence[tuple[StoredKV, int, int]],
     ranges_R2: Tensor,
     origin: int = 0,
 ) -> Tensor:
-    """Attention of float32 queries over stored keys, softmax scale 1; float32 [R, N, H].
-
-    spans: (storage, first slot, count) each; one after the other they are keys 0..S-1. ranges_R2,
-    int64: row r sees keys ranges[r, 0] to ranges[r, 1] - 1; one that sees none gets NaN. N is a
-    multiple of K; consecutive query heads share a key/value head. origin: which token of its
-    sequence key 0 is; a row has the same bits whatever rows and earlier keys are given with it.
-    Needs the extension.
+    """`attention_of_many` of one sequence: spans of (storage, first slot, count).
 
     Raises:
       WeightsError: other types, shapes or layouts; no keys; slots that are not there.
     """
-    R, N, _ = q_RNH.shape if q_RNH.ndim == 3 else (0, 0, 0)
-    if not spans:
-        raise WeightsError("attention needs keys: no spans were given")
-    kv = spans[0][0]
-    native.check(q_RNH, "q", torch.float32, (R, N, kv.head_dim))
-    native.check(ranges_R2, "ranges", torch.int64, (R, 2))
+    storages = list(dict.fromkeys(kv for kv, _, _ in spans))
+    runs = [(storages.index(kv), first, count) for kv, first, count in spans]
+    readers = Readers([runs], [len(ranges_R2)], ranges_R2, [origin])
+    return attention_of_many(q_RNH, storages, readers)
+
+
+def attention_of_many(q_RNH: Tensor, storages: Sequence[StoredKV], readers: Readers) -> Tensor:
+    """Attention of float32 queries over stored keys, softmax scale 1; float32 [R, N, H], the rows
+    of one sequence after those of the other.
+
+    N is a multiple of K; consecutive query heads share a key/value head. A row has the same bits
+    whatever other rows and earlier keys are given with it. Needs the extension.
+
+    Raises:
+      WeightsError: other types, shapes or layouts; slots that are not there.
+    """
+    readers.check(storages)
+    N, kv = q_RNH.shape[1] if q_RNH.ndim == 3 else 0, storages[0]
+    native.check(q_RNH, "q", torch.float32, (readers.rows, N, kv.head_dim))
     if N < 1 or N % kv.heads:
         raise WeightsError(f"{N} query heads do not share {kv.heads} key/value heads evenly")
-    addresses: list[int] = []
-    keys = sum(count for _, _, count in spans)
-    for each, first, count in spans:
-        each.check_slots(first, count)
-        if (each.formats, each.heads, each.head_dim) != (kv.formats, kv.heads, kv.head_dim):
-            raise WeightsError("spans of different formats or shapes cannot be attended together")
-        if each.rule is not kv.rule:
-            raise WeightsError("spans whose keys follow other rules cannot be attended together")
-        addresses += (*each.arguments, first, count)
     kernels = native.ready()
     assert kernels is not None, "StoredKV needs the extension"
     y_RNH = torch.empty_like(q_RNH)
     kernels.attention(
-        q_RNH.data_ptr(), R, N, kv.heads, kv.head_dim, addresses, *kv.formats,
-        ranges_R2.data_ptr(), y_RNH.data_ptr(), origin, _rule_arguments(kv.rule, origin + keys),
-    )  # fmt: skip
-    return y_RNH
-
-
-class Readers:
-    """What each of several sequences asks of one storage: for `attention_of_many`, for all layers
-    that are alike. Checked once, here."""
-
-    __slots__ = ("_ranges", "_sequences", "_spans", "positions", "rows", "stop")
-
-    def __init__(
-        self,
-        spans: Sequence[Sequence[tuple[int, int]]],
-        ranges: Sequence[Tensor],
-        origins: Sequence[int],
-    ):
-        """Of each sequence: (first slot, count) spans, and ranges_R2 and origin as in `attention`.
-
-        Raises:
-          WeightsError: a sequence without keys, or ranges of another type or shape.
-        """
-        self._sequences: list[int] = []
-        self._spans: list[int] = []
-        self.stop = 0
-        """One after the last slot."""
-        self.positions = 0
-        """One after the last token of the longest sequence."""
-        for runs, ranges_R2, origin in zip(spans, ranges, origins, strict=True):
-            native.check(ranges_R2, "ranges", torch.int64, (None, 2))
-            if not runs or min(min(run) for run in runs) < 0 or origin < 0:
-                raise WeightsError(f"spans {runs} from token {origin}: attention needs keys")
-            self._sequences += (ranges_R2.shape[0], len(runs), origin)
-            for first, count in runs:
-                self._spans += (first, count)
-                self.stop = max(self.stop, first + count)
-            self.positions = max(self.positions, origin + sum(count for _, count in runs))
-        self._ranges = torch.cat(list(ranges))
-        self.rows = self._ranges.shape[0]
-
-
-def attention_of_many(q_RNH: Tensor, kv: StoredKV, readers: Readers) -> Tensor:
-    """`attention` of several sequences, one after the other in q, over one storage: the same bits.
-    Needs the extension.
-
-    Raises:
-      WeightsError: as `attention`.
-    """
-    N = q_RNH.shape[1] if q_RNH.ndim == 3 else 0
-    native.check(q_RNH, "q", torch.float32, (readers.rows, N, kv.head_dim))
-    if N < 1 or N % kv.heads:
-        raise WeightsError(f"{N} query heads do not share {kv.heads} key/value heads evenly")
-    kv.check_slots(0, readers.stop)
-    kernels = native.ready()
-    assert kernels is not None, "StoredKV needs the extension"
-    y_RNH = torch.empty_like(q_RNH)
-    kernels.attention_of_many(
-        q_RNH.data_ptr(), N, kv.heads, kv.head_dim, kv.arguments, *kv.formats,
-        readers._sequences, readers._spans, readers._ranges.data_ptr(), y_RNH.data_ptr(),
+        q_RNH.data_ptr(), N, kv.heads, kv.head_dim, addresses(storages), *kv.formats,
+        readers.sequences, readers.spans, readers.ranges_R2.data_ptr(), y_RNH.data_ptr(),
         _rule_arguments(kv.rule, readers.positions),
     )  # fmt: skip
     return y_RNH
+
+
+def addresses(storages: Sequence[StoredKV]) -> list[int]:
+    """Four of each, as the extension takes them."""
+    return [address for kv in storages for address in kv.arguments]
 
 
 def _rule_arguments(rule: KeyRule | None, keys: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gemsmith.errors import WeightsError
 from gemsmith.ops import native
 from gemsmith.ops.cpu import PackedWeight
-from gemsmith.ops.cpu_attention import INT8, StoredKV
+from gemsmith.ops.cpu_attention import INT8, Readers, StoredKV, addresses
 
 
 class Layer:
@@ -167,11 +167,12 @@ class Place(NamedTuple):
     """What a layer does with the keys and values of a step, for `run_layers`."""
 
     into: StoredKV | None
-    """Where it stores its own, None if it owns none; from `slot` on."""
-    slot: int
-    spans: Sequence[tuple[StoredKV, int, int]]
-    ranges_R2: Tensor
-    """As `attention` takes them."""
+    """Where it stores its own, None if it owns none."""
+    slots_M: Tensor | None
+    """int64: the slot of each row there."""
+    storages: Sequence[StoredKV]
+    readers: Readers
+    """As `attention_of_many` takes them."""
 
 
 def run_layers(
@@ -204,48 +205,54 @@ def run_layers(
         ple, stride = ple_MLP.data_ptr(), ple_MLP.stride(0)
     fields: list[list[int]] = []
     known: dict[tuple[int, ...], list[int]] = {}
+    readings: list[Readers] = []
     for layer, place, (cos_MR, sin_MR) in zip(layers, places, tables, strict=True):
         # Layers that are alike and read the same keys, as most of E2B do, need one look.
         kind = id(place), id(cos_MR), id(sin_MR), layer._N, layer._K, layer._H
         if kind not in known:
-            known[kind] = _fields(layer, place, cos_MR, sin_MR, M)
+            if place.readers not in readings:
+                readings.append(place.readers)
+            reading = readings.index(place.readers)
+            known[kind] = _fields(layer, place, reading, cos_MR, sin_MR, M)
         fields.append(known[kind])
     kernels = native.ready()
     assert kernels is not None, "the layers were made by the extension"
     y_MD = torch.empty((M, D))
     kernels.run_layers(
-        [layer._layer for layer in layers], fields, x_MD.data_ptr(), ple, stride, M,
-        y_MD.data_ptr(),
+        [layer._layer for layer in layers], fields,
+        [(each.sequences, each.spans, each.ranges_R2.data_ptr()) for each in readings],
+        x_MD.data_ptr(), ple, stride, M, y_MD.data_ptr(),
     )  # fmt: skip
     return y_MD
 
 
-def _fields(layer: Layer, place: Place, cos_MR: Tensor, sin_MR: Tensor, M: int) -> list[int]:
+def _fields(
+    layer: Layer, place: Place, reading: int, cos_MR: Tensor, sin_MR: Tensor, M: int
+) -> list[int]:
     """What `run_layers` of the extension wants to know of a layer's place, checked."""
     R, H = cos_MR.shape[-1], layer._H
     native.check(cos_MR, "cos", torch.float32, (M, min(R, H // 2)))
     native.check(sin_MR, "sin", torch.float32, (M, R))
-    native.check(place.ranges_R2, "ranges", torch.int64, (M, 2))
-    if (place.into is None) != (layer._K == 0):
-        raise WeightsError(f"a layer of {layer._K} key/value heads was given {place.into}")
-    if not place.spans:
-        raise WeightsError("a layer needs keys: no spans were given")
-    heads = place.spans[0][0].heads
-    own = [] if place.into is None else [(place.into, place.slot, M)]
-    for (kv, start, count), wanted in zip(
-        (*own, *place.spans), [layer._K] * len(own) + [heads] * len(place.spans), strict=True
-    ):
-        kv.check_slots(start, count)
-        if kv.formats != INT8 or kv.rule or (kv.heads, kv.head_dim) != (wanted, H):
+    into, slots_M, storages, readers = place
+    readers.check(storages)
+    if readers.rows != M:
+        raise WeightsError(f"{M} rows, of which {readers.rows} ask")
+    if (into is None) != (layer._K == 0) or (into is None) != (slots_M is None):
+        raise WeightsError(f"a layer of {layer._K} key/value heads was given {into}")
+    heads = storages[0].heads
+    for kv, wanted in ((into, layer._K), (storages[0], heads)):
+        if kv and (kv.formats != INT8 or kv.rule or (kv.heads, kv.head_dim) != (wanted, H)):
             raise WeightsError(
                 f"keys and values [{kv.heads}, {kv.head_dim}] of formats {kv.formats}; "
                 f"the layer runs on int8 [{wanted}, {H}]"
             )
     if layer._N % heads:
         raise WeightsError(f"{layer._N} query heads do not share {heads} key/value heads")
-    into = (0, 0, 0, 0) if place.into is None else place.into.arguments
-    addresses = (place.ranges_R2.data_ptr(), cos_MR.data_ptr(), sin_MR.data_ptr())
-    fields = [*into, place.slot, heads, *addresses, R]
-    for kv, start, count in place.spans:
-        fields += (*kv.arguments, start, count)
-    return fields
+    where, slots = (0, 0, 0, 0), 0
+    if into is not None and slots_M is not None:
+        native.check(slots_M, "slots", torch.int64, (M,))
+        least, most = (int(at) for at in torch.aminmax(slots_M))
+        into.check_slots(least, most + 1 - least)
+        where, slots = into.arguments, slots_M.data_ptr()
+    tables = (cos_MR.data_ptr(), sin_MR.data_ptr())
+    return [*where, slots, heads, *tables, R, reading, *addresses(storages)]

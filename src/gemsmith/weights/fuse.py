@@ -68,6 +68,8 @@ class PackedLayer(DecoderLayer):
             eps=layer.self_attn.eps,
             scalar=float(layer.layer_scalar),
         )
+        self.products = sum(weight.outputs * weight.inputs for weight in weights.values())
+        """Multiplications that a row takes in matrices."""
         if layer.has_experts:
             self._add_experts()
 
@@ -90,6 +92,8 @@ class PackedLayer(DecoderLayer):
             {name: array.detach().contiguous() for name, array in arrays.items()},
             top_k=router.top_k,
         )
+        experts = (gate_up[0].weight, down[0].weight)
+        self.products += router.top_k * sum(weight.outputs * weight.inputs for weight in experts)
 
     def before_attention(
         self, x_TD: Tensor, table: tuple[Tensor, Tensor]
@@ -117,13 +121,13 @@ def takes(layer: DecoderLayer) -> bool:
     return all(p.dtype == torch.float32 and p.is_cpu for p in layer.parameters())
 
 
-FEW_ROWS = 32
-"""Up to so many rows layers run in one call; beyond, calls cost nothing beside the products, and
-between them a signal is heard."""
+MOST_PRODUCTS = 2**36
+"""Up to so many multiplications layers run in one call, some tenths of a second; beyond, calls cost
+nothing beside the products, and between them a signal is heard."""
 
 
 Places = Callable[[int, Tensor | None], Place | None]
-"""`place` of a `KVStore` whose K/V the extension can store and find by itself, see `RingCache`."""
+"""`place` of a `KVStore` whose K/V the extension can store and find by itself: see `RingCache`."""
 
 
 class PackedLayers(Layers):
@@ -140,7 +144,9 @@ class PackedLayers(Layers):
         rows_R: Tensor | None,
     ) -> Tensor:
         place_of: Places | None = getattr(kv, "place", None)
-        if len(x_TD) > FEW_ROWS or place_of is None:
+        packed = [layer for layer in self if isinstance(layer, PackedLayer)]
+        products = len(x_TD) * sum(layer.products for layer in packed[first:stop])
+        if products > MOST_PRODUCTS or place_of is None:
             return super().run(first, stop, x_TD, ple_TLP, tables, kv, rows_R)
         angles = {key: (c.flatten(1), s.flatten(1)) for key, (c, s) in tables.items()}
         done = first
