@@ -8,8 +8,9 @@ else is there, and is measured with one user.
 Speed is predicted from this machine's rates, medians of what each process measured just after, and
 from the shares in calibration.json. With --calibrate the shares are taken from these very runs
 instead and written there, beside those of other kinds of processors: then the errors say how well
-three numbers a kind (shares of the bound and of the reading of K/V, seconds a layer) describe all
-models, contexts and formats, and no more.
+a few numbers a kind (of tokens shares of the bound and of the reading of K/V, and seconds a layer;
+of prompts a share, and seconds a token and layer) describe all models, contexts and formats, and no
+more.
 All combinations are measured round after round, and of each the median counts. Without a record
 for a kind, its speed has no prediction.
 
@@ -26,6 +27,7 @@ import sys
 import time
 from collections import Counter
 from functools import cache
+from operator import mul
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,34 +44,33 @@ from gemsmith.engine.context import CHUNK_TOKENS, Context
 from gemsmith.engine.engine import LM
 from gemsmith.fit import Target
 from gemsmith.ops import native
-from gemsmith.weights.hub import POCKET, resolve
+from gemsmith.weights.hub import POCKET
 
 BITS = {"bfloat16": None, "int8": "8", "int4": "4", "mobile": "mobile"}
+KINDS = {"bfloat16": "float", "int8": "rows", "int4": "groups", "mobile": "mobile"}
+"""Of calibration.json. The mobile mix is one of its own: unpacking 2 bits takes longer than reading
+them."""
 CONTEXTS, USERS = (512, 8192, 32_768), (1, 8)
+LENGTHS = range(33, 49)
+"""Of short prompts, as agents have them: no two alike."""
 PROMPT, STEPS, REPEATS = 512, 8, 5
 LIMITS = {"weights": 0.005, "kv": 0.005, "peak": 0.05, "decode": 0.15, "prefill": 0.25}
 """Of the error, as a part of what was measured."""
 MODELS = random_checkpoint.SIZES
 CALIBRATION = Path(fit.__file__).with_name("calibration.json")
 PROGRESS = measure.REPOSITORY / "build" / "fit.jsonl"
-KEY = ("machine", "model", "format", "context", "users", "round")
+KEY = ("probe", "machine", "model", "format", "context", "users", "round")
 """What a row is known by."""
 LOAD = """\
 import sys
 from gemsmith import LM
-LM.load(sys.argv[1], device="cpu", quant=sys.argv[2] or None)
+LM.load(sys.argv[1], device="cpu")
 """
 Row = dict[str, Any]
 
 
-def config_of(name: str) -> Gemma4Config:
-    if name == POCKET:
-        return Gemma4Config.load(resolve(POCKET))
-    return random_checkpoint.config_of(name)
-
-
 @torch.inference_mode()
-def worker(folder: str, quant: str | None, context: int, users: int) -> Row:
+def worker(folder: str, context: int, users: int) -> Row:
     """One combination, measured in this process.
 
     A context is filled with zeros up to the prompt's last pass, which is a real one. Neither time
@@ -77,7 +78,7 @@ def worker(folder: str, quant: str | None, context: int, users: int) -> Row:
     holds, all storage is written to, and no pass of a prompt takes more than the last, which sees
     the most keys.
     """
-    lm = LM.load(folder, device="cpu", quant=quant)
+    lm = LM.load(folder, device="cpu")
     vocabulary = lm.config.text_config.vocab_size
     ids = ids_of(context - STEPS * (REPEATS + 1), vocabulary)
     held = [Context(lm.model, lm.kv) for _ in range(users)]
@@ -90,6 +91,9 @@ def worker(folder: str, quant: str | None, context: int, users: int) -> Row:
             start = time.perf_counter()
             first.run(ids[:prompt])
             prefill.append(prompt / (time.perf_counter() - start))
+    for length in LENGTHS:
+        first.rewind_for([])
+        first.run(ids[:length])
     read = max(0, len(ids) - CHUNK_TOKENS)
     for each in held:
         fill(each, read)
@@ -104,7 +108,7 @@ def worker(folder: str, quant: str | None, context: int, users: int) -> Row:
     rates = probe.measure(native.threads())
     return {
         "prompt": prompt,
-        "rates": {"bandwidth": rates.bandwidth, "float": rates.float_rate, "low": rates.int_rate},
+        "rates": {"bandwidth": rates.bandwidth, **rates.operations},
         "measured": {
             "weights": lm.memory()["weights"],
             "kv": sum(each.nbytes for each in held),
@@ -136,13 +140,13 @@ def combinations(
 ) -> list[Row]:
     """What is to be measured, one round after the other: the keys of the rows."""
     return [
-        dict(zip(KEY, (machine, model, format, context, count, round), strict=True))
+        dict(zip(KEY, (probe.VERSION, machine, model, format, context, count, round), strict=True))
         for round in range(1, rounds + 1)
         for model in models
         for format in formats
         if (model, format) != (POCKET, "mobile")  # it has no such checkpoint
         for context in contexts
-        if context <= config_of(model).text_config.max_position_embeddings
+        if context <= random_checkpoint.config_of(model).text_config.max_position_embeddings
         for count in users
     ]
 
@@ -199,51 +203,52 @@ def rows_of(wanted: list[Row], progress: Path, *, fresh: bool = False) -> list[R
 
 def measured(combination: Row) -> Row:
     """What a process of its own measures of it."""
-    folder, quant = checkpoint(combination["model"], combination["format"])
+    folder = checkpoint(combination["model"], combination["format"])
     made = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fit", "--worker", str(folder), quant or "",
+        [sys.executable, "-m", "benchmarks.fit", "--worker", str(folder),
          "--contexts", str(combination["context"]), "--users", str(combination["users"])],
         capture_output=True, text=True, cwd=measure.REPOSITORY,
     )  # fmt: skip
     if made.returncode:
-        sys.exit(f"measuring {key_of(combination)[1:]} failed: {made.stderr.strip()}")
+        sys.exit(f"measuring {key_of(combination)[2:]} failed: {made.stderr.strip()}")
     return json.loads(made.stdout.splitlines()[-1])
 
 
 @cache
-def checkpoint(model: str, format: str) -> tuple[Path, str | None]:
-    """The folder of a model in a format, and what to make of its weights while they are loaded.
+def checkpoint(model: str, format: str) -> Path:
+    """The folder of a model in a format.
 
-    They are loaded once: packing them, which is done at the first load, would be a peak of its own.
+    It is loaded once: packing weights, which is done at the first load, would be a peak of its own.
     """
-    if model == POCKET:
-        folder, quant = resolve(POCKET), None if format == "bfloat16" else format
-    else:
-        folder, quant = random_checkpoint.made(model, BITS[format], None), None
-    command = [sys.executable, "-c", LOAD, str(folder), quant or ""]
-    subprocess.run(command, check=True, cwd=measure.REPOSITORY)
-    return folder, quant
+    folder = random_checkpoint.made(model, BITS[format], None)
+    subprocess.run([sys.executable, "-c", LOAD, str(folder)], check=True, cwd=measure.REPOSITORY)
+    return folder
 
 
 def predicted(config: Gemma4Config, format: str, row: Row) -> Row:
     """What fit says of the same combination on a machine of these rates; memory for all users,
-    speed for one, the others idle."""
-    rates = row["rates"]
-    target = Target("here", "cpu", 1 << 50, rates["bandwidth"], rates, arch=hardware.arch())
+    speed for one, the others idle. A vocabulary is left out: random checkpoints have hardly any."""
+    rates, here = row["rates"], hardware.machine()
+    target = Target(
+        "here", "cpu", 1 << 50, rates["bandwidth"], rates,
+        arch=hardware.arch(), multiplies_bfloat16=here.multiplies_bfloat16,
+    )  # fmt: skip
     options: dict[str, Any] = {"context": row["context"], "kv": "int8", "prompt": row["prompt"]}
     options["media"] = False
     memory = fit.plan("", config, format, target, users=row["users"], **options).memory
     speed = fit.plan("", config, format, target, **options).speed
+    vocabulary = sizing.VOCABULARY_BYTES * config.text_config.vocab_size
     return {
         "weights": sum(memory.weights.values()),
         "kv": memory.kv,
-        "peak": memory.total,
+        "peak": memory.total - vocabulary,
         "decode": speed.decode and speed.decode.mid,
         "prefill": speed.ttft and row["prompt"] / speed.ttft.mid,
         "bounds": {
             "decode": speed.decode_bound,
             "attention": speed.attention_bound,
             "prefill": speed.prefill_bound,
+            "last": speed.last_bound,
         },
     }
 
@@ -253,17 +258,15 @@ def merged(rows: list[Row]) -> list[Row]:
 
     The machine's rates are the medians of all rows: one machine was measured, again and again.
     """
-    rates = {
-        name: median(row["rates"][name] for row in rows) for name in ("bandwidth", "float", "low")
-    }
+    rates = {name: median(row["rates"][name] for row in rows) for name in rows[0]["rates"]}
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(key_of(row)[1:-1], []).append(row)
+        found.setdefault(key_of(row)[2:-1], []).append(row)
     out = []
     for key, rounds in found.items():
         values = {name: [row["measured"][name] for row in rounds] for name in rounds[0]["measured"]}
         taken = {name: None if None in each else median(each) for name, each in values.items()}
-        made = dict(zip(KEY[1:-1], key, strict=True)) | {"prompt": rounds[0]["prompt"]}
+        made = dict(zip(KEY[2:-1], key, strict=True)) | {"prompt": rounds[0]["prompt"]}
         out.append(made | {"rates": rates, "measured": taken, "speeds": values["decode"]})
     return out
 
@@ -272,33 +275,43 @@ def shares(rows: list[Row], arch: str, source: str) -> list[Row]:
     """Records for calibration.json, measured on a processor of kind `arch`: of each kind of format
     the part of its bound, that of the reading of K/V, and what a layer takes besides, so that
 
-        seconds = (bound - K/V) / share + K/V / kv_share + layers * layer_seconds.
+        seconds of a token = (bound - K/V) / share + K/V / kv_share + layers * layer_seconds
+        seconds of a prompt = (bound - last) / share + tokens * layers that own K/V * row_seconds
+                              + what its last token takes in the others, as a token does.
 
-    They are those of the least squares of relative errors; the error bar is the worst of them. The
-    mobile mix is a kind of its own: unpacking 2 bits takes longer than reading them.
+    They are those of the least squares of relative errors; the error bar is the worst of them.
     """
     records = []
-    for kind in ("float", "low", "mobile"):
-        for what in ("decode", "prefill"):
-            points = [
-                _point(row, what)
-                for row in rows
-                if kind == _kind(row["format"])
-                and row["predicted"]["bounds"][what]
-                and row["measured"][what]
-            ]
-            if not points:
-                continue
-            slope, kv_slope, layer = least_squares(points)
-            off = [
-                (slope * bound + kv_slope * kv + layer * layers) / seconds
-                for bound, kv, layers, seconds in points
-            ]
-            share = [round(f / slope, 4) for f in (min(1.0, *off), 1.0, max(1.0, *off))]
-            record = {"place": "cpu", "arch": arch, "kind": kind, "what": what, "share": share}
-            record |= {"kv_share": round(1 / kv_slope, 4), "layer_seconds": float(f"{layer:.3g}")}
-            records.append(record | {"source": source})
+    for kind in dict.fromkeys(KINDS.values()):
+        its = [row for row in rows if KINDS[row["format"]] == kind]
+        tokens = [_token(row) for row in its if row["predicted"]["bounds"]["decode"]]
+        if not tokens:
+            continue
+        slopes = least_squares(tokens)
+        made = {"place": "cpu", "arch": arch, "kind": kind}
+        shares, seconds = _shares(tokens, slopes), _short(slopes[2], 3)
+        record = made | {"what": "decode", "share": shares, "kv_share": _short(1 / slopes[1], 4)}
+        records.append(record | {"layer_seconds": seconds, "source": source})
+        prompts = [
+            _prompt(row, slopes)
+            for row in its
+            if row["predicted"]["bounds"]["prefill"] and row["measured"]["prefill"]
+        ]
+        if prompts:
+            slopes = line(prompts)
+            record = made | {"what": "prefill", "share": _shares(prompts, slopes)}
+            records.append(record | {"row_seconds": _short(slopes[1], 3), "source": source})
     return records
+
+
+def _shares(points: list[tuple[float, ...]], slopes: tuple[float, ...]) -> list[float]:
+    """The least, usual and most: of the last of a point, all its parts before it."""
+    off = [sum(map(mul, slopes, point)) / point[-1] for point in points]
+    return [_short(f / slopes[0], 4) for f in (min(1.0, *off), 1.0, max(1.0, *off))]
+
+
+def _short(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 def with_others(records: list[Row]) -> list[Row]:
@@ -307,18 +320,35 @@ def with_others(records: list[Row]) -> list[Row]:
     return [*(record for record in fit.calibration() if record["arch"] not in kinds), *records]
 
 
-def _kind(format: str) -> str:
-    return format if format == "mobile" else "float" if format in sizing.FLOATS else "low"
+def _token(row: Row) -> tuple[float, float, int, float]:
+    """Seconds of a token's bound without K/V, of K/V, layers run, seconds measured."""
+    bounds = row["predicted"]["bounds"]
+    kv = bounds["attention"]
+    return 1 / bounds["decode"] - kv, kv, row["layers"], 1 / row["measured"]["decode"]
 
 
-def _point(row: Row, what: str) -> tuple[float, float, int, float]:
-    """Seconds of the bound without K/V, of K/V, layers run, seconds measured: of a token, or of a
-    prompt."""
-    tokens = row["prompt"] if what == "prefill" else 1
-    passes = -(-tokens // sizing.CHUNK_TOKENS)
-    bound = tokens / row["predicted"]["bounds"][what]
-    kv = row["predicted"]["bounds"]["attention"] if what == "decode" else 0.0
-    return bound - kv, kv, passes * row["layers"], tokens / row["measured"][what]
+def _prompt(row: Row, token: tuple[float, float, float]) -> tuple[float, int, float]:
+    """Seconds of a prompt's bound without what its last token alone takes, rows that run through
+    layers, seconds measured without what that token takes by `token`, see `least_squares`."""
+    bounds, prompt = row["predicted"]["bounds"], row["prompt"]
+    last = bounds["last"] * token[0] + (row["layers"] - row["owned"]) * token[2]
+    rest = max(prompt / row["measured"]["prefill"] - last, 1e-9)
+    return prompt / bounds["prefill"] - bounds["last"], prompt * row["owned"], rest
+
+
+def line(points: list[tuple[float, int, float]]) -> tuple[float, float]:
+    """What a second of the bound and a row take: by least squares of relative errors, but no second
+    less than one, since a bound is a bound, and no row less than nothing."""
+    made = np.array(points)
+    x = made[:, :2] / made[:, 2:]
+    size = np.linalg.norm(x, axis=0)
+    found, _, rank, _ = np.linalg.lstsq(x / size, np.ones(len(x)), rcond=1e-6)
+    found /= size
+    if rank < 2 or found[1] < 0:
+        found = np.array([x[:, 0].sum() / size[0] ** 2, 0.0])
+    if found[0] < 1:
+        found = np.array([1.0, max(0.0, (x[:, 1] * (1 - x[:, 0])).sum() / size[1] ** 2)])
+    return float(found[0]), float(found[1])
 
 
 def least_squares(points: list[tuple[float, float, int, float]]) -> tuple[float, float, float]:
@@ -359,12 +389,11 @@ def main() -> None:
     parser.add_argument("--calibrate", action="store_true", help="write calibration.json anew")
     parser.add_argument("--progress", type=Path, default=PROGRESS, help="where rows are noted")
     parser.add_argument("--fresh", action="store_true", help="measure what is noted there, too")
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     measure.add_record(parser)
     options = parser.parse_args()
     if options.worker:
-        folder, quant = options.worker
-        print(json.dumps(worker(folder, quant or None, options.contexts[0], options.users[0])))
+        print(json.dumps(worker(options.worker, options.contexts[0], options.users[0])))
         return
     about = measure.machine()
     machine = report.machine_of({"machine": about})
@@ -374,11 +403,12 @@ def main() -> None:
         rows = rows_of(wanted, options.progress, fresh=options.fresh)
     except KeyboardInterrupt:
         sys.exit(f"stopped; the same command goes on from what {options.progress} has")
-    configs = {name: config_of(name) for name in options.models}
+    configs = {name: random_checkpoint.config_of(name) for name in options.models}
     runs = Counter(row["run"] for row in rows)
     rows = merged(rows)
     for row in rows:
-        row["layers"] = configs[row["model"]].text_config.num_hidden_layers
+        text = configs[row["model"]].text_config
+        row["layers"], row["owned"] = text.num_hidden_layers, text.first_kv_shared_layer
     if options.calibrate:
         for row in rows:
             row["predicted"] = predicted(configs[row["model"]], row["format"], row)

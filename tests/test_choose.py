@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gemsmith import fit, sizing, work
+from gemsmith import fit, probe, sizing, work
 from gemsmith.choose import (
     BENCHMARKS,
     Decision,
@@ -20,7 +20,7 @@ from gemsmith.devices import DEVICES
 from gemsmith.errors import ConfigError
 from gemsmith.fit import GIB, Target
 
-HUGE = Target("huge", "gpu", 1 << 40, 1e13, {"float": 1e15, "low": 1e15})
+HUGE = Target("huge", "gpu", 1 << 40, 1e13, dict.fromkeys(probe.RATES, 1e15))
 
 
 def on(device: str, **needs: Any) -> Decision:
@@ -165,7 +165,10 @@ def test_the_most_exact_format_that_will_do_is_taken() -> None:
 
 
 def test_a_small_board_gets_the_smallest_and_is_told_why() -> None:
-    decision = on("raspberry-pi-5-8gb", images="fine", speed=7)
+    board = fit.named("raspberry-pi-5-8gb")
+    least = examine("E2B", "int4", "int8", Needs(images="fine"), board).speed
+    assert least
+    decision = on("raspberry-pi-5-8gb", images="fine", speed=0.95 * least)
     assert (chosen(decision), decision.runner_up) == ("E2B", None)
     text = "\n".join(decision.reasons())
     for words in (

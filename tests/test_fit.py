@@ -12,9 +12,11 @@ from gemsmith import fit, hardware, probe, sizing, work
 from gemsmith.config import PRESETS
 from gemsmith.errors import CapacityError, ConfigError
 from gemsmith.fit import GIB, Target
+from gemsmith.ops.linear import cpu_multiplies_bfloat16
 
-CARD = Target("card", "gpu", 12 * GIB, 360e9, {"float": 50e12, "low": 50e12})
-CPU = Target("box", "cpu", 16 * GIB, 20e9, {"float": 300e9, "low": 2e12}, arch="x86-64")
+RATES = {"float32": 300e9, "bfloat16": 500e9, "rows": 3e12, "groups": 2e12}
+CARD = Target("card", "gpu", 12 * GIB, 360e9, dict.fromkeys(RATES, 50e12))
+CPU = Target("box", "cpu", 16 * GIB, 20e9, RATES, arch="x86-64")
 
 
 def test_a_plan_fits_where_its_parts_do():
@@ -61,7 +63,7 @@ def test_decoding_is_bounded_by_what_it_reads():
 
 
 def test_many_users_wait_for_computing_and_share_the_weights():
-    slow = replace(CPU, rates={"float": 5e11, "low": 5e11}, memory=64 * GIB)
+    slow = replace(CPU, rates=dict.fromkeys(RATES, 5e11), memory=64 * GIB)
     one, many = (
         fit.plan("E2B", PRESETS["E2B"], "int4", slow, context=1024, users=n) for n in (1, 64)
     )
@@ -71,37 +73,63 @@ def test_many_users_wait_for_computing_and_share_the_weights():
     assert many.speed.decode_bound * 64 > one.speed.decode_bound
 
 
-def test_a_prompt_takes_its_operations_or_the_reading_of_the_weights():
+@pytest.mark.parametrize(
+    ("format", "multiplied"),
+    [
+        ("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "rows"), ("mobile", "rows"),
+        ("int4", "groups"), ("int2", "groups"),
+    ],
+)  # fmt: skip
+def test_a_prompt_takes_its_operations_each_at_its_rate(format: str, multiplied: str):
+    """Attention is of floats, whatever the weights are."""
     config = PRESETS["E2B"]
-    found = fit.plan("E2B", config, "bfloat16", CPU, context=4096, prompt=512)
-    flops = work.prefill_flops(config.text_config, 512, 1)
-    assert found.speed.ttft_bound == pytest.approx(flops / 300e9)
-    fast = replace(CPU, rates={"float": 1e18, "low": 1e18})
-    read = sizing.weight_bytes(config, "bfloat16", "cpu", towers=False)
-    bound = fit.plan("E2B", config, "bfloat16", fast, context=4096, prompt=1024).speed.ttft_bound
-    assert bound == pytest.approx(2 * sum(read.values()) / 20e9)
+    found = fit.plan("E2B", config, format, CPU, context=4096, prompt=512).speed
+    products, scores = work.prompt_flops(config.text_config, 512)
+    assert found.ttft_bound
+    assert found.last_bound
+    first = found.ttft_bound - found.last_bound
+    assert first == pytest.approx(products / RATES[multiplied] + scores / 300e9)
+
+
+def test_a_prompt_takes_at_least_the_reading_of_the_weights():
+    """Of the head and of layers without K/V once, for the last token."""
+    config = PRESETS["E2B"]
+    fast = replace(CPU, rates=dict.fromkeys(RATES, 1e18))
+    weights = sizing.weight_bytes(config, "bfloat16", "cpu", towers=False)
+    found = fit.plan("E2B", config, "bfloat16", fast, context=4096, prompt=1024).speed
+    every, last = work.prompt_weight_bytes(config.text_config, weights, 512)
+    assert every + last == sum(weights.values())
+    assert found.ttft_bound == pytest.approx((2 * every + last) / 20e9)
+    assert found.last_bound == pytest.approx(last / 20e9)
 
 
 def test_expected_speed_is_the_bound_by_the_measured_share(monkeypatch: pytest.MonkeyPatch):
-    kinds = {"place": "cpu", "arch": "x86-64", "kind": "low"}
+    kinds = {"place": "cpu", "arch": "x86-64", "kind": "groups"}
     decode = {"share": [0.5, 0.8, 1.0], "kv_share": 0.4, "layer_seconds": 1e-3}
-    prefill = {"share": [0.25, 0.5, 1.0], "kv_share": 1.0, "layer_seconds": 1e-2}
+    prefill = {"share": [0.25, 0.5, 1.0], "row_seconds": 1e-5}
     records = (kinds | {"what": "decode"} | decode, kinds | {"what": "prefill"} | prefill)
     monkeypatch.setattr(fit, "calibration", lambda: records)
     speed = fit.plan("E2B", PRESETS["E2B"], "int4", CPU, context=4096, prompt=1024).speed
     assert speed.decode_bound
     assert speed.ttft_bound
+    assert speed.last_bound
     assert speed.decode
-    kv, first = speed.attention_bound or 0.0, speed.ttft_bound
+    kv, last = speed.attention_bound or 0.0, speed.last_bound
+    first = speed.ttft_bound - last
     rest, fixed = 1 / speed.decode_bound - kv, kv / 0.4 + 35e-3
     assert 0 < kv < rest
     assert speed.decode.mid == pytest.approx(1 / (rest / 0.8 + fixed))
     assert speed.decode.low == pytest.approx(1 / (rest / 0.5 + fixed))
     assert speed.decode.high == pytest.approx(1 / (rest + fixed))
-    # Two passes of 35 layers.
+    # 15 layers that every token runs through, 20 for the last one alone.
+    rows, alone = 1024 * 15 * 1e-5, 20e-3
     assert speed.ttft
     assert (speed.ttft.low, speed.ttft.mid, speed.ttft.high) == pytest.approx(
-        (first + 0.7, first / 0.5 + 0.7, first / 0.25 + 0.7)
+        (
+            first + rows + last + alone,
+            first / 0.5 + rows + last / 0.8 + alone,
+            first / 0.25 + rows + last / 0.5 + alone,
+        )
     )
     assert fit.plan("E2B", PRESETS["E2B"], "int4", CARD, context=1024).speed.decode is None
 
@@ -132,11 +160,15 @@ def test_records_of_calibration_are_whole():
         least, median, most = record["share"]
         assert 0 < least <= median <= most
         assert record["what"] in ("decode", "prefill")
-        assert record["layer_seconds"] >= 0
-        assert record["kv_share"] > 0
+        if record["what"] == "decode":
+            assert record["layer_seconds"] >= 0
+            assert record["kv_share"] > 0
+        else:
+            assert record["row_seconds"] >= 0
+            assert median <= 1  # or the bound would be none
         assert record["place"] in ("cpu", "gpu")
         assert record["arch"] in ("x86-64", "arm64")
-        assert record["kind"] in ("float", "low", "mobile")
+        assert record["kind"] in ("float", "rows", "groups", "mobile")
         assert record["source"]
 
 
@@ -226,7 +258,7 @@ def test_a_named_device_has_less_memory_than_it_is_sold_with():
     assert card.place == "gpu"
     assert 22 * GIB < card.memory < 24 * GIB
     assert card.bandwidth == 1008e9
-    assert card.rates == {"float": 165e12, "low": 165e12}
+    assert card.rates == dict.fromkeys(RATES, 165e12)
     assert fit.named("raspberry-pi-5-8gb").place == "cpu"
 
 
@@ -241,7 +273,7 @@ def test_this_machine_is_its_gpu_where_it_has_one(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hardware, "nvidia_gpus", lambda: [strange])
     assert fit.this_machine().bandwidth is None
     monkeypatch.setattr(hardware, "nvidia_gpus", list)
-    assert fit.this_machine().rates == {"float": 3e11, "low": 2e12}
+    assert fit.this_machine().rates == RATES
     with pytest.raises(ConfigError, match="nvidia-smi finds none here"):
         fit.this_machine("gpu")
     blind = replace(hardware.machine(), memory_bytes=None, available_bytes=None)
@@ -263,8 +295,28 @@ def test_drivers_names_are_found_in_the_table(name: str, known: str | None):
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = probe.Rates(bandwidth=20e9, float_rate=3e11, int_rate=2e12, cores=2)
+    found = probe.Rates(bandwidth=20e9, cores=2, busy=False, **RATES)
     monkeypatch.setattr(probe, "rates", lambda: found)
+
+
+@pytest.mark.usefixtures("rates")
+def test_code_of_bfloat16_products_is_counted_where_the_cpu_has_units_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def runtime(isa: tuple[str, ...], format: str) -> int:
+        here = replace(hardware.machine(), isa=isa)
+        monkeypatch.setattr(hardware, "machine", lambda: here)
+        found = fit.plan("E2B", PRESETS["E2B"], format, fit.this_machine("cpu"), context=64)
+        return found.memory.runtime
+
+    plain, units = ("avx2", "avx512f"), ("avx512f", "amx_bf16")
+    assert runtime(units, "bfloat16") - runtime(plain, "bfloat16") == sizing.PRODUCTS_BYTES
+    assert runtime(units, "int4") == runtime(plain, "int4") == runtime(plain, "bfloat16")
+
+
+@pytest.mark.skipif(hardware.arch() != "x86-64", reason="of an Arm CPU torch says it always has")
+def test_units_for_bfloat16_are_those_that_products_are_told_of():
+    assert hardware.machine().multiplies_bfloat16 == cpu_multiplies_bfloat16()
 
 
 def test_planning_imports_no_torch(tmp_path: Path):

@@ -8,7 +8,7 @@ import pytest
 
 from gemsmith import hardware, probe
 
-MEASURED = probe.Rates(bandwidth=2e10, float_rate=3e11, int_rate=1e12, cores=1)
+MEASURED = probe.Rates(2e10, float32=3e11, bfloat16=5e11, rows=1e12, groups=6e11, cores=1)
 
 
 @pytest.fixture
@@ -72,6 +72,43 @@ def test_measuring_gives_rates_a_machine_can_have(native: bool, monkeypatch: pyt
     monkeypatch.setattr(probe, "REPEATS", 1)
     found = probe.measure(1)
     assert 1e7 < found.bandwidth < 1e14
-    assert 1e7 < found.float_rate < 1e16
+    assert 1e7 < found.float32 <= found.bfloat16 < 1e16
     has = native and probe._native() is not None
-    assert (found.int_rate is not None) == has
+    assert (found.rows is not None) == (found.groups is not None) == has
+
+
+@pytest.mark.parametrize(
+    ("isa", "flags", "units"),
+    [
+        ("amx", ("avx512f", "avx512_bf16", "amx_bf16", "amx_int8"), True),
+        ("amx", ("avx512f", "avx512_bf16", "amx_int8"), False),
+        ("avx512vnni", ("avx512f", "avx512_vnni", "avx512_bf16"), True),
+        ("avx512vnni", ("avx512f", "avx512_vnni"), False),
+        ("neon", ("asimd", "bf16", "i8mm"), True),
+        ("neon", ("asimd", "asimddp"), False),
+    ],
+)
+def test_units_for_bfloat16_do_half_of_what_they_do_in_int8(
+    isa: str, flags: tuple[str, ...], units: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Without them the CPU multiplies float32."""
+
+    class Native:
+        linear = set_threads = advise_hugepages = read_memory = lambda *_: None
+
+        @staticmethod
+        def isa() -> str:
+            return isa
+
+    machine = replace(hardware.machine(), isa=flags)
+    seconds = iter((1.0, 1e-6, 1e-5, 1e-4))  # reading, rows, groups, float32
+    monkeypatch.setattr(hardware, "machine", lambda: machine)
+    monkeypatch.setattr(probe, "_native", Native)
+    monkeypatch.setattr(probe, "READ_BYTES", 1 << 12)
+    monkeypatch.setattr(probe, "_best", lambda run: next(seconds))
+    found = probe.measure(1)
+    assert found.bfloat16 == ((found.rows or 0) / 2 if units else found.float32)
+    operations = 2 * probe.ROWS * probe.WIDTH * probe.OUTPUTS
+    floats = operations * probe.FLOAT_ROWS / probe.ROWS / 1e-4
+    each = (floats, found.bfloat16, operations / 1e-6, operations / 1e-5)
+    assert tuple(found.operations.values()) == each

@@ -16,6 +16,45 @@ def test_prefill_skip_is_about_a_third_of_the_work_in_e2b():
     assert 0.28 < skip / full < 0.34
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_prompt_is_what_runs_on_every_token_and_a_token_in_the_rest(size: str):
+    text = PRESETS[size].text_config
+    products, scores = work.prompt_flops(text, 512)
+    shared = [plan for plan in text.layers if not plan.owns_kv]
+    weights = sum(sizing.layer_parameters(text, plan)["attention"] for plan in shared)
+    weights += sum(sizing.layer_parameters(text, plan)["mlp"] for plan in shared)
+    last = 2 * (text.vocab_size * text.hidden_size + weights)
+    whole = work.prefill_flops(text, 512, 1)
+    assert products + scores + last == pytest.approx(whole, rel=2e-3)
+
+
+def test_in_attention_of_a_prompt_a_token_sees_itself_and_what_came_before_it_in_its_window():
+    text = PRESETS["E2B"].text_config
+    seen = 0
+    for plan in text.layers[:15]:
+        window = plan.window or 2000
+        heads = text.num_attention_heads * plan.head_dim
+        seen += 4 * heads * sum(min(token + 1, window) for token in range(2000))
+    assert work.prompt_flops(text, 2000)[1] == seen
+
+
+def test_weights_of_a_prompt_are_read_for_every_token_or_for_the_last():
+    text = PRESETS["E2B"].text_config
+    weights = sizing.weight_bytes(PRESETS["E2B"], "bfloat16", "cpu", towers=False)
+    every, last = work.prompt_weight_bytes(text, weights, 512)
+    assert every + last == work.decode_weight_bytes(text, weights, 512)
+    layers = sum(
+        sum(sizing.layer_parameters(text, plan).values())
+        for plan in text.layers
+        if not plan.owns_kv
+    )
+    assert last == pytest.approx(weights["embedding"] + 2 * layers, rel=1e-4)
+    dense = PRESETS["12B"]
+    weights = sizing.weight_bytes(dense, "int4", "cpu", towers=False)
+    _, last = work.prompt_weight_bytes(dense.text_config, weights, 512)
+    assert last == weights["embedding"]
+
+
 def test_decode_bytes_of_e2b_leave_out_all_but_one_row_of_the_table():
     config = PRESETS["E2B"].text_config
     assert work.decode_bytes(config, 0) == pytest.approx(2 * 2.28e9, rel=0.01)

@@ -247,6 +247,7 @@ def examine(size: str, format: str, kv: str, needs: Needs, machine: Target) -> O
     held = sizing.memory(
         config, format, context,
         kv=kv, sequences=needs.users, place=machine.place, towers=media,
+        multiplies_bfloat16=machine.multiplies_bfloat16,
     )  # fmt: skip
     rates = fit.speed_of(config, format, machine, context, needs.users, kv, context, held.weights)
     weights, cache, memory = sum(held.weights.values()), held.kv, held.total

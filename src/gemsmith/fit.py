@@ -41,6 +41,8 @@ SPELLINGS = {
 }  # fmt: skip
 """Other names of formats."""
 SEARCHED = ("bfloat16", "int8", "int4", "int2", "mobile")
+GROUPED = ("int4", "int2")
+"""Formats with a scale for each group of inputs."""
 TRAINED_FOR = ("int2", "mobile")
 """Formats that are good only from weights trained for them."""
 PROMPT = 512
@@ -62,11 +64,13 @@ class Target:
     bandwidth: float | None = None
     """Bytes a second; None: not known."""
     rates: Mapping[str, float | None] = field(default_factory=dict)
-    """Operations a second on `float` and on `low` bits."""
+    """Operations a second by what is multiplied, as `probe.Rates` names it."""
     about: str = ""
     """Where the figures come from."""
     arch: str | None = None
     """Kind of processor, as in `hardware.arch`; None: not known, or a GPU."""
+    multiplies_bfloat16: bool = False
+    """Whether it is a CPU known to have units for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,8 @@ class Speed:
     prefill_bound: float | None
     ttft_bound: float | None
     """Seconds."""
+    last_bound: float | None
+    """Seconds of it that are reading of what only the prompt's last token needs."""
     ttft: Range | None
     limit: str
     """memory bandwidth, or computing: what a step of decoding waits for."""
@@ -160,8 +166,16 @@ def this_machine(device: str = "auto", memory: int | None = None) -> Target:
     about = "as said" if memory else "available now"
     about += f"; {measured.cores} cores read {measured.bandwidth / 1e9:.1f} GB/s"
     about += ", measured while other programs ran" if measured.busy else ", measured"
-    rates = {"float": measured.float_rate, "low": measured.int_rate}
-    return Target("this machine", "cpu", found, measured.bandwidth, rates, about, hardware.arch())
+    return Target(
+        "this machine",
+        "cpu",
+        found,
+        measured.bandwidth,
+        measured.operations,
+        about,
+        hardware.arch(),
+        machine.multiplies_bfloat16,
+    )
 
 
 def named(name: str) -> Target:
@@ -183,7 +197,9 @@ def _named_rates(device: Device) -> dict[str, float | None]:
     """On a GPU weights of few bits become bfloat16 before they are multiplied."""
     wide = device.bf16_tflops and device.bf16_tflops * 1e12
     low = device.int8_tops and device.int8_tops * 1e12
-    return {"float": wide, "low": wide if device.kind == "gpu" else low}
+    if device.kind == "gpu":
+        low = wide
+    return {"float32": wide, "bfloat16": wide, "rows": low, "groups": low}
 
 
 def _known(name: str) -> Device | None:
@@ -271,7 +287,7 @@ def plan(
     found = sizing.memory(
         config, format, context,
         kv=kv, sequences=users, place=target.place, towers=media, drafter=drafter,
-        weights=weights,
+        weights=weights, multiplies_bfloat16=target.multiplies_bfloat16,
     )  # fmt: skip
     fixed = sum(found.weights.values()) + found.runtime
     largest = sizing.largest_context(
@@ -307,10 +323,9 @@ def speed_of(
 
     prompt: tokens before the first reply token. weights: bytes by part, from `sizing.memory`.
     """
-    text, kind = config.text_config, "float" if format in sizing.FLOATS else "low"
-    rate, bandwidth = target.rates.get(kind), target.bandwidth
-    step = attending = prefill = None
-    passes = math.ceil(prompt / sizing.CHUNK_TOKENS)
+    text, scheme = config.text_config, scheme_of(format)
+    rate, bandwidth = target.rates.get(scheme), target.bandwidth
+    step = attending = every = last = None
     limit = "not known"
     if bandwidth:
         attending = users * work.decode_kv_bytes(text, context, sizing.KV_VALUES[kv]) / bandwidth
@@ -320,22 +335,38 @@ def speed_of(
         if computing > step:
             step, limit = computing, "computing"
         if rate:
-            every = work.decode_weight_bytes(text, weights, min(prompt, sizing.CHUNK_TOKENS))
-            working = work.prefill_flops(text, prompt, 1) / rate
-            prefill = max(working, passes * every / bandwidth)
-    layers = text.num_hidden_layers
-    decoding, prefilling = (_record(target, (format, kind), what) for what in ("decode", "prefill"))
-    used = [record for record, bound in ((decoding, step), (prefilling, prefill)) if bound]
+            # Attention multiplies floats, whatever the weights are.
+            products, scores = work.prompt_flops(text, prompt)
+            working = products / rate + scores / (target.rates.get("float32") or rate)
+            chunk = min(prompt, sizing.CHUNK_TOKENS)
+            read, read_last = work.prompt_weight_bytes(text, weights, chunk)
+            every = max(working, math.ceil(prompt / chunk) * read / bandwidth)
+            last = read_last / bandwidth
+    ttft = None if every is None or last is None else every + last
+    kinds = format, "float" if format in sizing.FLOATS else scheme
+    decoding, prefilling = (_record(target, kinds, what) for what in ("decode", "prefill"))
+    used = [record for record, bound in ((decoding, step), (prefilling, ttft)) if bound]
+    owned, layers = text.first_kv_shared_layer, text.num_hidden_layers
     return Speed(
         decode_bound=1 / step if step else None,
         attention_bound=attending,
-        decode=_rates(_expected(step, decoding, layers, attending or 0.0)),
-        prefill_bound=prompt / prefill if prefill else None,
-        ttft_bound=prefill,
-        ttft=_expected(prefill, prefilling, passes * layers),
+        decode=_rates(_expected_step(step, decoding, layers, attending or 0.0)),
+        prefill_bound=prompt / ttft if ttft else None,
+        ttft_bound=ttft,
+        last_bound=last,
+        ttft=_sum(
+            _expected_prompt(every, prefilling, owned * prompt),
+            _expected_step(last, decoding, layers - owned),
+        ),
         limit=limit,
         guess=_guess(target, used),
     )
+
+
+def scheme_of(format: str) -> str:
+    """What is multiplied in a format, as `probe.Rates` names it: floats, or weights of few bits
+    with a scale a row, or with one for each group of inputs."""
+    return format if format in sizing.FLOATS else "groups" if format in GROUPED else "rows"
 
 
 def _record(target: Target, kinds: tuple[str, str], what: str) -> Record | None:
@@ -349,19 +380,35 @@ def _record(target: Target, kinds: tuple[str, str], what: str) -> Record | None:
     return None
 
 
-def _expected(
+def _expected_step(
     bound: float | None, record: Record | None, layers: int, attending: float = 0.0
 ) -> Range | None:
-    """Seconds that are expected where `bound` are the least; None where nothing was measured.
+    """Seconds that a token is expected to take where `bound` are the least; None where nothing was
+    measured.
 
-    layers: how many are run, one after the other. attending: seconds of the bound that are reading
-    of K/V.
+    layers: how many it runs through. attending: seconds of the bound that are reading of K/V.
     """
     if not bound or record is None:
         return None
     fixed = layers * record["layer_seconds"] + attending / record["kv_share"]
-    low, mid, high = ((bound - attending) / share + fixed for share in reversed(record["share"]))
-    return Range(low, mid, high)
+    return _shared(bound - attending, record, fixed)
+
+
+def _expected_prompt(bound: float | None, record: Record | None, rows: int) -> Range | None:
+    """Likewise of all of a prompt's tokens; rows: how many run through layers, in all."""
+    if not bound or record is None:
+        return None
+    return _shared(bound, record, rows * record["row_seconds"])
+
+
+def _shared(bound: float, record: Record, fixed: float) -> Range:
+    return Range(*(bound / share + fixed for share in reversed(record["share"])))
+
+
+def _sum(one: Range | None, other: Range | None) -> Range | None:
+    if one is None or other is None:
+        return None
+    return Range(one.low + other.low, one.mid + other.mid, one.high + other.high)
 
 
 def _guess(target: Target, used: Iterable[Record | None]) -> str | None:
@@ -382,8 +429,11 @@ def _rates(seconds: Range | None) -> Range | None:
 @cache
 def calibration() -> tuple[Record, ...]:
     """Records of `benchmarks.fit`: place, arch (as `hardware.arch` has it), kind (a format, or
-    float, low), what (decode, prefill), share of the bound as [least, usual, most], kv_share of the
-    part that is reading of K/V, layer_seconds that each layer takes besides, source."""
+    float, rows, groups), what (decode, prefill), share of the bound as [least, usual, most],
+    source. Of decode kv_share of the part that is reading of K/V, and layer_seconds that each layer
+    takes besides; of prefill row_seconds that a token takes besides in each layer that owns K/V,
+    for norms, rounding and all else that is not multiplied. The other layers take a prompt's last
+    token as they do one that is generated."""
     path = resources.files("gemsmith") / "calibration.json"
     return tuple(json.loads(path.read_text(encoding="utf-8")))
 

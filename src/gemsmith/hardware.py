@@ -26,6 +26,10 @@ ISA_FLAGS = (
 )  # fmt: skip
 
 
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+"""Those of a CPU that multiplies bfloat16 itself."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
     name: str
@@ -49,6 +53,10 @@ class Machine:
     """Memory that can be taken without swapping, the cgroup's limit respected."""
     memory_limit: int | None
     """The cgroup's limit in bytes; None without one."""
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        return any(flag in BFLOAT16_FLAGS for flag in self.isa)
 
 
 def machine() -> Machine:

@@ -1,8 +1,15 @@
 """How fast this machine reads memory and multiplies, measured once and kept.
 
-Bandwidth: all cores read a buffer that no cache holds. Rates: one product of float32 matrices, and
-one of rows with 4-bit weights by the C++ extension (operations a second, 2 a multiply-add). With
-the extension its plain reading; without it numpy's sum, and no rate of low-bit products.
+Bandwidth: all cores read a buffer that no cache holds. Rates, in operations a second, 2 a
+multiply-add: one product of float32 matrices by numpy, and by the C++ extension two of rows with
+weights of few bits, one with a scale a row and one with a scale for each 32 inputs, of which a
+matrix unit is several times faster at the former. With the extension its plain reading; without it
+numpy's sum, and no rate of low-bit products.
+
+The rate of bfloat16 follows: numpy has no such type, and torch, which multiplies it, takes longer
+to import than all of this. A CPU's bfloat16 units are those of its int8 products, whose registers
+hold half as many of the wider values: half the operations (TDPBF16PS beside TDPBSSD, VDPBF16PS
+beside VPDPBUSD, BFMMLA beside SMMLA). A CPU without such units multiplies float32 instead.
 
 It takes less than half a second; the result lies in the user's cache folder (`probe.json`) and is
 measured anew on another processor or another number of cores. What it is not: a benchmark. A
@@ -21,14 +28,17 @@ from types import ModuleType
 
 from gemsmith import hardware
 
-VERSION = 2
+VERSION = 3
 READ_BYTES = 128 << 20
 """Beyond what a desktop's caches hold; some servers' hold as much, and look faster."""
-ROWS, WIDTH, OUTPUTS = 64, 1536, 2048
-"""Of the products: large enough that starting threads is no matter."""
+ROWS, WIDTH, OUTPUTS = 256, 1536, 2048
+"""Of the products: large enough that neither starting threads matters nor unpacking weights."""
+FLOAT_ROWS = 64
+"""Of float32, which takes longest; more are no faster."""
 REPEATS = 12
 """Of each, and the best counts: the first few are slower by half, while the cores wake up."""
 MAX_FILE_BYTES = 1 << 16
+RATES = ("float32", "bfloat16", "rows", "groups")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +47,22 @@ class Rates:
 
     bandwidth: float
     """Bytes a second."""
-    float_rate: float
+    float32: float
     """Operations a second on float32."""
-    int_rate: float | None
-    """Operations a second on weights of few bits; None without the extension."""
+    bfloat16: float
+    """On bfloat16, as the CPU multiplies it."""
+    rows: float | None
+    """On weights of few bits with a scale a row; None without the extension."""
+    groups: float | None
+    """On those with a scale for each group of inputs."""
     cores: int
     busy: bool = False
     """Other programs were at work: the figures are too low."""
+
+    @property
+    def operations(self) -> dict[str, float | None]:
+        """Operations a second by what is multiplied."""
+        return {name: getattr(self, name) for name in RATES}
 
 
 def rates(*, fresh: bool = False) -> Rates:
@@ -80,7 +99,7 @@ def measure(cores: int) -> Rates:
     buffer.fill(1)
     x = np.ones((ROWS, WIDTH), np.float32)
     operations = 2 * ROWS * WIDTH * OUTPUTS
-    int_rate = None
+    int8 = int4 = None
     if native is None:
         bandwidth = buffer.nbytes / _best(buffer.sum)
     else:
@@ -89,15 +108,28 @@ def measure(cores: int) -> Rates:
         bandwidth = buffer.nbytes / _best(lambda: native.read_memory(*read))
         # Codes and scales as ops/cpu.py has them: blocks of 16 rows, lines of 64 bytes, 32 to a
         # scale.
-        lines = np.zeros((OUTPUTS // 16, WIDTH // 8, 64), np.uint8)
+        lines = np.zeros((OUTPUTS // 16, WIDTH // 4, 64), np.uint8)
         scales = np.ones((OUTPUTS // 16, WIDTH // 32, 16), np.float32)
         y = np.empty((ROWS, OUTPUTS), np.float32)
-        weight = (lines.ctypes.data, scales.ctypes.data, OUTPUTS, WIDTH, 4, 32, 32)
-        seconds = _best(lambda: native.linear(*weight, x.ctypes.data, ROWS, y.ctypes.data))
-        int_rate = operations / seconds
+
+        def low(bits: int, group: int) -> float:
+            weight = (lines.ctypes.data, scales.ctypes.data, OUTPUTS, WIDTH, bits, group, 32)
+            linear = native.linear
+            return operations / _best(lambda: linear(*weight, x.ctypes.data, ROWS, y.ctypes.data))
+
+        int8, int4 = low(8, 0), low(4, 32)
     # The last, as the threads of numpy's BLAS wait busily for more.
     w = np.ones((WIDTH, OUTPUTS), np.float32)
-    return Rates(bandwidth, operations / _best(lambda: x @ w), int_rate, cores)
+    x = x[:FLOAT_ROWS]
+    float32 = operations * FLOAT_ROWS / ROWS / _best(lambda: x @ w)
+    half = int8 / 2 if int8 and _same_units(native.isa() if native else "") else 0.0
+    return Rates(bandwidth, float32, max(float32, half), int8, int4, cores)
+
+
+def _same_units(isa: str) -> bool:
+    """Whether the units that multiply int8 in the extension's kernels multiply bfloat16, too."""
+    flags = hardware.machine().isa
+    return "amx_bf16" in flags if isa == "amx" else hardware.machine().multiplies_bfloat16
 
 
 def _best(run: Callable[[], object]) -> float:
@@ -130,7 +162,7 @@ def _read(path: Path, key: str) -> Rates | None:
             data = json.loads(file.read(MAX_FILE_BYTES))
         if data["key"] != key:
             return None
-        kept = {name: data[name] for name in ("bandwidth", "float_rate", "int_rate")}
+        kept = {name: data[name] for name in ("bandwidth", *RATES)}
         values = [value for value in kept.values() if value is not None]
         if not all(isinstance(v, float) and 0 < v < 1e18 for v in values):
             return None

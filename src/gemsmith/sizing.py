@@ -46,10 +46,14 @@ BLOCK_TOKENS = 64
 """Tokens of a block of paged K/V: half a block is unused in a sequence, on average."""
 CHUNK_TOKENS = 512
 """Prompt tokens run in one pass, as in engine/context.py."""
-RUNTIME_BYTES: dict[str, int] = {"cpu": 247 << 20, "gpu": 600 << 20}
+RUNTIME_BYTES: dict[str, int] = {"cpu": 253 << 20, "gpu": 600 << 20}
 """What a process takes before any weight. cpu: resident memory of a process that answered with the
 smallest models, their weights taken off (Linux, x86-64, torch 2.13 for CPUs). gpu: a CUDA context
 with torch's kernels; an estimate, not measured by us."""
+PRODUCTS_BYTES = 60 << 20
+"""What torch keeps of products of bfloat16s that the CPU multiplies itself: code made for each
+shape and number of rows, as much as `gemsmith.PRODUCTS_KEPT` allows. Measured, of pocket and of E2B
+with prompts of ever new lengths."""
 VOCABULARY_BYTES = 100
 """Of each entry of a compiled vocabulary, mapped: 25 MiB of Gemma's."""
 
@@ -467,11 +471,15 @@ def compute_bytes(format: str, place: Place) -> int:
     return 4 if format == "float32" or (place == "cpu" and format != "bfloat16") else 2
 
 
-def runtime_bytes(config: TextConfig, place: Place) -> int:
-    """The process without weights: of its machine, or on a GPU what the device holds."""
+def runtime_bytes(config: TextConfig, place: Place, *, products: bool = False) -> int:
+    """The process without weights: of its machine, or on a GPU what the device holds.
+
+    products: whether torch makes code for them, see PRODUCTS_BYTES.
+    """
     if place != "cpu":
         return RUNTIME_BYTES["gpu"]
-    return RUNTIME_BYTES["cpu"] + VOCABULARY_BYTES * config.vocab_size
+    made = PRODUCTS_BYTES if products else 0
+    return RUNTIME_BYTES["cpu"] + VOCABULARY_BYTES * config.vocab_size + made
 
 
 @dataclass(frozen=True, slots=True)
@@ -500,10 +508,12 @@ def memory(
     towers: bool = True,
     drafter: bool = False,
     weights: dict[str, int] | None = None,
+    multiplies_bfloat16: bool = False,
 ) -> Memory:
     """What running a model takes: weights in `format`, `sequences` of `context` tokens each.
 
-    weights: bytes by part, where they are known better than from the format.
+    weights: bytes by part, where they are known better than from the format. multiplies_bfloat16:
+    whether the CPU does, see PRODUCTS_BYTES.
 
     Raises:
       ConfigError: as `weight_bytes`; an unknown way to store K/V.
@@ -517,5 +527,5 @@ def memory(
         weights=weights,
         kv=kv_bytes(text, context, KV_VALUES[kv], sequences),
         activations=activation_bytes(text, context, value_bytes=compute_bytes(format, place)),
-        runtime=runtime_bytes(text, place),
+        runtime=runtime_bytes(text, place, products=multiplies_bfloat16 and format == "bfloat16"),
     )

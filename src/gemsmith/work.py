@@ -24,6 +24,20 @@ def prefill_flops(config: TextConfig, tokens: int, rows: int, *, skip: bool = Tr
     return total
 
 
+def prompt_flops(config: TextConfig, tokens: int) -> tuple[int, int]:
+    """Operations on a prompt in the layers that own K/V, which run on every token: of matrix
+    products, and of attention. What the others do for the last token is in neither."""
+    products = scores = 0
+    for plan in config.layers[: config.first_kv_shared_layer]:
+        weights = _layer_weights(config, plan)
+        weights += config.hidden_size_per_layer_input * config.hidden_size
+        products += 2 * tokens * weights
+        seen = tokens if plan.window is None else min(tokens, plan.window)
+        pairs = tokens * seen - seen * (seen - 1) // 2  # of a token and one that it sees
+        scores += 4 * config.num_attention_heads * plan.head_dim * pairs
+    return products, scores
+
+
 def decode_flops(config: TextConfig, context: int) -> int:
     """Operations to generate one token at `context`."""
     d, p = config.hidden_size, config.hidden_size_per_layer_input
@@ -56,6 +70,11 @@ def decode_weight_bytes(config: TextConfig, weights: dict[str, int], sequences: 
     table, and of an embedding that is not the head, rows alone, which are not counted; of towers
     and a drafter nothing.
     """
+    return sum(_read(config, weights, sequences).values())
+
+
+def _read(config: TextConfig, weights: dict[str, int], sequences: int) -> dict[str, int]:
+    """`decode_weight_bytes` by part."""
     skipped = {"ple_table", "drafter", "vision", "vision_projection", "audio", "audio_projection"}
     if "head" in weights:
         skipped.add("embedding")
@@ -63,7 +82,25 @@ def decode_weight_bytes(config: TextConfig, weights: dict[str, int], sequences: 
     if config.enable_moe_block and "experts" in parts:
         share = (config.top_k_experts or 0) / (config.num_experts or 1)
         parts["experts"] = round(parts["experts"] * (1 - (1 - share) ** sequences))
-    return sum(parts.values())
+    return parts
+
+
+def prompt_weight_bytes(
+    config: TextConfig, weights: dict[str, int], tokens: int
+) -> tuple[int, int]:
+    """Bytes of weights, given by part, that a pass of so many tokens of a prompt reads for all of
+    them, and those that are read once, for the last token: the head, and layers without K/V, which
+    have of a part's bytes what they have of its parameters."""
+    every, last = _read(config, weights, tokens), 0
+    shared = [plan for plan in config.layers if not plan.owns_kv]
+    counts = [layer_parameters(config, plan) for plan in config.layers]
+    for part, nbytes in every.items():
+        if part in ("embedding", "head"):
+            last += nbytes
+        elif all_of_it := sum(each.get(part, 0) for each in counts):
+            its = sum(counts[plan.index].get(part, 0) for plan in shared)
+            last += nbytes * its // all_of_it
+    return sum(every.values()) - last, last
 
 
 def decode_kv_bytes(config: TextConfig, context: int, bytes_per_value: int = 2) -> int:

@@ -21,9 +21,10 @@ CONFIG = random_checkpoint.config_of("tiny-E2B")
 
 
 def row(format: str, **measured: float | None) -> dict[str, Any]:
-    rates = {"bandwidth": 1e9, "float": 1e11, "low": 1e12}
+    rates = {"bandwidth": 1e9, "float32": 1e11, "bfloat16": 5e11, "rows": 1e12, "groups": 6e11}
     made = {"model": "E2B", "format": format, "context": 512, "users": 2, "prompt": 256}
-    made |= {"layers": CONFIG.text_config.num_hidden_layers, "rates": rates}
+    text = CONFIG.text_config
+    made |= {"layers": text.num_hidden_layers, "owned": text.first_kv_shared_layer, "rates": rates}
     return made | {"measured": {"weights": 1.0, "kv": 1.0, "peak": 1.0, **measured}}
 
 
@@ -35,19 +36,25 @@ def test_memory_is_predicted_for_all_users():
     found = bench.predicted(CONFIG, "int4", row("int4"))
     assert found["weights"] == sum(sizing.weight_bytes(CONFIG, "int4", "cpu").values())
     assert found["kv"] == sizing.kv_bytes(CONFIG.text_config, 512, 1, 2)
-    assert found["peak"] > found["weights"] + found["kv"]
+    memory = sizing.memory(CONFIG, "int4", 512, kv="int8", sequences=2, towers=False)
+    assert found["peak"] == memory.total - 100 * CONFIG.text_config.vocab_size
 
 
 def test_shares_taken_from_runs_predict_these_runs(monkeypatch: pytest.MonkeyPatch):
     rows = [row("int4", decode=1000.0, prefill=2e4), row("int8", decode=900.0, prefill=1e4)]
+    rows.append(row("int4", decode=1000.0, prefill=1.99e4) | {"prompt": 512})
     for each in rows:
         each["predicted"] = bench.predicted(CONFIG, each["format"], each)
     records = bench.shares(rows, hardware.arch(), "here")
-    assert {(r["kind"], r["what"]) for r in records} == {("low", "decode"), ("low", "prefill")}
+    kinds = [(record["kind"], record["what"]) for record in records]
+    assert kinds == [(kind, what) for kind in ("rows", "groups") for what in ("decode", "prefill")]
     assert all(0 < r["share"][0] <= r["share"][1] <= r["share"][2] for r in records)
     monkeypatch.setattr(fit, "calibration", lambda: tuple(records))
     again = bench.predicted(CONFIG, "int4", rows[0])
-    assert again["decode"] == pytest.approx(1000, rel=1e-3)  # two runs, two numbers
+    assert again["decode"] == pytest.approx(1000, rel=1e-3)
+    for each in rows:  # of prompts two runs of a kind, two numbers
+        said = bench.predicted(CONFIG, each["format"], each)["prefill"]
+        assert said == pytest.approx(each["measured"]["prefill"], rel=1e-2)
     rows[0]["predicted"] = again
     assert bench.error(rows[0], "decode") == pytest.approx(again["decode"] / 1000 - 1)
 
@@ -72,6 +79,26 @@ def test_shares_and_layer_seconds_are_found_again():
     assert bench.least_squares(no_kv) == pytest.approx((1 / 0.8, 1 / 0.8, 1e-4))
     # No layer takes less than nothing.
     assert bench.least_squares([(0.01, 0.0, 9, 0.01), (0.05, 0.0, 35, 0.03)])[2] == 0
+
+
+def test_a_prompt_s_last_token_takes_the_layers_without_k_v_as_any_token():
+    each = row("int4", decode=1.0, prefill=256.0) | {"layers": 35, "owned": 15}
+    each["predicted"] = {"bounds": {"prefill": 512.0, "last": 0.1}}
+    assert bench._prompt(each, (2.0, 9.0, 0.01)) == pytest.approx((0.4, 256 * 15, 1 - 0.2 - 0.2))
+
+
+def test_what_a_prompt_takes_is_found_again_and_no_bound_is_beaten():
+    def points(share: float, row: float) -> list[tuple[float, int, float]]:
+        bounds = [(1.0, 512), (0.5, 256), (0.01, 512)]
+        return [(bound, rows, bound / share + rows * row) for bound, rows in bounds]
+
+    assert bench.line(points(0.5, 1e-4)) == pytest.approx((2.0, 1e-4))
+    # All faster than the bound: it is kept, and no row takes less than nothing.
+    assert bench.line(points(2.0, 0.0)) == (1.0, 0.0)
+    slope, row = bench.line(points(1.25, 1e-4))
+    assert slope == 1
+    assert 0 < row < 1e-4
+    assert bench.line([(1.0, 512, 2.0)]) == pytest.approx((2.0, 0.0))
 
 
 def test_of_all_rounds_the_medians_count_and_of_rates_those_of_all_rows():
@@ -146,9 +173,10 @@ def test_zeros_stand_for_a_prompt_up_to_its_last_pass(
         return run(self, ids)
 
     monkeypatch.setattr(Context, "run", watched)
-    monkeypatch.setattr(bench.probe, "measure", lambda _: Rates(1.0, 1.0, 1.0, 1))
-    found = bench.worker(str(tiny), None, 2000, users)["measured"]
+    monkeypatch.setattr(bench.probe, "measure", lambda _: Rates(*[1.0] * 5, cores=1))
+    found = bench.worker(str(tiny), 2000, users)["measured"]
     prompts = [(0, 512)] * 6 if users == 1 else []
+    prompts += [(0, n) for n in range(33, 49)]  # of a length that was not there before
     assert passes == [*prompts, (1440, 512), *((n, 1) for n in range(1952, 2000))]
     assert (found["prefill"] is None) == (users > 1)
     assert found["kv"] == sizing.kv_bytes(CONFIG.text_config, 2000, 1, users)
@@ -175,7 +203,7 @@ def test_the_peak_is_that_of_a_whole_prompt(tiny: Path):
         code = (
             "from benchmarks import fit\n"
             f"fit.CHUNK_TOKENS = {chunk}\n"
-            f"print(fit.worker({str(tiny)!r}, None, 4096, 2)['measured']['peak'])"
+            f"print(fit.worker({str(tiny)!r}, 4096, 2)['measured']['peak'])"
         )
         made = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, check=True, cwd=measure.REPOSITORY
@@ -245,6 +273,12 @@ def test_another_machine_measures_for_itself(go: Go, monkeypatch: pytest.MonkeyP
     go()
     about = measure.machine() | {"threads": 99}
     monkeypatch.setattr(measure, "machine", lambda: about)
+    assert go()[0] == ALL
+
+
+def test_rates_of_another_kind_are_measured_anew(go: Go, monkeypatch: pytest.MonkeyPatch):
+    go()
+    monkeypatch.setattr(bench.probe, "VERSION", bench.probe.VERSION + 1)
     assert go()[0] == ALL
 
 

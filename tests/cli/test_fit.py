@@ -28,7 +28,7 @@ GIB = 1 << 30
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine that is always the same."""
-    rates = probe.Rates(bandwidth=20e9, float_rate=3e11, int_rate=2e12, cores=2)
+    rates = probe.Rates(20e9, float32=3e11, bfloat16=3e11, rows=2e12, groups=2e12, cores=2)
     monkeypatch.setattr(probe, "rates", lambda: rates)
     monkeypatch.setattr(hardware, "nvidia_gpus", list)
     monkeypatch.setattr(hardware, "arch", lambda: "x86-64")

@@ -430,6 +430,7 @@ def draw(plans: list[Plan], model: Model, path: Path, *, media: bool, drafter: b
                 model.config, plan.format, n, kv=plan.kv, sequences=plan.users,
                 place=plan.target.place, towers=media, drafter=drafter,
                 weights=dict(plan.memory.weights),
+                multiplies_bfloat16=plan.target.multiplies_bfloat16,
             ).total / fit.GIB
             for n in contexts
         ]  # fmt: skip
