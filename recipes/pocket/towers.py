@@ -14,7 +14,8 @@ that is written. The rest is said by matrices on the same rows, which are thrown
   python -m recipes.pocket.towers hear --decoder CHECKPOINT --out runs/towers.pt --minutes 60
   python -m recipes.pocket.train fit ... --towers runs/towers.pt
 
-Each stretch goes on where the file stands; `--decay` lets the rate fall to zero at its end.
+A file begins with the checkpoint's own towers, if it has any. Each stretch goes on where the file
+stands; `--decay` lets the rate fall to zero at its end.
 
 Shapes: S soft tokens, D width of the decoder, L letters, W tokens that can be said.
 """
@@ -41,8 +42,8 @@ from gemsmith.media import audio
 from gemsmith.media.image import Patches, patches, target_size
 from gemsmith.model.towers import Towers
 from gemsmith.text.tokenizer import Tokenizer
-from gemsmith.train.optim import lr_scale, make_optimizers, set_lr
-from gemsmith.weights.load import load_model
+from gemsmith.train.optim import lr_scale, make_optimizers, set_lr, training_dtype
+from gemsmith.weights.load import load_model, load_towers
 
 PATCH, POOL = 16, 3
 CELL = PATCH * POOL
@@ -109,9 +110,12 @@ class Decoder:
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = Tokenizer.load(folder)
-        model = load_model(folder, dtype=torch.float32, ple="memory")[1]
+        config, model = load_model(folder, dtype=torch.float32, ple="memory")
         every = torch.arange(model.config.vocab_size)
         self.embedding_WD = model.embed(every).detach()
+        self.towers: Towers | None = None
+        if config.vision_config is not None:
+            self.towers = load_towers(folder, config, device="cpu", dtype=torch.float32)
 
     def first(self, words: Sequence[str]) -> Tensor:
         """Embeddings of the tokens that words begin with."""
@@ -233,18 +237,27 @@ def heard(start: int, cache: Path | None) -> Iterator[tuple[int, np.ndarray, str
             yield index, sound, said["content"]
 
 
+def _products() -> torch.autocast:
+    """The towers' products in the dtype of training; what they are told is judged in float32."""
+    dtype = training_dtype(torch.device("cpu"))
+    return torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16)
+
+
 def see_step(towers: Towers, head: Eyes, batch: list[Any]) -> tuple[Tensor, dict[str, float]]:
     values = torch.from_numpy(np.concatenate([p.values for _, p, _ in batch]))
     positions = torch.from_numpy(np.concatenate([p.positions for _, p, _ in batch]))
-    rows_SD = towers.see(values, positions, [len(p.values) for _, p, _ in batch])
-    return head.loss(rows_SD, [labels for *_, labels in batch])
+    with _products():
+        rows_SD = towers.see(values, positions, [len(p.values) for _, p, _ in batch])
+    return head.loss(rows_SD.float(), [labels for *_, labels in batch])
 
 
 def hear_step(towers: Towers, head: Ears, batch: list[Any]) -> tuple[Tensor, dict[str, float]]:
     clips = []
     for _, samples, text in batch:
         mel, valid = (torch.from_numpy(array) for array in audio.mel(samples))
-        clips.append((towers.hear(mel, valid), text))
+        with _products():
+            rows_SD = towers.hear(mel, valid)
+        clips.append((rows_SD.float(), text))
     return head.loss(clips)
 
 
@@ -261,6 +274,8 @@ def fit(
     state = torch.load(out, weights_only=True) if out.is_file() else {}
     if state:
         towers.load_state_dict(state["towers"])
+    elif taught.towers is not None:
+        towers.load_state_dict(taught.towers.state_dict())
     else:
         for name, weight in towers.named_parameters():
             if name.endswith("embedding_projection.weight"):
