@@ -122,6 +122,19 @@ def test_prefill_skip_gives_the_logits_of_the_full_run(size, rows):
     assert_close(run(model, sequences, rows), run(model, sequences)[rows], LIMIT)
 
 
+def test_logits_that_are_learned_from_are_capped_alike():
+    model = random_model(tiny_config("E2B"))
+    seeded = torch.Generator().manual_seed(0)
+    hidden = 30 * torch.randn(3, model.config.hidden_size, generator=seeded)  # far into the cap
+    capped = model.logits(hidden)
+    assert model.config.final_logit_softcapping == capped.abs().max().ceil()
+    learned = model.logits(hidden.requires_grad_())
+    assert_close(learned.detach(), capped, LIMIT)
+    learned.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
 def test_prefill_skip_leaves_the_skipped_layers_work_undone():
     model = random_model(tiny_config("E2B"))
     seen: list[int] = []
