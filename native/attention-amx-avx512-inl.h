@@ -7,34 +7,48 @@
 namespace gemsmith {
 namespace {
 
-inline void transpose(const int8_t* const rows[16], int8_t* out) {
-  __m512i x[16], y[16];
+// Within each quarter: words w of rows 4g .. 4g + 3 become x[4g + w].
+template <int N>
+inline void turn_words(__m512i* x) {
+  __m512i y[N];
   UNROLL
-  for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512(rows[i]);
-  // Words of two rows, then of four, stand beside each other in each quarter.
-  UNROLL
-  for (int i = 0; i < 16; i += 2) {
+  for (int i = 0; i < N; i += 2) {
     y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
     y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
   }
   UNROLL
-  for (int i = 0; i < 16; i += 4) {
+  for (int i = 0; i < N; i += 4) {
     x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
     x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
     x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
     x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
   }
+}
+
+// Quarters: quarter q of x[j] becomes quarter j of x[q].
+inline void turn_quarters(__m512i* x) {
+  const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44);
+  const __m512i b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+  const __m512i c = _mm512_shuffle_i32x4(x[0], x[1], 0xee);
+  const __m512i d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+  x[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+  x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+  x[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+  x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
+
+inline void transpose(const int8_t* const rows[16], int8_t* out) {
+  __m512i x[16];
+  UNROLL
+  for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512(rows[i]);
+  turn_words<16>(x);
   // x[4g + w], quarter q: words 4q + w of rows 4g .. 4g + 3.
   UNROLL
   for (int w = 0; w < 4; w++) {
-    const __m512i a = _mm512_shuffle_i32x4(x[w], x[4 + w], 0x44);
-    const __m512i b = _mm512_shuffle_i32x4(x[8 + w], x[12 + w], 0x44);
-    const __m512i c = _mm512_shuffle_i32x4(x[w], x[4 + w], 0xee);
-    const __m512i d = _mm512_shuffle_i32x4(x[8 + w], x[12 + w], 0xee);
-    _mm512_storeu_si512(out + 64 * w, _mm512_shuffle_i32x4(a, b, 0x88));
-    _mm512_storeu_si512(out + 64 * (4 + w), _mm512_shuffle_i32x4(a, b, 0xdd));
-    _mm512_storeu_si512(out + 64 * (8 + w), _mm512_shuffle_i32x4(c, d, 0x88));
-    _mm512_storeu_si512(out + 64 * (12 + w), _mm512_shuffle_i32x4(c, d, 0xdd));
+    __m512i words[4] = {x[w], x[4 + w], x[8 + w], x[12 + w]};
+    turn_quarters(words);
+    UNROLL
+    for (int q = 0; q < 4; q++) _mm512_storeu_si512(out + 64 * (4 * q + w), words[q]);
   }
 }
 
@@ -59,17 +73,11 @@ inline void add_interleaved(const Sums* sums, int row, float scale, int64_t coun
   for (int j = 0; j < 4; j++)
     s[j] = _mm512_add_epi32(_mm512_slli_epi32(_mm512_loadu_si512(sums[j].of[row]), 8),
                             _mm512_loadu_si512(sums[j].of[TILE_ROWS + row]));
-  const __m512i a = _mm512_shuffle_i32x4(s[0], s[1], 0x44);
-  const __m512i b = _mm512_shuffle_i32x4(s[2], s[3], 0x44);
-  const __m512i c = _mm512_shuffle_i32x4(s[0], s[1], 0xee);
-  const __m512i d = _mm512_shuffle_i32x4(s[2], s[3], 0xee);
-  const __m512i by_quarter[4] = {_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd),
-                                 _mm512_shuffle_i32x4(c, d, 0x88), _mm512_shuffle_i32x4(c, d, 0xdd)};
+  turn_quarters(s);
   UNROLL
   for (int q = 0; q < 4; q++) {
     if (16 * q >= count) break;
-    const __m512 more =
-        _mm512_mul_ps(_mm512_cvtepi32_ps(by_quarter[q]), _mm512_set1_ps(scale));
+    const __m512 more = _mm512_mul_ps(_mm512_cvtepi32_ps(s[q]), _mm512_set1_ps(scale));
     _mm512_storeu_ps(acc + 16 * q, _mm512_add_ps(_mm512_loadu_ps(acc + 16 * q), more));
   }
 }
@@ -85,18 +93,7 @@ inline void turn_scores(const Sums& sums, int64_t rows, const float* q_scale, co
     const __m512i first = _mm512_shuffle_i64x2(a, b, 0x44);
     x[i] = _mm512_add_epi32(_mm512_slli_epi32(first, 8), _mm512_shuffle_i64x2(a, b, 0xee));
   }
-  UNROLL
-  for (int i = 0; i < 8; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-  UNROLL
-  for (int i = 0; i < 8; i += 4) {
-    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-  }
+  turn_words<8>(x);
   // x[4g + w], quarter q: of keys 4g .. 4g + 3 (from q = 2 on: 8 more) row 4 * (q % 2) + w.
   const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
   const __m512i odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);

@@ -364,4 +364,22 @@ void attention(const Attention* given, int64_t count) {
     parallel(ends, run_any_end, &batch);
 }
 
+void attention(const Attention& all, const Seen* sequences, int64_t count) {
+  std::vector<Attention> asked(static_cast<size_t>(count), all);
+  int64_t row = 0, span = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const Seen& seen = sequences[i];
+    Attention& one = asked[static_cast<size_t>(i)];
+    one.q += row * all.N * all.H;
+    one.R = seen.rows;
+    one.spans += span;
+    one.span_count = seen.spans;
+    one.ranges += 2 * row;
+    one.y += row * all.N * all.H;
+    one.origin = seen.origin;
+    row += seen.rows, span += seen.spans;
+  }
+  attention(asked.data(), count);
+}
+
 }  // namespace gemsmith

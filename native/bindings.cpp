@@ -197,15 +197,10 @@ void attention(Address q, int64_t N, int64_t K, int64_t H, const Numbers& storag
                Address y, const Rule& rule) {
   const gemsmith::KeyRule rebuilt = key_rule(rule);
   const std::vector<gemsmith::KeySpan> found = key_spans(spans, storages, 0);
-  std::vector<gemsmith::Attention> all;
-  int64_t row = 0, span = 0;
-  for (const gemsmith::Seen& one : seen(sequences)) {
-    all.push_back({at<const float>(q) + row * N * H, one.rows, N, K, H, found.data() + span,
-                   one.spans, k_format, v_format, at<const int64_t>(ranges) + 2 * row,
-                   at<float>(y) + row * N * H, one.origin, rule[0] ? &rebuilt : nullptr});
-    row += one.rows, span += one.spans;
-  }
-  gemsmith::attention(all.data(), static_cast<int64_t>(all.size()));
+  const std::vector<gemsmith::Seen> asked = seen(sequences);
+  gemsmith::attention({at<const float>(q), 0, N, K, H, found.data(), 0, k_format, v_format,
+                       at<const int64_t>(ranges), at<float>(y), 0, rule[0] ? &rebuilt : nullptr},
+                      asked.data(), static_cast<int64_t>(asked.size()));
 }
 
 nb::list isas() {

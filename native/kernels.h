@@ -306,6 +306,13 @@ void rotate(const T* x, const float* cosine, const float* sine, int64_t M, int64
 // attention.cpp
 // Of several sequences at once.
 void attention(const Attention* given, int64_t count);
+// Rows of a sequence, one after the other, the spans that are its keys, and which of its tokens the
+// first key is.
+struct Seen {
+  int64_t rows, spans, origin;
+};
+// The same, of sequences whose rows q, ranges and y, and whose spans, follow each other in `all`.
+void attention(const Attention& all, const Seen* sequences, int64_t count);
 inline void attention(const Attention& given) { attention(&given, 1); }
 
 }  // namespace gemsmith

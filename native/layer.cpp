@@ -189,25 +189,16 @@ void store(const Place& place, const float* k, const float* v, int64_t M, int64_
 }
 
 void attend(const Layer& layer, const Place& place, const float* q, float* o) {
-  std::vector<Attention> asked;
-  int64_t row = 0, span = 0;
-  for (const Seen& seen : *place.sequences) {
-    Attention one{};
-    one.q = q + row * layer.heads * layer.H;
-    one.R = seen.rows;
-    one.N = layer.heads;
-    one.K = place.kv_heads;
-    one.H = layer.H;
-    one.spans = place.spans.data() + span;
-    one.span_count = seen.spans;
-    one.k_format = one.v_format = INT8;
-    one.ranges = place.ranges + 2 * row;
-    one.y = o + row * layer.heads * layer.H;
-    one.origin = seen.origin;
-    asked.push_back(one);
-    row += seen.rows, span += seen.spans;
-  }
-  attention(asked.data(), static_cast<int64_t>(asked.size()));
+  Attention all{};
+  all.q = q;
+  all.N = layer.heads;
+  all.K = place.kv_heads;
+  all.H = layer.H;
+  all.spans = place.spans.data();
+  all.k_format = all.v_format = INT8;
+  all.ranges = place.ranges;
+  all.y = o;
+  attention(all, place.sequences->data(), static_cast<int64_t>(place.sequences->size()));
 }
 
 }  // namespace

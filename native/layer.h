@@ -67,12 +67,6 @@ struct StoredInt8 {
   float* v_scale = nullptr;
 };
 
-// Rows of a sequence, one after the other, the spans that are its keys, and which of its tokens the
-// first key is.
-struct Seen {
-  int64_t rows, spans, origin;
-};
-
 // What a layer does with keys and values: it stores those of its M rows, if it owns any, each in its
 // slot, and attends to what each sequence sees; see Attention in kernels.h.
 struct Place {

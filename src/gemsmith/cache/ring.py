@@ -30,7 +30,7 @@ from gemsmith import hardware, sizing
 from gemsmith.config import LayerPlan, TextConfig
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
 from gemsmith.ops.attention import Queries, Slots, Span, stored_attention
-from gemsmith.ops.cpu_attention import Readers
+from gemsmith.ops.cpu_attention import readers_of
 from gemsmith.ops.cpu_layers import Place
 from gemsmith.ops.rotary import KeyRule
 
@@ -339,18 +339,11 @@ class RingCache:
             into = target._native
             if plan.index in self._sources:
                 self._views[plan.index] = view
-        found = [slots._native for slots, _, _ in view.spans] if view else []
-        storages = [kv for kv in dict.fromkeys(found) if kv is not None]
-        if view is None or None in found:
+        if view is None or any(slots._native is None for slots, _, _ in view.spans):
             return None
-        spans = [
-            (storages.index(kv), first, count)
-            for kv, (_, first, count) in zip(found, view.spans, strict=True)
-            if kv is not None
-        ]
+        spans = [(slots._native, first, n) for slots, first, n in view.spans if slots._native]
         asking = self._asking(view.keys, plan.window, rows_R)
-        ranges_R2 = asking.ranges_R2
-        readers = Readers([spans], [len(ranges_R2)], ranges_R2, [asking.origin])
+        storages, readers = readers_of(spans, asking.ranges_R2, asking.origin)
         slots_T = None if into is None else torch.arange(slot, slot + self._step_tokens)
         return Place(into, slots_T, storages, readers)
 

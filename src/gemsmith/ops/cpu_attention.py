@@ -170,10 +170,19 @@ def attention(
     Raises:
       WeightsError: other types, shapes or layouts; no keys; slots that are not there.
     """
+    return attention_of_many(q_RNH, *readers_of(spans, ranges_R2, origin))
+
+
+def readers_of(
+    spans: Sequence[tuple[StoredKV, int, int]], ranges_R2: Tensor, origin: int
+) -> tuple[list[StoredKV], Readers]:
+    """Storages, and what one sequence asks of them; as `attention` takes it.
+
+    Raises: as `Readers`.
+    """
     storages = list(dict.fromkeys(kv for kv, _, _ in spans))
     runs = [(storages.index(kv), first, count) for kv, first, count in spans]
-    readers = Readers([runs], [len(ranges_R2)], ranges_R2, [origin])
-    return attention_of_many(q_RNH, storages, readers)
+    return storages, Readers([runs], [len(ranges_R2)], ranges_R2, [origin])
 
 
 def attention_of_many(q_RNH: Tensor, storages: Sequence[StoredKV], readers: Readers) -> Tensor:

@@ -4,7 +4,7 @@ The same numbers as the modules they hold, up to the order in which norms add; a
 spends its time reading weights then, and not on calls.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -127,11 +127,15 @@ nothing beside the products, and between them a signal is heard."""
 
 
 Places = Callable[[int, Tensor | None], Place | None]
-"""`place` of a `KVStore` whose K/V the extension can store and find by itself: see `RingCache`."""
+"""`place` of a `KVStore` whose K/V the extension can store and find by itself, see `RingCache`."""
 
 
 class PackedLayers(Layers):
     """Layers of which as many on end as possible run in one call of the extension."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__(layers)
+        self._products = [getattr(layer, "products", 0) for layer in self]
 
     def run(
         self,
@@ -144,9 +148,7 @@ class PackedLayers(Layers):
         rows_R: Tensor | None,
     ) -> Tensor:
         place_of: Places | None = getattr(kv, "place", None)
-        packed = [layer for layer in self if isinstance(layer, PackedLayer)]
-        products = len(x_TD) * sum(layer.products for layer in packed[first:stop])
-        if products > MOST_PRODUCTS or place_of is None:
+        if len(x_TD) * sum(self._products[first:stop]) > MOST_PRODUCTS or place_of is None:
             return super().run(first, stop, x_TD, ple_TLP, tables, kv, rows_R)
         angles = {key: (c.flatten(1), s.flatten(1)) for key, (c, s) in tables.items()}
         done = first
