@@ -36,7 +36,7 @@ inline void split(const int16_t* codes, int64_t count, int8_t* first, int8_t* se
   }
 }
 
-int64_t chunks_of(int64_t H) { return (H + CHUNK - 1) / CHUNK; }
+int64_t chunks_of(int64_t H) { return ceil_div(H, CHUNK); }
 
 // See AttentionKernels.
 int64_t arranged_bytes(int64_t H) { return chunks_of(H) * TILE_SIZE; }
@@ -92,7 +92,6 @@ void scores_int8(const AttentionTile& t, const KeyBlock& b, float (*scores)[KEYS
   alignas(64) int8_t room[TURN][TILE_KEYS * MAX_HEAD];
   Sums sums[KEYS / TILE_KEYS];
   const int64_t tiles = (b.count + TILE_KEYS - 1) / TILE_KEYS, chunks = chunks_of(t.H);
-  const int64_t value = t.v_format == INT8 ? 1 : t.v_format == BFLOAT16 ? 2 : 4;
   for (int64_t first = 0; first < tiles; first += TURN) {
     const int64_t count = tiles - first < TURN ? tiles - first : TURN;
     TileOfKeys keys[TURN];
@@ -100,7 +99,7 @@ void scores_int8(const AttentionTile& t, const KeyBlock& b, float (*scores)[KEYS
       keys[i] = tile_of_keys(b, (first + i) * TILE_KEYS, t.H, room[i]);
       // Values are read after all scores: ask for them, and for the next keys, now.
       for (int64_t s = (first + i) * TILE_KEYS; t.ahead && s < (first + i + 1) * TILE_KEYS; s++) {
-        expect(b.v[s], t.H * value);
+        expect(b.v[s], t.H * value_bytes(t.v_format));
         if (s + TURN * TILE_KEYS < KEYS) expect(b.k[s + TURN * TILE_KEYS], t.H);
       }
     }

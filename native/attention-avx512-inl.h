@@ -28,10 +28,6 @@ inline void prefetch_row(const void* row, int64_t bytes) {
     _mm_prefetch(static_cast<const char*>(row) + i, _MM_HINT_T1);
 }
 
-inline int64_t row_bytes(int format, int64_t H) {
-  return format == INT8 ? H : format == BFLOAT16 ? 2 * H : 4 * H;
-}
-
 inline __m512 load_float(const void* x, int format, int64_t d) {
   if (format == FLOAT32) return _mm512_loadu_ps(static_cast<const float*>(x) + d);
   const __m256i halves = _mm256_loadu_si256(
@@ -46,7 +42,7 @@ void scores_float_rows(const AttentionTile& t, const KeyBlock& b, int64_t row,
     __m512 sum[M][4];
     UNROLL
     for (int j = 0; j < 4; j++) {
-      if (t.ahead && row == 0) prefetch_row(b.v[s + j], row_bytes(t.v_format, t.H));
+      if (t.ahead && row == 0) prefetch_row(b.v[s + j], t.H * value_bytes(t.v_format));
       UNROLL
       for (int m = 0; m < M; m++) sum[m][j] = _mm512_setzero_ps();
     }

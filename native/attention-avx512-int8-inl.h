@@ -35,7 +35,7 @@ void scores_int8_rows(const AttentionTile& t, const KeyBlock& b, int64_t row,
     for (int j = 0; j < 4; j++) {
       k[j] = static_cast<const int8_t*>(b.k[s + j]);
       if (t.ahead && row == 0) {
-        prefetch_row(b.v[s + j], row_bytes(t.v_format, t.H));
+        prefetch_row(b.v[s + j], t.H * value_bytes(t.v_format));
         if (s + j + 16 < b.count) prefetch_row(b.k[s + j + 16], t.H);
       }
       UNROLL

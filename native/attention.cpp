@@ -71,8 +71,6 @@ struct Job {
   }
 };
 
-int64_t value_bytes(int format) { return format == INT8 ? 1 : format == BFLOAT16 ? 2 : 4; }
-
 // Keys first .. first + count of a head; those below 0 nobody sees.
 void find(const Attention& a, int64_t head, int64_t first, int64_t count, KeyBlock& block) {
   const int64_t k_row = a.H * value_bytes(a.k_format), v_row = a.H * value_bytes(a.v_format);

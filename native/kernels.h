@@ -79,6 +79,9 @@ constexpr int CODE_MOST = 127 * 256 + 127;  // of 16 bits: 256 times a signed by
 constexpr int64_t MAX_HEAD = 512;
 
 enum Format : int { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+static inline int64_t value_bytes(int format) {
+  return format == INT8 ? 1 : format == BFLOAT16 ? 2 : 4;
+}
 
 // Keys first .. first + count of [slots][K][H] stored keys and values; int8 ones with scales
 // [slots][K] float32. Pointers are to slot 0.

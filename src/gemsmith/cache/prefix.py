@@ -106,6 +106,19 @@ class Chain:
             self._digests.append(extended(self._digests[-1], next_keys))
         return self._digests[: blocks + 1]
 
+    def same(
+        self,
+        keys: Sequence[Hashable],
+        other: "Chain",
+        others: Sequence[Hashable],
+        length: int,
+    ) -> bool:
+        """Whether another sequence has the same first `length` keys and salt; both have so many."""
+        whole = length // self._size
+        rest = slice(whole * self._size, length)
+        same_blocks = self.upto(keys, whole)[-1] == other.upto(others, whole)[-1]
+        return same_blocks and keys[rest] == others[rest]
+
 
 class PrefixCache:
     """Checkpoints; the first to go are those that a prompt has passed and that no two went on from,
@@ -136,22 +149,6 @@ class PrefixCache:
     def pages(self) -> list[Pages]:
         """What checkpoints hold, to check that blocks are conserved."""
         return [checkpoint.pages for checkpoint in self._checkpoints]
-
-    def same(
-        self,
-        one: tuple[Sequence[Hashable], Chain],
-        other: tuple[Sequence[Hashable], Chain],
-        length: int,
-    ) -> bool:
-        """Whether two sequences, keys and chain of each, have the first `length` keys and the salt
-        in common; both have so many."""
-        whole = length // self._cache.plan.block_tokens
-        (keys, chain), (others, other_chain) = one, other
-        rest = slice(whole * self._cache.plan.block_tokens, length)
-        return (
-            keys[rest] == others[rest]
-            and chain.upto(keys, whole)[-1] == other_chain.upto(others, whole)[-1]
-        )
 
     def keep(
         self,

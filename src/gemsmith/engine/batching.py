@@ -353,8 +353,8 @@ class BatchEngine:
         for boundary in reversed(ahead.boundaries):
             if boundary <= other.pages.length or 2 * (boundary - have) < sequence.remaining:
                 return False
-            if boundary < len(job.keys) and self.prefix.same(
-                (job.keys, job.chain), (ahead.keys, ahead.chain), boundary
+            if boundary < len(job.keys) and job.chain.same(
+                job.keys, ahead.chain, ahead.keys, boundary
             ):
                 return True
         return False
