@@ -112,6 +112,15 @@ def test_top_k_keeps_exactly_k_of_equal_logits_the_lowest_ids():
     assert ids.tolist() == [2, 4, 1, 3]
 
 
+def test_top_p_alone_takes_of_equal_logits_the_lowest_ids():
+    logits = torch.zeros(1000)
+    _, ids = candidates(logits, temperature=1.0, top_p=0.0045)
+    assert ids.tolist() == [0, 1, 2, 3, 4]
+    logits[5::7] = 9.0
+    _, ids = candidates(logits, temperature=1.0, top_p=0.02)
+    assert ids.tolist() == [5, 12, 19]
+
+
 def test_smallest_temperature_takes_the_likeliest_without_overflow():
     probs, ids = candidates(torch.tensor([30.0, -30.0, 29.9]), temperature=1e-6)
     assert dict(zip(ids.tolist(), probs.tolist(), strict=True)) == {0: 1.0, 1: 0.0, 2: 0.0}

@@ -70,20 +70,20 @@ def candidates(
     Probabilities are float64 and sum to 1. Without top_k and top_p the order is that of the ids.
     """
     if top_k:
-        values, ids = greatest(logits_V, min(top_k, logits_V.shape[0]))
-        probs_C, ids_C = softmax(_array(values), temperature), _array(ids)
-    elif top_p < 1:
-        # The largest is taken away first: a small temperature must not overflow.
-        probs_V = ((logits_V - logits_V.max()) / temperature).double().softmax(0)
-        probs_C, ids_C = map(_array, _likeliest(probs_V, top_p))
+        logits_C, ids_C = map(_array, greatest(logits_V, min(top_k, logits_V.shape[0])))
     else:
-        probs_C = softmax(_array(logits_V), temperature)
-        ids_C = np.arange(len(probs_C))
+        logits_C, ids_C = _array(logits_V), np.arange(logits_V.shape[0])
+    probs_C = softmax(logits_C, temperature)
+    if top_p < 1 and not top_k:
+        probs_C, ids_C = map(_array, _likeliest(torch.from_numpy(probs_C), top_p))
     return kept(probs_C, ids_C, top_p=top_p, min_p=min_p)
 
 
 def softmax(logits_C: Floats, temperature: float) -> Floats:
-    """Probabilities in float64 of float32 logits over a temperature."""
+    """Probabilities in float64 of float32 logits over a temperature.
+
+    The largest is taken away first: a small temperature must not overflow.
+    """
     weights_C = np.exp(((logits_C - logits_C.max()) / temperature).astype(np.float64))
     return weights_C / weights_C.sum()
 
@@ -103,10 +103,8 @@ def kept(probs_C: Floats, ids_C: Ids, *, top_p: float, min_p: float) -> tuple[Fl
 
 def greatest(logits_V: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The greatest logits and their ids, [count] each, of equal ones the lowest id first."""
-    least = logits_V.topk(count).values[-1]
-    ids = (logits_V >= least).nonzero()[:, 0]
-    values, order = logits_V[ids].sort(descending=True, stable=True)
-    return values[:count], ids[order[:count]]
+    values, ids = _at_least(logits_V, logits_V.topk(count).values[-1])
+    return values[:count], ids[:count]
 
 
 def _likeliest(probs_V: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
@@ -115,11 +113,18 @@ def _likeliest(probs_V: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     Sorting a vocabulary of 262144 takes longer than a small model's forward pass.
     """
     count = min(256, probs_V.shape[0])
-    probs_C, ids_C = probs_V.topk(count)
+    probs_C = probs_V.topk(count).values
     while count < probs_V.shape[0] and probs_C.sum() < top_p:
         count = min(16 * count, probs_V.shape[0])
-        probs_C, ids_C = probs_V.topk(count)
-    return probs_C, ids_C
+        probs_C = probs_V.topk(count).values
+    return _at_least(probs_V, probs_C[-1])
+
+
+def _at_least(values_V: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Values that are no less, the greatest first, of equal ones the lowest id; and their ids."""
+    ids = (values_V >= least).nonzero()[:, 0]
+    values, order = values_V[ids].sort(descending=True, stable=True)
+    return values, ids[order]
 
 
 def draw(probs_C: Floats, generator: torch.Generator) -> int:
