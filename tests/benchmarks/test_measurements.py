@@ -200,6 +200,61 @@ def test_a_must_is_passed_missed_by_so_much_or_not_measured() -> None:
     assert judged([made])["prefill 512, gemsmith int4 over llama.cpp Q4_0"].needed == 15.0
 
 
+def test_a_shortfall_has_its_cause_on_this_cpu_and_a_pass_none() -> None:
+    made = peers_record(
+        int4={"decode 128": 15.0, "decode 8192": 9.0, "prefill 512": 300.0, "8 streams": 15.0},
+        mobile={"prefill 512": 450.0},
+        llama={"prefill 512": 100.0, "8 streams": 10.0},
+        transformers={"prefill 512": 150.0},
+    )
+    kinds = ("int4-g32 x1", "int2 x1", "int4 x1", "int8 x1")
+    runs = {kind: {"median": 27.0, "ceiling": 30.0} for kind in kinds}
+    kernels = record(name="kernels", model="any", dtype="low-bit", runs=runs)
+    streams, reads = (
+        "8 streams, gemsmith int4 over llama.cpp Q4_0",
+        "decode, gemsmith int4, weights read",
+    )
+    prompts = [
+        f"prefill 512, gemsmith int4 over {peer}" for peer in (musts.TRANSFORMERS, musts.LLAMA)
+    ]
+    found = judged([made])
+    assert found[reads].verdict.startswith("12% short: of 30.0 GB/s; a token has some 3 ms of")
+    assert found["decode at 8192 over 128, gemsmith int4"].verdict == (
+        "25% short: attention over the context takes the difference"
+    )
+    assert [found[name].verdict for name in (streams, *prompts)] == [
+        "25% short: cause not measured",
+        "20% short: cause not measured",
+        "25% short: cause not measured",
+    ]
+    made["machine"]["isa"] = ["avx2", "amx_int8"]
+    found = judged([kernels, made])
+    assert "; products alone read at 90% (benchmarks.kernels); a token" in found[reads].verdict
+    transformers, llama = (found[name].verdict for name in prompts)
+    assert "(mobile, a scale a row: 3.00x); bfloat16 has the unit too" in transformers
+    assert "(mobile, a scale a row: 4.50x); norms, rounding" in llama
+    for run in made["programs"][musts.OURS]["speeds"].values():
+        run["median"] *= 100
+    found = judged([kernels, made])
+    assert [found[name].verdict for name in (reads, streams, *prompts)] == ["pass"] * 4
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [(15.0, "25% short: a token's pass"), (20.0, "pass")])
+def test_servers_fall_short_for_a_cause_too(ours: float, verdict: str) -> None:
+    loads = {"tokens_per_s": {"median": 10.0}, "later_turns_s": {"median": 1.0}}
+    faster = {"tokens_per_s": {"median": ours}, "later_turns_s": {"median": 0.45}}
+    programs = {
+        name: {"loads": {"1": each, "8": each}, "missing": ""}
+        for name, each in zip(musts.SERVERS, (faster, loads), strict=True)
+    }
+    found = judged([record(name="serve", model="pocket", dtype="4-bit", programs=programs)])
+    text = "pocket, 1 client, tokens/s, gemsmith serve over llama-server"
+    assert found[text].verdict.startswith(verdict)
+    later = "{}, time to first token from turn 2 on, gemsmith serve over llama-server"
+    assert "50% over: most of a prompt" in found[later.format("pocket, 1 client")].verdict
+    assert found[later.format("pocket, 8 clients")].verdict == "50% over: cause not measured"
+
+
 def test_nothing_measured_is_nothing_passed() -> None:
     found = musts.musts([])
     assert len(found) == 40
