@@ -41,41 +41,32 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-# An hour and 20 GB of disk, most of it beside llama.cpp and Transformers. Ends in the table of what
-# must be reached. `make bench NUMBERS=docs/numbers` updates docs/numbers.md.
+# The benchmarks named run in turn until one fails; the table of what must be reached comes anyway.
 NUMBERS ?= build/numbers
-RUN = $(BIN)/python -m benchmarks.
+define BENCH
+@failed=0; for run in $(1); do \
+  $(BIN)/python -m benchmarks.$$run --record $(NUMBERS) || { failed=$$?; break; }; done; \
+  $(BIN)/python -m benchmarks.report $(NUMBERS) && exit $$failed
+endef
 
+# An hour and 20 GB of disk, most of it beside llama.cpp and Transformers.
+# `make bench NUMBERS=docs/numbers` updates docs/numbers.md.
 bench: $(VENV)/.dev
-	@$(RUN)kernels --record $(NUMBERS)
-	@for bits in 4 mobile; do \
-	  $(RUN)decode --bits $$bits --record $(NUMBERS) && \
-	  $(RUN)memory --bits $$bits --record $(NUMBERS) || exit 1; done
-	@$(RUN)peers --record $(NUMBERS)
-	@$(RUN)prefill --record $(NUMBERS)
-	@$(RUN)memory --record $(NUMBERS)
-	@$(RUN)media --record $(NUMBERS)
-	@$(RUN)fit --record $(NUMBERS)
-	@$(RUN)grammar --record $(NUMBERS)
-	@$(RUN)report $(NUMBERS)
+	$(call BENCH,kernels 'decode --bits 4' 'memory --bits 4' 'decode --bits mobile' \
+	  'memory --bits mobile' peers prefill memory media fit grammar)
 
 # 32 GB of disk more, and 16 GB of memory free.
 bench-26B: $(VENV)/.dev
-	@$(RUN)peers --size 26B-A4B --record $(NUMBERS)
-	@$(RUN)report $(NUMBERS)
+	$(call BENCH,'peers --size 26B-A4B')
 
 # Half an hour, the first time 15 minutes more to compile llama.cpp.
 bench-serve: $(VENV)/.dev
-	@$(RUN)conformance --record $(NUMBERS)
-	@for model in pocket E2B; do \
-	  $(RUN)serve --model $$model --record $(NUMBERS) && \
-	  $(RUN)agent --model $$model --record $(NUMBERS) || exit 1; done
-	@$(RUN)report $(NUMBERS)
+	$(call BENCH,conformance 'serve --model pocket' 'agent --model pocket' 'serve --model E2B' \
+	  'agent --model E2B')
 
 # An hour.
 soak: $(VENV)/.dev
-	@$(RUN)soak --record $(NUMBERS)
-	@$(RUN)report $(NUMBERS)
+	$(call BENCH,soak)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

@@ -375,6 +375,7 @@ def main() -> None:
     records = latest(options.folder)
     text = page(records)
     if not options.check:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         print("\n".join([*required(records), f"all of it: {path}"]))
     elif not path.is_file() or path.read_text(encoding="utf-8") != text:

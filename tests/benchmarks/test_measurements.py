@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -363,3 +364,27 @@ def test_the_page_cache_holds_what_was_just_read(tmp_path: Path) -> None:
 def test_the_page_of_numbers_is_what_its_records_say() -> None:
     page = measure.NUMBERS.with_suffix(".md").read_text(encoding="utf-8")
     assert page == report.page(report.latest(measure.NUMBERS))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("fails", [None, "memory --bits 4", "grammar"])
+def test_make_bench_ends_in_the_table_and_fails_where_a_benchmark_does(
+    tmp_path: Path, fails: str | None
+) -> None:
+    """With what says its arguments, and fails at some, for a Python."""
+    python, numbers = tmp_path / "bin/python", tmp_path / "numbers"
+    python.parent.mkdir()
+    failing = f"benchmarks.{fails} --record {numbers}"
+    python.write_text(f'#!/bin/sh\nshift; echo "$*"; [ "$*" != "{failing}" ]\n')
+    python.chmod(0o755)
+    for stamp in (".torch", ".dev"):
+        (tmp_path / stamp).touch()
+    command = ["make", "-s", "bench", f"VENV={tmp_path}", f"NUMBERS={numbers}"]
+    made = subprocess.run(command, cwd=measure.REPOSITORY, capture_output=True, text=True)
+    ran = [line.removesuffix(f" --record {numbers}") for line in made.stdout.splitlines()]
+    assert ran[-1] == f"benchmarks.report {numbers}"
+    assert ran[-2] == f"benchmarks.{fails or 'grammar'}"
+    assert (made.returncode == 0) == (fails is None)
+    if fails != "memory --bits 4":
+        names = ["kernels", "decode", "memory", "peers", "prefill", "media", "fit", "grammar"]
+        assert {line.split()[0] for line in ran[:-1]} == {f"benchmarks.{name}" for name in names}
