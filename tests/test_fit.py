@@ -12,7 +12,6 @@ from gemsmith import fit, hardware, probe, sizing, work
 from gemsmith.config import PRESETS
 from gemsmith.errors import CapacityError, ConfigError
 from gemsmith.fit import GIB, Target
-from gemsmith.ops.linear import cpu_multiplies_bfloat16
 
 RATES = {"float32": 300e9, "bfloat16": 500e9, "rows": 3e12, "groups": 2e12}
 CARD = Target("card", "gpu", 12 * GIB, 360e9, dict.fromkeys(RATES, 50e12))
@@ -312,11 +311,6 @@ def test_code_of_bfloat16_products_is_counted_where_the_cpu_has_units_for_them(
     plain, units = ("avx2", "avx512f"), ("avx512f", "amx_bf16")
     assert runtime(units, "bfloat16") - runtime(plain, "bfloat16") == sizing.PRODUCTS_BYTES
     assert runtime(units, "int4") == runtime(plain, "int4") == runtime(plain, "bfloat16")
-
-
-@pytest.mark.skipif(hardware.arch() != "x86-64", reason="of an Arm CPU torch says it always has")
-def test_units_for_bfloat16_are_those_that_products_are_told_of():
-    assert hardware.machine().multiplies_bfloat16 == cpu_multiplies_bfloat16()
 
 
 def test_planning_imports_no_torch(tmp_path: Path):

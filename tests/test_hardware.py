@@ -72,6 +72,36 @@ def test_a_machine_without_these_files_is_described_all_the_same(
     assert machine.available_bytes is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [("avx2 avx512f", False), ("avx512f avx512_bf16", True), ("amx_bf16", True), ("asimd", False),
+     ("asimd bf16", True)],
+)  # fmt: skip
+def test_units_for_bfloat16_are_those_that_the_kernel_names(kernel: Path, flags: str, found: bool):
+    (kernel / "cpuinfo").write_text(f"flags : {flags}\n")
+    assert hardware.machine().multiplies_bfloat16 is found
+
+
+@pytest.mark.parametrize(
+    ("arch", "has", "found"),
+    [("x86-64", True, True), ("x86-64", False, False), ("arm64", True, False)],
+)
+def test_where_no_file_names_units_for_bfloat16_torch_does_of_x86(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: str, has: bool, found: bool
+):
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "missing")
+    monkeypatch.setattr(hardware, "arch", lambda: arch)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    assert hardware.machine().multiplies_bfloat16 is found
+
+
+@pytest.mark.skipif(hardware.arch() != "x86-64", reason="torch knows them of x86 alone")
+def test_the_kernel_s_files_and_torch_agree_about_units_for_bfloat16():
+    known = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    assert hardware.machine().multiplies_bfloat16 == known
+
+
 def test_free_memory_of_a_cpu_is_what_is_available(kernel: Path):
     assert hardware.free_bytes(torch.device("cpu")) == 4 * GIB
     assert hardware.free_bytes(torch.device("meta")) is None

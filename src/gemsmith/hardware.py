@@ -1,7 +1,8 @@
 """The machine: processor, instruction sets, memory, accelerators, place for caches. Nothing is set.
 
 Reads the kernel's own files where they exist (Linux) and asks the standard library elsewhere; what
-cannot be known is None. torch is asked for accelerators alone, and imported only then.
+cannot be known is None. torch is asked for accelerators, and of CPUs that no file describes, and
+imported only then.
 
 Legend: bytes everywhere; GiB in text is 2^30. A cgroup is the kernel's limit on a container.
 """
@@ -56,7 +57,14 @@ class Machine:
 
     @property
     def multiplies_bfloat16(self) -> bool:
-        return any(flag in BFLOAT16_FLAGS for flag in self.isa)
+        """Whether the CPU has bfloat16 products of its own. Where no file says so, torch may."""
+        if self.isa or arch() != "x86-64":
+            return any(flag in BFLOAT16_FLAGS for flag in self.isa)
+        try:
+            from torch import cpu
+        except ImportError:
+            return False
+        return cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported()
 
 
 def machine() -> Machine:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemsmith import hardware
 from gemsmith.ops import cpu, native
 
 MIN_ROWS = 32
@@ -60,9 +61,8 @@ class Factor(Protocol):
 
 @cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 products: AMX, AVX512-BF16, or an Arm CPU."""
-    x86 = torch.backends.cpu.get_cpu_capability().startswith(("AVX", "DEFAULT"))
-    return not x86 or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    """Whether this CPU has bfloat16 products of its own; kept, as each product asks."""
+    return hardware.machine().multiplies_bfloat16
 
 
 def bfloat16_rows_are_alone() -> bool:
