@@ -19,7 +19,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from tests.weights.gguf_files import described
+from tests.weights.gguf_files import INPUTS, described, inputs
 
 from benchmarks import to_gguf
 from gemsmith import headers
@@ -240,11 +240,38 @@ def test_a_gguf_file_is_described_by_its_path_or_its_folder(tmp_path: Path) -> N
     sizes = keyed(described(tmp_path / "gemma-Q4_0.GGUF", TEXT))
     assert gguf_found(tmp_path / "gemma-Q4_0.GGUF") == sizes
     assert gguf_found(tmp_path) == sizes
-    (tmp_path / "mmproj-F16.gguf").write_bytes(b"image and sound input")
-    assert gguf_found(tmp_path) == sizes
+    inputs(tmp_path / "mmproj-F16.gguf")
+    assert gguf_found(tmp_path / "gemma-Q4_0.GGUF") == sizes
     (tmp_path / "gemma-Q8_0.gguf").write_bytes(b"another")
     message = r"has 2 models in GGUF: gemma-Q4_0.GGUF, gemma-Q8_0.gguf; name one, such as /.*Q4_0"
     with pytest.raises(WeightsError, match=message):
+        read_headers(tmp_path)
+
+
+def test_image_and_sound_input_beside_a_gguf_model_belong_to_it(tmp_path: Path) -> None:
+    sizes = keyed(described(tmp_path / "gemma.gguf", TEXT))
+    inputs(tmp_path / "mmproj-F32.gguf", names=["v.odd"])
+    found = {name: 2 * rows * columns for name, (rows, columns) in INPUTS.items()}
+    assert inputs(tmp_path / "MMPROJ-BF16.gguf") == sum(found.values())
+    made = read_headers(tmp_path)
+    assert made.inputs == "MMPROJ-BF16.gguf"  # one is loaded: the first
+    assert {key: tensor.nbytes for key, tensor in made.tensors.items()} == sizes | found
+    assert read_headers(tmp_path / "gemma.gguf").inputs is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"architecture": "gemma4"}, {"names": [written_key("norm.weight")]}]
+)
+def test_a_file_that_is_no_image_and_sound_input_is_told(
+    tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    described(tmp_path / "gemma.gguf", TEXT)
+    inputs(tmp_path / "mmproj.gguf", **wrong)
+    message = r"mmproj.gguf beside .*gemma.gguf is no image and sound input: .*; rename it, or name"
+    with pytest.raises(WeightsError, match=message):
+        read_headers(tmp_path)
+    (tmp_path / "mmproj.gguf").write_bytes(b"image and sound input")
+    with pytest.raises(WeightsError, match=r"mmproj.gguf: begins with"):
         read_headers(tmp_path)
 
 
@@ -440,8 +467,8 @@ def test_a_gguf_file_of_a_repository_is_described_from_ranges(
     assert gguf_found(REPO) == sizes
     assert hub.sent < 400_000  # of 5 GB
     assert gguf_found(f"{REPO}/deep/gemma.gguf", revision="abc123") == sizes
-    (folder / "mmproj.gguf").touch()
-    assert gguf_found(REPO) == sizes
+    inputs(folder / "mmproj.gguf")
+    assert gguf_found(REPO) == sizes | {name: 2 * n * m for name, (n, m) in INPUTS.items()}
     parts = split(folder)
     with pytest.raises(WeightsError, match=f"has 2 models .* name one, such as {REPO}/deep/gemma"):
         read_headers(REPO)

@@ -74,6 +74,9 @@ class Headers:
     """By the names the files use; of GGUF, where it is known, by that of a checkpoint."""
     gguf: bool = False
     """Whether it is GGUF, which is described here and not run."""
+    inputs: str | None = None
+    """The GGUF file of image and sound input beside the model's; its tensors are here, too, by the
+    names that it has."""
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +88,8 @@ def read_headers(
     source: str | Path, *, revision: str | None = None, offline: bool | None = None
 ) -> Headers:
     """Config and tensors of a folder, of "pocket", or of a hub repository at `revision`; also of a
-    GGUF file: by its path, by owner/name/FILE.gguf, or as the only model in a folder or repository.
+    GGUF file: by its path, by owner/name/FILE.gguf, or as the only model in a folder or repository,
+    where the first file of image and sound input (mmproj) belongs to it.
 
     `offline` None asks the environment; offline, a repository is read from the local cache.
 
@@ -109,7 +113,8 @@ def _of_folder(folder: Path) -> Headers:
     if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
         names = [path.name for path in folder.glob("*.[gG][gG][uU][fF]")]
         if names:
-            return _of_gguf_file(folder / _model_of(names, str(folder)))
+            model, inputs = _model_of(names, str(folder))
+            return _of_gguf_file(folder / model, inputs)
     config = Gemma4Config.load(folder)
     files, index = weight_files(folder)
 
@@ -270,7 +275,7 @@ def _of_gguf(name: str, revision: str | None, offline: bool) -> Headers:
     return _of_gguf_file(Path(cached))
 
 
-def _of_gguf_file(path: Path) -> Headers:
+def _of_gguf_file(path: Path, inputs: str | None = None) -> Headers:
     def parse(name: str, budget: int) -> gguf.Header:
         try:
             with (path.parent / name).open("rb") as file:
@@ -279,11 +284,13 @@ def _of_gguf_file(path: Path) -> Headers:
         except OSError as error:
             raise WeightsError(f"{path.parent / name}: cannot be read ({error.strerror})") from None
 
-    return _joined_gguf(path.name, parse, str(path))
+    return _joined_gguf(path.name, parse, str(path), inputs)
 
 
-def _joined_gguf(name: str, parse: Callable[[str, int], gguf.Header], where: str) -> Headers:
-    """The model of one file, or of all files where it was split."""
+def _joined_gguf(
+    name: str, parse: Callable[[str, int], gguf.Header], where: str, inputs: str | None
+) -> Headers:
+    """The model of one file, or of all files where it was split, and its file of `inputs`."""
     names = [name]
     if split := re.fullmatch(SPLIT, name, re.I):
         count = int(split[3])
@@ -313,23 +320,39 @@ def _joined_gguf(name: str, parse: Callable[[str, int], gguf.Header], where: str
     ours = {gguf.our_key(name): TensorHeader(*tensor) for name, tensor in tensors.items()}
     if len(ours) != len(tensors):
         raise WeightsError(f"{where}: a tensor is there by two names; fetch the file anew")
-    return Headers(config, ours, gguf=True)
+    if inputs:
+        found = parse(inputs, gguf.MAX_BYTES)
+        kind = found.metadata.get("general.architecture")
+        if kind != gguf.INPUTS or found.tensors.keys() & ours.keys():
+            raise WeightsError(
+                f"{short(inputs)} beside {where} is no image and sound input: its architecture is "
+                f"{short(kind)!r}, or its tensors are the model's; rename it, or name the model's "
+                "own file"
+            )
+        ours |= {name: TensorHeader(*tensor) for name, tensor in found.tensors.items()}
+    return Headers(config, ours, gguf=True, inputs=inputs)
 
 
-def _model_of(names: Iterable[str], where: str) -> str:
-    """The file of the only model among GGUF files: the first of its parts, without image input.
+def _model_of(names: Iterable[str], where: str) -> tuple[str, str | None]:
+    """The file of the only model among GGUF files, the first of its parts; and the first file of
+    image and sound input, of which one is loaded, whatever types they come in.
 
     Raises:
-      WeightsError: there are several, or none.
+      WeightsError: there are several models, or none.
     """
-    models = [name for name in sorted(names) if not Path(name).name.lower().startswith("mmproj")]
+    models, inputs = [], None
+    for name in sorted(names):
+        if not Path(name).name.lower().startswith("mmproj"):
+            models.append(name)
+        else:
+            inputs = inputs or name
     split = [(name, re.fullmatch(SPLIT, name, re.I)) for name in models]
     models = [name for name, part in split if part is None or int(part[2]) == 1]
     if len(models) != 1:
         shown = ", ".join(map(short, models[:8])) + (", ..." if len(models) > 8 else "")
         hint = f"; name one, such as {where}/{short(models[0])}" if models else ""
         raise WeightsError(f"{where} has {len(models)} models in GGUF: {shown or 'none'}{hint}")
-    return models[0]
+    return models[0], inputs
 
 
 # -- the hub ----------------------------------------------------------------------------------
@@ -419,7 +442,7 @@ def _of_repository(repository: _Repository) -> Headers:
     single = repository.size(SINGLE) is not None
     index_size = None if single else repository.size(INDEX)
     if not single and index_size is None and (names := repository.gguf_names()):
-        return _gguf_of_repository(repository, _model_of(names, where))
+        return _gguf_of_repository(repository, *_model_of(names, where))
     config = _remote_config(repository)
 
     def tensors(name: str, budget: int) -> tuple[dict[str, TensorHeader], int]:
@@ -462,7 +485,7 @@ def _of_repository(repository: _Repository) -> Headers:
     return Headers(config, joined(parts(), index, where))
 
 
-def _gguf_of_repository(repository: _Repository, name: str) -> Headers:
+def _gguf_of_repository(repository: _Repository, name: str, inputs: str | None = None) -> Headers:
     def parse(name: str, budget: int) -> gguf.Header:
         where = f"{repository.repo}: {name}"
         size = repository.size(name)
@@ -472,7 +495,7 @@ def _gguf_of_repository(repository: _Repository, name: str) -> Headers:
             lambda start, stop: repository.read(name, start, stop), size, where, budget
         )
 
-    return _joined_gguf(name, parse, f"{repository.repo}/{name}")
+    return _joined_gguf(name, parse, f"{repository.repo}/{name}", inputs)
 
 
 def _remote_config(repository: _Repository) -> Gemma4Config:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from tests.weights.gguf_files import described
+from tests.weights.gguf_files import described, inputs
 from typer.testing import CliRunner
 
 from gemsmith import hardware, probe, sizing
@@ -205,6 +205,24 @@ def test_a_gguf_file_is_counted_as_it_is(tmp_path: Path):
     assert "expected" not in printed
     text = ask(str(tmp_path), "--quant", "int8", code=2)
     assert "is GGUF, of which the weights count as they are; leave --quant out" in text
+
+
+def test_image_and_sound_input_beside_a_gguf_file_are_counted(tmp_path: Path):
+    described(tmp_path / "gemma.gguf", PRESETS["E4B"].text_config)
+    device = ("--device", "rtx-4090")
+    [alone] = plans(str(tmp_path), *device)
+    assert "input are a file of their own (mmproj), which counts where" in ask(str(tmp_path))
+    taken = inputs(tmp_path / "mmproj-F16.gguf")
+    [both] = plans(str(tmp_path), *device)
+    parts = both["memory"]["weights"]
+    assert parts == alone["memory"]["weights"] | {
+        "vision": 2 * (64 * 48 + 32 * 64), "audio": 2 * (40 * 3 + 32 * 40),
+    }  # fmt: skip
+    assert both["total"] - alone["total"] == parts["vision"] + parts["audio"] == taken
+    assert "Image and sound input are mmproj-F16.gguf." in ask(str(tmp_path))
+    [without] = plans(str(tmp_path), *device, "--text-only")
+    assert without["memory"] == alone["memory"]
+    assert "Image and sound input" not in ask(str(tmp_path), "--text-only")
 
 
 def test_a_gguf_file_of_floats_is_computed_in_floats(tmp_path: Path):

@@ -1,6 +1,6 @@
 """GGUF files for tests, made by the gguf package: whole small ones, and large ones without data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import gguf
@@ -51,6 +51,28 @@ def described(
     writer.fout[0].truncate(writer.fout[0].tell() + end + -end % 32)
     writer.close()
     return sizes
+
+
+INPUTS = {
+    "v.blk.0.attn_q.weight": (64, 48),
+    "mm.input_projection.weight": (32, 64),
+    "a.conv1d.0.weight": (40, 3),
+    "mm.a.input_projection.weight": (32, 40),
+}
+"""Of image and sound input: names as llama.cpp's, and shapes."""
+
+
+def inputs(path: Path, *, architecture: str = "clip", names: Iterable[str] = INPUTS) -> int:
+    """Write a file of image and sound input, in float16: bytes of its tensors."""
+    writer = gguf.GGUFWriter(path, architecture)
+    made = {name: np.zeros(INPUTS.get(name, (2, 3)), np.float16) for name in names}
+    for name, values in made.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sum(values.nbytes for values in made.values())
 
 
 def small(path: Path) -> bytes:

@@ -49,8 +49,11 @@ PUBLISHED: Mapping[str, tuple[float | None, ...]] = {
 PUBLISHED_FORMATS = {"BF16": "bfloat16", "SFP8": "int8", "Q4_0": "int4"}
 NOT_RUN = (
     "gemsmith does not run GGUF: the weights are those of the file; K/V, workspace and runtime are "
-    "what gemsmith takes for the same model in safetensors, and other programs differ in these. "
-    "Image and sound input are files of their own (mmproj) and not counted."
+    "what gemsmith takes for the same model in safetensors, and other programs differ in these."
+)
+APART = (
+    "Image and sound input are a file of their own (mmproj), which counts where it lies in the "
+    "folder that is named."
 )
 MARGIN = 1.2
 GUESSED = "~"
@@ -69,6 +72,8 @@ class Model:
     """Of a checkpoint: bytes in its files by part."""
     gguf: bool = False
     """A GGUF file, which others run."""
+    inputs: str | None = None
+    """Beside a GGUF file, that of image and sound input."""
     floats: bool = False
     """Whether most of its bytes are floats."""
 
@@ -89,6 +94,7 @@ def model_of(name: str) -> Model:
             known = next(size for size, each in PRESETS.items() if each == config)
             return Model(known, config)
     from gemsmith.headers import read_headers
+    from gemsmith.weights.gguf import input_part
     from gemsmith.weights.names import module_name, unused_shapes
 
     headers = read_headers(name)
@@ -107,10 +113,11 @@ def model_of(name: str) -> Model:
         stem = next((s for n in (module_name(key), below) if (s := _stem(n, parts))), "")
         if f"{stem}.weight" in skipped:
             continue  # no layer reads it
-        part = parts.get(stem, "other")
+        part = parts.get(stem) or (input_part(key) if headers.gguf else None) or "other"
         stored[part] = stored.get(part, 0) + tensor.nbytes
     format = None if headers.gguf else _format_of(config, stored)
-    return Model(name, config, format, stored, headers.gguf, 2 * floats > headers.nbytes)
+    most = 2 * floats > headers.nbytes
+    return Model(name, config, format, stored, headers.gguf, headers.inputs, most)
 
 
 def _stem(name: str, parts: Mapping[str, str]) -> str:
@@ -258,20 +265,23 @@ def show(plans: list[Plan], model: Model, console: Console) -> None:
     if any(plan.speed.ttft for plan in plans):
         table.add_row("  expected", *(_marked(p, _seconds_range(p.speed.ttft)) for p in plans))
     console.print(table)
-    console.print(_notes(plans, gguf=model.gguf), highlight=False, markup=False, soft_wrap=True)
+    console.print(_notes(plans, model), highlight=False, markup=False, soft_wrap=True)
 
 
-def _notes(plans: list[Plan], *, gguf: bool = False) -> str:
+def _notes(plans: list[Plan], model: Model) -> str:
     notes: list[str] = []
-    if gguf:
+    if model.gguf:
+        towers = any(part.startswith(("vision", "audio")) for part in plans[0].memory.weights)
         notes.append(NOT_RUN)
+        if towers or model.inputs is None:
+            notes.append(f"Image and sound input are {model.inputs}." if towers else APART)
     if any("ple_table" in plan.memory.weights for plan in plans) or any(
         "ple" in plan.memory.weights for plan in plans
     ):
         notes.append("The per-layer table stays on disk; rows are read as they are needed.")
     if plans[0].users > 1:
         notes.append("Several users count as sequences of one batch.")
-    if gguf:
+    if model.gguf:
         notes.append("Bounds are what the machine allows.")
     elif not any(plan.speed.decode or plan.speed.ttft for plan in plans):
         notes.append(

@@ -10,7 +10,8 @@ files for others.
 File, little endian: "GGUF", version, counts of tensors and of keys; of each key its name, type and
 value; of each tensor its name, sizes (innermost first), type and offset; then, at multiples of the
 alignment, the data of each.
-Sources: ggml's docs/gguf.md for the file; llama.cpp's `conversion/gemma.py` for names and metadata.
+Sources: ggml's docs/gguf.md for the file; llama.cpp's `conversion/gemma.py` for names and metadata,
+its `clip-impl.h` for those of image and sound input.
 """
 
 import math
@@ -25,7 +26,8 @@ from gemsmith.errors import ConfigError, WeightsError
 from gemsmith.weights.files import short
 from gemsmith.weights.names import written_key
 
-ARCHITECTURE = "gemma4"
+ARCHITECTURE, INPUTS = "gemma4", "clip"
+"""Of a model, and of a file of image and sound input."""
 NAMES = {
     "embed_tokens.": "token_embd.",
     "norm.": "output_norm.",
@@ -298,6 +300,13 @@ def our_key(name: str) -> str:
     return written_key(f"layers.{found[1]}.{ours}" if found[1] else ours)
 
 
+def input_part(name: str) -> str | None:
+    """The part that a tensor of image and sound input is of, as in shapes.py; None: of neither."""
+    if name.startswith(("a.", "mm.a.")):
+        return "audio"
+    return "vision" if name.startswith(("v.", "mm.")) else None
+
+
 def config_of(header: Header, where: str) -> Gemma4Config:
     """The decoder that a file's metadata describe. Image and sound input are files of their own.
 
@@ -307,7 +316,7 @@ def config_of(header: Header, where: str) -> Gemma4Config:
     found = header.metadata.get("general.architecture")
     if found != ARCHITECTURE:
         hint = "gemsmith knows gemma4"
-        if found == "clip":
+        if found == INPUTS:
             hint = "this is image and sound input alone; name the model's own file"
         elif str(found).startswith(ARCHITECTURE):
             hint = "this is a drafter, which runs beside its model; name the model's own file"
