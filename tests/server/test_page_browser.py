@@ -1,14 +1,14 @@
 """The chat page as people use it, in headless Chromium.
 
 Needs Playwright for Python and a Chromium: Playwright's own, or the system's. Without them all of
-this is skipped. The check of accessibility needs axe-core from npm, whose file AXE_JS names.
+this is skipped. The check of accessibility needs axe-core as axe-playwright-python carries it.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright
 expect = playwright.expect
 expect.set_options(timeout=30_000)
 
-AXE = os.environ.get("AXE_JS")
+AXE = find_spec("axe_playwright_python")
 BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
 LONG = "ab " * 400
 TOOL = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}}
@@ -416,6 +416,7 @@ def test_it_fits_and_is_accessible(visit, width, scheme):
     )
     page.set_viewport_size({"width": width, "height": 700})
     page.emulate_media(color_scheme=scheme)
+    _accessible(page)
     ask(page, "Hm?")
     over(page)
     page.locator("summary").click()
@@ -433,12 +434,29 @@ def test_it_fits_and_is_accessible(visit, width, scheme):
 
 
 def _accessible(page: Any) -> None:
-    if AXE is None:
+    if AXE is None or AXE.origin is None:
         return
     # Not as an element: the page's policy lets no other script in.
-    page.evaluate(Path(AXE).read_text("utf-8"))
+    page.evaluate((Path(AXE.origin).parent / "axe.min.js").read_text("utf-8"))
     found = page.evaluate("axe.run()")["violations"]
     assert [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found] == []
+
+
+def test_the_keyboard_stays_in_settings_that_cover_the_page(visit):
+    """What they cover cannot be seen, so it is not to have the focus."""
+    page = visit("Hm.")
+    page.set_viewport_size({"width": 390, "height": 700})
+    page.get_by_role("button", name="Settings").click()
+    for _ in range(14):  # more than there are fields
+        assert page.evaluate("document.activeElement.matches('body, #settings *')")
+        page.keyboard.press("Shift+Tab")
+    page.get_by_role("button", name="Close").click()
+    page.locator("#new-chat").click()
+    expect(page.locator("#input")).to_be_focused()
+    page.get_by_role("button", name="Settings").click()
+    page.set_viewport_size({"width": 1280, "height": 700})
+    page.locator("#input").focus()
+    expect(page.locator("#input")).to_be_focused()
 
 
 def test_the_keyboard_gets_everywhere_in_order(visit):

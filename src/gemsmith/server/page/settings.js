@@ -33,7 +33,7 @@ const narrow = matchMedia("(max-width: 55rem)");
 const panel = byId("settings");
 const form = byId("settings-form");
 const toggle = byId("settings-toggle");
-const rest = [document.querySelector("main"), byId("new-chat")];
+const rest = document.querySelectorAll(".skip, header, main");
 const value = (id) => byId(id).value.trim();
 
 /** onKey(): another key was given. */
