@@ -2,6 +2,8 @@
 //
 // Linux lends the unit's registers (8 KiB a thread) to processes that ask for it. Other systems are
 // not asked.
+#include <immintrin.h>
+
 #include "kernels.h"
 
 #if defined(__linux__)
@@ -43,6 +45,11 @@ struct Unit {
   static void store(int32_t* to) {
     asm volatile("tilestored %%tmm%c0, (%1,%2,1)"
                  : : "i"(T), "r"(to), "r"(static_cast<int64_t>(64)) : "memory");
+  }
+  template <class Floats>
+  static Floats multiply_add(const Floats& a, const Floats& b, const Floats& c) {
+    return reinterpret_cast<Floats>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+                                                    reinterpret_cast<__m512>(c)));
   }
   template <int C, int A, int B>
   static void dot() {

@@ -37,6 +37,10 @@ struct Unit {
     for (int row = 0; row < tile[T].rows; row++)
       std::memcpy(to + row * 16, tile[T].byte[row], static_cast<size_t>(tile[T].row_bytes));
   }
+  template <class Floats>
+  static Floats multiply_add(const Floats& a, const Floats& b, const Floats& c) {
+    return a * b + c;
+  }
   template <int C, int A, int B>
   static void dot() {
     for (int m = 0; m < tile[A].rows; m++) {
