@@ -142,12 +142,14 @@ def _prefill(peers: Record | None) -> Iterator[Must]:
 
 def _scaling(peers: Record, task: str, theirs: str) -> str:
     """Why a prompt in groups of 32 gains less than it might from AMX."""
-    causes = ["scaling groups of 32 takes as long as AMX takes for their half-filled products"]
+    causes = [
+        "groups of 32 fill half of AMX's tiles, and scaling them takes as long as their products"
+    ]
     mobile, other = _speed(peers, MOBILE, task), _speed(peers, theirs, task)
     if mobile and other:
         causes[0] += f" (mobile, a scale a row: {mobile / other:.2f}x)"
     if theirs == TRANSFORMERS:
-        causes.append("bfloat16 has the unit too, at 0.84 TFLOP/s a thread, these 0.5 to 0.6")
+        causes.append("bfloat16 has the unit too, and no scales")
     return "; ".join((*causes, ROWS))
 
 
