@@ -27,8 +27,11 @@ def plan_of(*, full_blocks=30, seqs=4, budget=24, length=64):
     return replace(plan, full_blocks=full_blocks)
 
 
-def new_scheduler(queue_limit=1000, awaits=lambda sequence, other: False, **options) -> Scheduler:
-    return Scheduler(Blocks(plan_of(**options)), queue_limit=queue_limit, awaits=awaits)
+def new_scheduler(
+    queue_limit=1000, awaits=lambda sequence, other: False, pace=None, **options
+) -> Scheduler:
+    blocks = Blocks(plan_of(**options))
+    return Scheduler(blocks, queue_limit=queue_limit, awaits=awaits, pace=pace)
 
 
 class Run:
@@ -140,16 +143,18 @@ def arrivals(draw):
     st.sampled_from([24, 33]),
     st.none() | st.integers(0, 99),
     st.sampled_from([1, 2, 3, 1000]),
+    st.none() | st.integers(1, 40),
 )
 def test_budget_blocks_and_everyones_end_hold_for_any_arrivals(
-    wanted, full_blocks, budget, drafting, alike
+    wanted, full_blocks, budget, drafting, alike, pace
 ):
     def awaits(sequence, other):
         assert not sequence.begun
         assert other.admitted < sequence.admitted
         return (sequence.admitted - other.admitted) % alike == 0
 
-    run = Run(new_scheduler(full_blocks=full_blocks, budget=budget, awaits=awaits), drafting)
+    scheduler = new_scheduler(full_blocks=full_blocks, budget=budget, awaits=awaits, pace=pace)
+    run = Run(scheduler, drafting)
     aborts: list[tuple[int, Sequence]] = []
     wanted = list(wanted)
     while wanted or run.alive:
@@ -248,6 +253,28 @@ def test_a_stream_of_short_prompts_does_not_starve_a_long_one():
             run.add(12, 13)
         run.step()
     assert run.first_token[long] <= 8
+
+
+def test_prompts_take_few_tokens_of_a_step_in_which_somebody_generates():
+    scheduler = new_scheduler(budget=24, pace=6, full_blocks=64)
+    scheduler.add(long := Sequence(30, 50))
+    scheduler.add(short := Sequence(8, 20))
+    scheduler.add(picture := Sequence(20, 25, wholes=((0, 18),)))
+    steps = []
+    for _ in range(5):
+        slices = scheduler.schedule()
+        steps.append({slice.sequence: slice.tokens for slice in slices})
+        for slice in slices:
+            scheduler.commit(slice)
+            slice.sequence.tokens += slice.asks
+    # Nobody generates yet in the first; what must be whole takes more once it is the oldest prompt.
+    assert steps == [
+        {long: 16, short: 8},
+        {long: 6, short: 1},
+        {long: 6, short: 1},
+        {long: 2, short: 1},
+        {long: 1, short: 1, picture: 18},
+    ]
 
 
 def test_tenants_take_turns():

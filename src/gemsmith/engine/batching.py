@@ -37,6 +37,10 @@ from gemsmith.errors import CapacityError, ConfigError, GemsmithError
 
 LONGEST_BY_DEFAULT = 32768
 """Tokens of a sequence that a plan makes room for where nobody says; fewer if memory is short."""
+PACE = 192
+"""Tokens of prompts beside those that generate, in a step on a CPU. A row of so many takes it no
+longer than one of 512, and with steps of 512 prompts that came together would keep coming together:
+each waited for the step of those before it, and that one for theirs."""
 LOOKUPS = 64
 """Latest requests of which is known what the prefix cache had for them."""
 SHARE_OF_MEMORY = 0.5
@@ -185,6 +189,7 @@ class BatchEngine:
             awaits=self._awaits,
             evict=self.prefix.evict,
             written=self._written,
+            pace=PACE if lm.device.type == "cpu" else None,
         )
         self._runner = Runner(lm.model, self.cache)
         self._speculation = lm.speculation(

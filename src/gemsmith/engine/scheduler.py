@@ -1,13 +1,13 @@
 """Which tokens of which sequences the next step computes. No tensors, no token ids, no clock.
 
 Every step has a budget of tokens. First each running sequence that is generating gets one; what is
-left goes to prompts, in chunks: half of it to the oldest of them, so that a long prompt gets on
-whatever comes, the rest to the one with the least to do, so that a short prompt waits for no long
-one. A prompt that begins as an older one does, of which this step computes more, waits for it
-rather than compute the same again. Known tokens are of use for sure: drafts of the next ones get
-what these leave of the budget and of free blocks. Requests are admitted in turns of their tenants
-(first come first served within one), while there are seats, and blocks for all that is known of the
-sequence.
+left goes to prompts, in chunks; where somebody generates, only so much that the step stays short.
+Half of it goes to the oldest, so that a long prompt gets on whatever comes, the rest to the one
+with the least to do, so that a short prompt waits for no long one. A prompt that begins as an older
+one does, of which this step computes more, waits for it rather than compute the same again. Known
+tokens are of use for sure: drafts of the next ones get what these leave of the budget and of free
+blocks. Requests are admitted in turns of their tenants (first come first served within one), while
+there are seats, and blocks for all that is known of the sequence.
 
 When a generating sequence finds no block, the prefix cache gives some back; then the sequence that
 came last is preempted: it loses its blocks and computes its tokens again later, before anything new
@@ -98,13 +98,15 @@ class Scheduler:
         awaits: Callable[[Sequence, Sequence], bool] = _alone,
         evict: Callable[[], bool] = _never,
         written: Callable[[Slice], None] = _unkept,
+        pace: int | None = None,
     ) -> None:
         """queue_limit: most requests that wait. begin: told of a sequence about to be admitted, and
         of one that has waited for another; may give it pages of tokens that are computed already.
         awaits: whether the first sequence, of which nothing is computed yet, had better wait for
         what the second one computes. evict: gives some cached blocks back; False if there are none.
         written: told of each slice once it is computed, while the windows of all its tokens are
-        still there.
+        still there. pace: about how many tokens of prompts a step has beside those that generate;
+        None: all that the budget leaves.
 
         Raises:
           ConfigError: a step has no token for each sequence.
@@ -123,6 +125,7 @@ class Scheduler:
         self._queues: OrderedDict[str, deque[Sequence]] = OrderedDict()
         """Of each tenant with waiting requests; the first tenant is next."""
         self._begin, self._awaits, self._evict, self._written = begin, awaits, evict, written
+        self._pace = plan.max_num_batched_tokens if pace is None else pace
         self._waited: list[Sequence] = []
         """Those that the last step left waiting for another."""
         self._admissions = count()
@@ -181,7 +184,8 @@ class Scheduler:
         self._admit()
         generating = sum(s.remaining == 1 for s in self.running)
         self._waited = []
-        chunks = self._chunks(self.plan.max_num_batched_tokens - generating)
+        left = self.plan.max_num_batched_tokens - generating
+        chunks = self._chunks(left, min(left, self._pace) if generating else left)
         slices: list[Slice] = []
         for sequence in list(self.running):
             if sequence not in self.running:
@@ -227,15 +231,16 @@ class Scheduler:
 
     # -- parts of a step ----------------------------------------------------------------------
 
-    def _chunks(self, left: int) -> dict[Sequence, int]:
-        """How many tokens of each prompt to compute, of `left` in all."""
+    def _chunks(self, most: int, left: int) -> dict[Sequence, int]:
+        """How many tokens of each prompt to compute, `left` in all; at `most` where what must be
+        whole asks for more."""
         prompts = [s for s in self.running if s.remaining > 1]
         if not prompts:
             return {}
         oldest = prompts[0]
         taken = dict.fromkeys(prompts, 0)
-        taken[oldest] = self._chunk(oldest, 0, max(1, left // 2), left)
-        left -= taken[oldest]
+        taken[oldest] = self._chunk(oldest, 0, max(1, left // 2), most)
+        left = max(0, left - taken[oldest])
         for sequence in sorted(prompts, key=lambda s: (s.remaining, s.admitted)):
             if not sequence.begun and any(
                 taken[other] and self._awaits(sequence, other)
