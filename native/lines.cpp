@@ -15,6 +15,22 @@ void widen_codes(const uint8_t* packed, int64_t bytes, float* out) {
       out[i * F + f] = static_cast<float>((packed[i] >> (f * B) & MASK) - ZERO);
 }
 
+// Floats [K] of one row of a weight, whose four bytes of a line lie at `from`: codes q times their
+// group's scale, `scale_of` of the group's number.
+template <int B, class Scale>
+void unpack_row(const uint8_t* from, int64_t K, int64_t group, const Scale& scale_of, float* out) {
+  constexpr int F = 8 / B, INPUTS = 4 * F, MASK = (1 << B) - 1, ZERO = 1 << (B - 1);
+  for (int64_t k0 = 0; k0 < K; k0 += INPUTS, from += LINE) {  // a group is whole lines
+    const float scale = scale_of(group ? k0 / group : 0);
+    float values[INPUTS];
+    for (int p = 0; p < F; p++)
+      for (int i = 0; i < 4; i++)
+        values[4 * p + i] = static_cast<float>((from[i] >> (p * B) & MASK) - ZERO) * scale;
+    const int64_t there = K - k0 < INPUTS ? K - k0 : INPUTS;
+    std::memcpy(out + k0, values, static_cast<size_t>(there) * sizeof(float));
+  }
+}
+
 }  // namespace
 
 void pack_lines(const uint8_t* packed, int64_t N, int64_t K, int bits, uint8_t* lines) {
@@ -44,21 +60,18 @@ void pack_lines(const uint8_t* packed, int64_t N, int64_t K, int bits, uint8_t* 
 
 void unpack_rows(const uint8_t* lines, const void* scales, int64_t K, int bits, int64_t group,
                  int scale_bits, const int64_t* rows, int64_t count, float* out) {
-  const int fields = 8 / bits;
-  const int64_t inputs = 4 * fields, line_count = ceil_div(K, inputs), groups = group ? K / group : 1;
-  const int mask = (1 << bits) - 1, zero = 1 << (bits - 1);
+  const int64_t line_count = ceil_div(K, 32 / bits), groups = group ? K / group : 1;
   for (int64_t r = 0; r < count; r++, out += K) {
     const int64_t block = rows[r] / BLOCK, row = rows[r] % BLOCK;
     const uint8_t* from = lines + block * line_count * LINE + 4 * row;
-    const int64_t first = block * groups * BLOCK + row;
-    for (int64_t k = 0; k < K; k++) {
-      const int64_t field = k % inputs / 4;
-      const int code = from[k / inputs * LINE + k % 4] >> (field * bits) & mask;
-      const int64_t at = first + (group ? k / group * BLOCK : 0);
-      const float scale = scale_bits == 16 ? widened(static_cast<const uint16_t*>(scales)[at])
-                                           : static_cast<const float*>(scales)[at];
-      out[k] = static_cast<float>(code - zero) * scale;
-    }
+    const auto scale_of = [&](int64_t g) {
+      const int64_t at = (block * groups + g) * BLOCK + row;
+      return scale_bits == 16 ? widened(static_cast<const uint16_t*>(scales)[at])
+                              : static_cast<const float*>(scales)[at];
+    };
+    if (bits == 2) unpack_row<2>(from, K, group, scale_of, out);
+    else if (bits == 4) unpack_row<4>(from, K, group, scale_of, out);
+    else unpack_row<8>(from, K, group, scale_of, out);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -21,7 +22,7 @@ constexpr int64_t MANY_ROWS = 144;
 // The same for weights that are widened; a multiple of the rows that `wide` takes together.
 constexpr int64_t WIDE_ROWS = 24;
 // Less than this is done by the caller before a worker could have woken.
-constexpr int64_t ALONE_BYTES = 128 * 1024;
+constexpr int64_t ALONE_BYTES = 256 * 1024;
 // Bytes of a piece: few enough that threads end together, many enough to stream.
 constexpr int64_t MIN_PIECE = 16 * 1024, MAX_PIECE = 8 * 1024 * 1024;
 // Pieces a thread: where each has to be begun, and where one goes on with the next.
@@ -88,15 +89,18 @@ uint8_t* aligned_scratch(int64_t bytes) {
   return there.get();
 }
 
-void run_gemm(const void* data, int64_t piece) {
-  const auto& job = *static_cast<const ProductJob*>(data);
-  const Product& p = job.product;
-  const Gemm& gemm = *job.kernels.gemm;
-  const int64_t b0 = job.blocks.begin(piece), b1 = job.blocks.end(piece);
+// All M rows of blocks b0..b1.
+void run_gemm_rows(const Kernels& k, const Product& p, int64_t b0, int64_t b1, int64_t M) {
+  const Gemm& gemm = *k.gemm;
   const int64_t rows = pass_rows(p.stride, MANY_ROWS) / gemm.rows * gemm.rows;
   uint8_t* scratch = aligned_scratch(gemm.scratch(p));
-  for (int64_t m = 0; m < job.M; m += rows)
-    gemm.run(p, b0, b1, m, m + rows < job.M ? m + rows : job.M, scratch);
+  for (int64_t m = 0; m < M; m += rows)
+    gemm.run(p, b0, b1, m, m + rows < M ? m + rows : M, scratch);
+}
+
+void run_gemm(const void* data, int64_t piece) {
+  const auto& job = *static_cast<const ProductJob*>(data);
+  run_gemm_rows(job.kernels, job.product, job.blocks.begin(piece), job.blocks.end(piece), job.M);
 }
 
 // Activations in panels, and their sums, for run_gemm.
@@ -154,12 +158,31 @@ struct FewRows {
   }
 };
 
+// Activations of many rows as Gemm::run reads them.
+struct ManyRows {
+  int64_t stride;
+  Room<int8_t> x;
+  std::unique_ptr<int32_t[]> sums;
+
+  ManyRows(const Kernels& k, const int8_t* x8, int64_t M, int64_t K, int64_t inputs, int64_t groups,
+           int bits)
+      : stride(ceil_div(inputs, k.gemm->bytes) * k.gemm->bytes) {
+    const int64_t panels = ceil_div(M, k.gemm->rows), rows = panels * k.gemm->rows;
+    sums.reset(new int32_t[static_cast<size_t>(rows * groups)]);
+    x = room<int8_t>(rows * stride);
+    const ArrangeJob arrange{k, x8, M, K, stride, groups, -(1 << (bits - 1)), x.get(), sums.get(),
+                             {panels, piece_size(panels, k.gemm->rows * stride)}};
+    parallel(arrange.panels.count(), run_arrange, &arrange);
+  }
+};
+
 // A product of which some outputs are computed at a time, each time into a place of their own.
 struct Head {
   const Kernels& kernels;
   std::unique_ptr<int8_t[]> x8;
   std::unique_ptr<float[]> sx;
-  std::unique_ptr<FewRows> rows;
+  std::unique_ptr<FewRows> few;
+  std::unique_ptr<ManyRows> many;
   Product product;
   int64_t M;
 
@@ -169,13 +192,21 @@ struct Head {
         x8(new int8_t[static_cast<size_t>(M * K)]),
         sx(new float[static_cast<size_t>(M)]),
         M(M) {
-    const int64_t inputs = line_inputs(bits), count = ceil_div(K, inputs);
-    const int64_t groups = group ? K / group : 1, stride = count * inputs;
+    const int64_t inputs = line_inputs(bits), count = ceil_div(K, inputs), stride = count * inputs;
+    const int64_t groups = group ? K / group : 1;
     quantize_rows(x, M, K, x8.get(), sx.get());
-    rows.reset(new FewRows(kernels, x8.get(), M, K, stride, groups, bits));
     product = {lines,  scales, N,          count, group ? group / inputs : count,
-               groups, bits,   scale_bits, rows->padded ? rows->padded.get() : x8.get(),
-               stride, rows->sums.get(),   sx.get(), nullptr};
+               groups, bits,   scale_bits, x8.get(), stride, nullptr, sx.get(), nullptr};
+    if (kernels.gemm && M >= kernels.gemm->least) {
+      many.reset(new ManyRows(kernels, x8.get(), M, K, stride, groups, bits));
+      product.x = many->x.get();
+      product.stride = many->stride;
+      product.sums = many->sums.get();
+    } else {
+      few.reset(new FewRows(kernels, x8.get(), M, K, stride, groups, bits));
+      if (few->padded) product.x = few->padded.get();
+      product.sums = few->sums.get();
+    }
   }
   // How many outputs blocks b0..b1 hold; into y [M][that many].
   int64_t some(int64_t b0, int64_t b1, float* y) const {
@@ -184,7 +215,10 @@ struct Head {
     part.scales = static_cast<const uint8_t*>(part.scales) + b0 * part.groups * BLOCK * part.scale_bits / 8;
     part.N = clamp(part.N - b0 * BLOCK, 0, (b1 - b0) * BLOCK);
     part.y = y;
-    kernels.product(part, 0, b1 - b0, 0, M);
+    if (many)
+      run_gemm_rows(kernels, part, 0, b1 - b0, M);
+    else
+      kernels.product(part, 0, b1 - b0, 0, M);
     return part.N;
   }
 };
@@ -217,32 +251,60 @@ void lift(std::atomic<float>& bound, float value) {
   }
 }
 
-// Values y of the outputs from `first` on of row m. What is passed over is less than `count` others,
-// so what is found in the end does not depend on the order in which pieces run.
-void look_through(const TopJob& job, const float* y, int64_t size, int64_t first, int64_t m,
-                  std::vector<Found>& found, float& most) {
-  float bound = job.bounds[m].load(std::memory_order_relaxed);
-  for (int64_t i = 0; i < size; i += 16) {
-    const int64_t end = i + 16 < size ? i + 16 : size;
-    bool any = false;  // NaN is not less
-    for (int64_t j = i; j < end; j++) any |= !(y[j] < bound);
-    if (!any) continue;
-    for (int64_t j = i; j < end; j++) {
-      if (std::isnan(y[j])) most = y[j];
-      if (!std::isnan(most) && y[j] > most) most = y[j];
-      const Found here{y[j], first + j};
-      if (!(here.value >= bound) || std::binary_search(job.skipped, job.skipped_end, here.id))
-        continue;
-      const bool full = static_cast<int64_t>(found.size()) == job.count;
-      if (full && !here.before(found.back())) continue;
-      if (full) found.pop_back();
-      const auto before = [](const Found& a, const Found& b) { return a.before(b); };
-      found.insert(std::upper_bound(found.begin(), found.end(), here, before), here);
-      if (static_cast<int64_t>(found.size()) == job.count && found.back().value > bound)
-        bound = found.back().value;
+// A value that `count` of these reach: the least of the greatest of so many groups of them, or less.
+// most: the greatest of all, NaN if there is one.
+float reached_by(const float* y, int64_t size, int64_t count, float& most) {
+  constexpr int64_t GROUPS = 256;
+  constexpr float MINUS_INFINITY = -__builtin_inff();
+  float greatest[GROUPS];
+  std::fill(greatest, greatest + GROUPS, MINUS_INFINITY);
+  int strays = 0;
+  const auto group = [&](int64_t i, int64_t count) {
+    for (int64_t g = 0; g < count; g++) {
+      strays |= y[i + g] != y[i + g];
+      greatest[g] = y[i + g] > greatest[g] ? y[i + g] : greatest[g];
     }
+  };
+  const int64_t whole = size / GROUPS * GROUPS;
+  for (int64_t i = 0; i < whole; i += GROUPS) group(i, GROUPS);
+  group(whole, size - whole);
+  most = strays ? __builtin_nanf("") : *std::max_element(greatest, greatest + GROUPS);
+  if (count > GROUPS) return MINUS_INFINITY;
+  std::nth_element(greatest, greatest + count - 1, greatest + GROUPS, std::greater<float>());
+  return greatest[count - 1];
+}
+
+// Values y of the outputs from `first` on of row m; those that are skipped are lost. What is passed
+// over is less than `count` others, so what is found in the end does not depend on the order in which
+// pieces run. room: to work in.
+void look_through(const TopJob& job, float* y, int64_t size, int64_t first, int64_t m,
+                  std::vector<Found>& room, std::vector<Found>& found, float& most) {
+  const auto* skipped = std::lower_bound(job.skipped, job.skipped_end, first);
+  float bound = reached_by(y, size, job.count, most);
+  if (skipped < job.skipped_end && *skipped < first + size) {
+    for (; skipped < job.skipped_end && *skipped < first + size; skipped++)
+      y[*skipped - first] = __builtin_nanf("");  // neither great nor small
+    float rest;
+    bound = reached_by(y, size, job.count, rest);
   }
-  if (static_cast<int64_t>(found.size()) == job.count) lift(job.bounds[m], found.back().value);
+  const float others = job.bounds[m].load(std::memory_order_relaxed);
+  bound = others > bound ? others : bound;
+  room.clear();
+  for (int64_t i = 0; i < size; i += BLOCK) {  // outputs come in whole blocks but for the last
+    const int64_t end = i + BLOCK < size ? i + BLOCK : size;
+    int any = 0;
+    for (int64_t j = i; j < end; j++) any |= y[j] >= bound;
+    for (int64_t j = i; any && j < end; j++)
+      if (y[j] >= bound) room.push_back({y[j], first + j});
+  }
+  if (static_cast<int64_t>(room.size()) >= job.count) {
+    const auto last = room.begin() + job.count - 1;
+    std::nth_element(room.begin(), last, room.end(),
+                     [](const Found& a, const Found& b) { return a.before(b); });
+    room.resize(static_cast<size_t>(job.count));
+    lift(job.bounds[m], room.back().value);
+  }
+  found.assign(room.begin(), room.end());
 }
 
 void run_top(const void* data, int64_t piece) {
@@ -251,9 +313,10 @@ void run_top(const void* data, int64_t piece) {
   const int64_t b0 = piece * size, b1 = b0 + size < blocks ? b0 + size : blocks;
   const std::unique_ptr<float[]> y(new float[static_cast<size_t>(M * LOOKED)]);
   const int64_t outputs = job.head.some(b0, b1, y.get());
+  std::vector<Found> room;
   for (int64_t m = 0; m < M; m++)
-    look_through(job, y.get() + m * outputs, outputs, b0 * BLOCK, m, job.found[piece * M + m],
-                 job.most[piece * M + m]);
+    look_through(job, y.get() + m * outputs, outputs, b0 * BLOCK, m, room,
+                 job.found[piece * M + m], job.most[piece * M + m]);
 }
 
 struct ChosenJob {
@@ -378,15 +441,9 @@ void multiply_many(const Kernels& k, const Factor& w, int64_t K, const int8_t* x
                    int64_t M) {
   const int64_t inputs = line_inputs(w.bits), count = ceil_div(K, inputs);
   const int64_t groups = w.group ? K / w.group : 1, blocks = ceil_div(w.N, BLOCK);
-  const int64_t stride = ceil_div(count * inputs, k.gemm->bytes) * k.gemm->bytes;
-  const int64_t panels = ceil_div(M, k.gemm->rows), rows = panels * k.gemm->rows;
-  const std::unique_ptr<int32_t[]> sums(new int32_t[static_cast<size_t>(rows * groups)]);
-  const Room<int8_t> x = room<int8_t>(rows * stride);
-  const ArrangeJob arrange{k, x8, M, K, stride, groups, -(1 << (w.bits - 1)), x.get(), sums.get(),
-                           {panels, piece_size(panels, k.gemm->rows * stride)}};
-  parallel(arrange.panels.count(), run_arrange, &arrange);
-  const Product product{w.lines, w.scales, w.N, count, w.group ? w.group / inputs : count,
-                        groups, w.bits, w.scale_bits, x.get(), stride, sums.get(), sx, w.y};
+  const ManyRows given(k, x8, M, K, count * inputs, groups, w.bits);
+  const Product product{w.lines, w.scales, w.N, count, w.group ? w.group / inputs : count, groups,
+                        w.bits, w.scale_bits, given.x.get(), given.stride, given.sums.get(), sx, w.y};
   // Each further row is about as much work again as a 16th of the bytes.
   int64_t size = piece_size(blocks, count * LINE * (1 + M / 16));
   if (size < blocks) size += size % 2;  // kernels take blocks by twos
@@ -489,8 +546,9 @@ void top(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bit
   const TopJob job{head,         count,        skipped,        skipped + skipped_count,
                    bounds.get(), found.data(), greatest.data()};
   parallel(pieces, run_top, &job);
+  std::vector<Found> all;
   for (int64_t m = 0; m < M; m++) {
-    std::vector<Found> all;
+    all.clear();
     most[m] = MINUS_INFINITY;
     for (int64_t piece = 0; piece < pieces; piece++) {
       const auto& some = found[static_cast<size_t>(piece * M + m)];
@@ -501,8 +559,10 @@ void top(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bit
     }
     // Where there are NaNs fewer may have been found.
     const int64_t there = clamp(static_cast<int64_t>(all.size()), 0, count);
-    std::partial_sort(all.begin(), all.begin() + there, all.end(),
-                      [](const Found& a, const Found& b) { return a.before(b); });
+    const auto end = all.begin() + there;
+    const auto before = [](const Found& a, const Found& b) { return a.before(b); };
+    if (end != all.end()) std::nth_element(all.begin(), end, all.end(), before);
+    std::sort(all.begin(), end, before);
     for (int64_t i = 0; i < count; i++) {
       values[m * count + i] = i < there ? all[static_cast<size_t>(i)].value : MINUS_INFINITY;
       ids[m * count + i] = i < there ? all[static_cast<size_t>(i)].id : 0;

@@ -467,7 +467,7 @@ def test_other_arguments_that_do_not_fit_are_refused():
         cpu.quantize_rows(torch.zeros(4, 0))
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize(("outputs", "inputs", "group", "repeat"), [
     (37, 70, None, 1), (50, 96, 32, 1), (2500, 32, None, 3), (20, 32, None, 300),
 ])  # fmt: skip
@@ -493,13 +493,14 @@ def test_the_greatest_outputs_are_those_of_the_whole_product(
         assert torch.equal(ids, expected.indices[:, :count])
 
 
+@pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("inputs", "group"), [(70, None), (96, 32)])
 def test_some_outputs_alone_are_those_of_the_whole_product(
-    isa: str, threads: int, bits: int, inputs: int, group: int | None
+    isa: str, threads: int, bits: int, inputs: int, group: int | None, rows: int
 ):
     w = Weight(137, inputs, bits, group)
-    x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(3))
     whole = cpu.linear(w.packed, x)
     for ids in ([], [136], [0, 1, 15, 16, 136], [99, 3, 3, 98], list(range(137))):
         chosen = torch.tensor(ids, dtype=torch.int64)
