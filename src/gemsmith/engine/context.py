@@ -7,6 +7,8 @@ conversation) computes only what is new.
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,6 +35,10 @@ def kv_format(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtyp
     if name not in FORMATS:
         raise ConfigError(f"kv {name!r}: must be one of auto, {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+Likeliest = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+"""Logits and their ids, the greatest first."""
 
 
 class Next:
@@ -66,15 +72,12 @@ class Next:
             self._logits_V = self._model.logits(self.hidden_1D)[0]
         return self._logits_V
 
-    @torch.inference_mode()
-    def likeliest(self, count: int, skipped: Tensor) -> tuple[Tensor, Tensor] | None:
+    def likeliest(self, count: int, skipped: Tensor) -> Likeliest | None:
         """The greatest `count` logits and their ids, or None: see `TextModel.likeliest`."""
         if self._logits_V is not None:
             return None
-        if self._together is not None:
-            return self._together.likeliest(self._row, count, skipped)
-        found = self._model.likeliest(self.hidden_1D, count, skipped)
-        return None if found is None else (found[0][0], found[1][0])
+        rows = self._together or Rows(self._model, self.hidden_1D)
+        return rows.likeliest(self._row, count, skipped)
 
     @torch.inference_mode()
     def logits_of(self, ids: Sequence[int]) -> Tensor:
@@ -93,7 +96,7 @@ class Rows:
         are skipped in all; None: some row is asked for all of them."""
         self._model, self._hidden_RD, self._reach = model, hidden_RD, reach
         self._logits_RV: Tensor | None = None
-        self._likeliest: dict[int, tuple[Tensor, Tensor] | None] = {}
+        self._likeliest: dict[int, Likeliest | None] = {}
 
     def all(self) -> list[Next]:
         hidden = self._hidden_RD.split(1)
@@ -104,14 +107,19 @@ class Rows:
             self._logits_RV = self._model.logits(self._hidden_RD)
         return self._logits_RV[row]
 
-    def likeliest(self, row: int, count: int, skipped: Tensor) -> tuple[Tensor, Tensor] | None:
+    def likeliest(self, row: int, count: int, skipped: Tensor) -> Likeliest | None:
         if self._reach is None:
             return None
         most = max(count, self._reach)
         if most not in self._likeliest:
-            self._likeliest[most] = self._model.likeliest(self._hidden_RD, most, skipped)
+            self._likeliest[most] = self._find(most, skipped)
         found = self._likeliest[most]
         return None if found is None else (found[0][row, :count], found[1][row, :count])
+
+    @torch.inference_mode()
+    def _find(self, count: int, skipped: Tensor) -> Likeliest | None:
+        found = self._model.likeliest(self._hidden_RD, count, skipped)
+        return None if found is None else (found[0].numpy(), found[1].numpy())
 
 
 class Context:

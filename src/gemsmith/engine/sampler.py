@@ -51,7 +51,7 @@ class Next(Protocol):
     @property
     def logits_V(self) -> Tensor: ...
 
-    def likeliest(self, count: int, skipped: Tensor) -> tuple[Tensor, Tensor] | None: ...
+    def likeliest(self, count: int, skipped: Tensor) -> tuple[Floats, Ids] | None: ...
 
     def logits_of(self, ids: Sequence[int]) -> Tensor: ...
 
@@ -207,8 +207,8 @@ class Sampler:
         params, (values_C, ids_C) = self.params, found
         if params.temperature == 0:
             return int(ids_C[0])
-        probs_C = softmax(_array(values_C), params.temperature)
-        return self._drawn(*kept(probs_C, _array(ids_C), top_p=params.top_p, min_p=params.min_p))
+        probs_C = softmax(values_C, params.temperature)
+        return self._drawn(*kept(probs_C, ids_C, top_p=params.top_p, min_p=params.min_p))
 
     def _drawn(self, probs_C: Floats, ids_C: Ids) -> int:
         return int(ids_C[draw(probs_C, self._generator)])

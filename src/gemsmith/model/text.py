@@ -20,9 +20,9 @@ Sources: transformers 5.23 modeling_gemma4.py; google-deepmind/gemma gemma/gm/nn
 """
 
 from functools import cache
-from math import isfinite
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -406,23 +406,17 @@ class TextModel(nn.Module):
         if found is None:
             return None
         raw_RC, ids_RC, most_R = found
-        if not all(map(isfinite, most_R.tolist())):
+        if not torch.isfinite(most_R).all():
             return None
-        values_RC = self._capped(raw_RC)
-        if bool((values_RC[:, :-1] > values_RC[:, 1:]).all()):
-            near = values_RC[:, count - 1] - values_RC[:, -1] <= NEAR
-            if wanted < left and bool(near.any()):
-                return None
-            return values_RC[:, :count], ids_RC[:, :count]
-        values, ids = [], []
-        for pairs in zip(values_RC.tolist(), ids_RC.tolist(), strict=True):
-            # Capping rounds: what was in order before may be equal now.
-            row = sorted(zip(*pairs, strict=True), key=lambda pair: (-pair[0], pair[1]))
-            if wanted < left and row[count - 1][0] - row[-1][0] <= NEAR:
-                return None
-            values.append([value for value, _ in row[:count]])
-            ids.append([id for _, id in row[:count]])
-        return values_RC.new_tensor(values), ids_RC.new_tensor(ids)
+        values, ids = self._capped(raw_RC).numpy(), ids_RC.numpy()
+        # Capping rounds: what was in order before may be equal now.
+        rises = values[:, 1:] > values[:, :-1]
+        if (rises | (values[:, 1:] == values[:, :-1]) & (ids[:, 1:] < ids[:, :-1])).any():
+            order = np.lexsort((ids, -values))
+            values, ids = (np.take_along_axis(each, order, 1) for each in (values, ids))
+        if wanted < left and (values[:, count - 1] - values[:, -1] <= NEAR).any():
+            return None
+        return torch.from_numpy(values[:, :count]), torch.from_numpy(ids[:, :count])
 
     @property
     def _head(self) -> Any:
