@@ -10,9 +10,16 @@ import torch
 from torch import nn
 
 from gemsmith.errors import RequestError, WeightsError
+from gemsmith.weights import ple as ple_module
 from gemsmith.weights.ple import PLEStore
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables as large as those of models, but for the one that is kept."""
+    monkeypatch.setattr(ple_module, "KEPT_BYTES", 0)
 
 
 def store(tmp_path, table: torch.Tensor, offset: int = 0, **options) -> PLEStore:
@@ -58,6 +65,23 @@ def test_each_distinct_row_is_read_once(tmp_path, monkeypatch):
     ple(torch.tensor([7, 3, 7, 7, 3]))
     row = 24 * 4
     assert read == [(12 + 3 * row, row), (12 + 7 * row, row)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_small_table_is_read_once_and_has_the_same_rows(tmp_path, monkeypatch, dtype):
+    values, ids = table(dtype), torch.tensor([[3, 49], [0, 3]])
+    monkeypatch.setattr(ple_module, "KEPT_BYTES", values.nbytes)
+    kept = store(tmp_path, values, 70_001, dtype=torch.float32)
+    monkeypatch.setattr(ple_module, "KEPT_BYTES", values.nbytes - 1)
+    large = store(tmp_path, values, 70_001)
+    monkeypatch.setattr(os, "preadv", None)
+    assert torch.equal(kept(ids), values[ids].float())
+    assert kept(torch.tensor([], dtype=torch.int64)).shape == (0, 24)
+    for wrong in (-1, 50):
+        with pytest.raises(RequestError, match=rf"token id {wrong}: .* rows 0 to 49"):
+            kept(torch.tensor([2, wrong]))
+    with pytest.raises(TypeError):
+        large(ids)
 
 
 @pytest.mark.parametrize("wrong", [-1, 50, 2**40])

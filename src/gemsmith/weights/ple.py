@@ -11,6 +11,9 @@ where the cache holds large pages: a prompt's rows would seem to weigh gigabytes
 short under it ends the process instead of raising an error. The kernel hears of all rows of a
 call before the first is read, so that a cold disk serves them side by side.
 
+A table that is small beside what Python itself takes is read once and kept: there the calls are
+what rows cost.
+
 Measured on an SSD, 512 random rows of 17.5 KiB: 3.6 ms cached (mapped 3.4), 29 ms cold (mapped
 22, mapped without the announcement 300), no memory (mapped 103 MiB).
 """
@@ -27,6 +30,8 @@ from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.quantize import quantize
 from gemsmith.weights.layouts import LowBit, codes_of
 
+KEPT_BYTES = 4 << 20
+"""Up to so many a table is kept in memory."""
 _AS_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
 
 
@@ -65,6 +70,8 @@ class PLEStore(nn.Module):
             "_like", torch.empty(0, dtype=dtype or stored, device=device), persistent=False
         )
         self._like: Tensor
+        small = end - offset <= KEPT_BYTES
+        self._kept = self._read(range(self.num_embeddings)) if small else None
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Rows of int64 ids of any shape [...]: [..., L*P]. Each distinct row is read once.
@@ -74,12 +81,16 @@ class PLEStore(nn.Module):
           WeightsError: the file can no longer be read.
         """
         ids = ids_T.flatten().tolist()
-        index = sorted(set(ids))
-        if index and not 0 <= index[0] <= index[-1] < self.num_embeddings:
+        low, high = min(ids, default=0), max(ids, default=0)
+        if not 0 <= low <= high < self.num_embeddings:
             raise RequestError(
-                f"token id {index[0] if index[0] < 0 else index[-1]}: the per-layer table has "
+                f"token id {low if low < 0 else high}: the per-layer table has "
                 f"rows 0 to {self.num_embeddings - 1}; the tokenizer belongs to another model"
             )
+        if self._kept is not None:
+            rows = self._kept.index_select(0, ids_T.flatten().cpu()).to(self._like)
+            return rows.view(*ids_T.shape, self.embedding_dim)
+        index = sorted(set(ids))
         rows = self._read(index).to(self._like)
         if ids != index:
             place = {id: row for row, id in enumerate(index)}
