@@ -63,13 +63,13 @@ class PagedCache:
           CapacityError: no memory for the plan.
         """
         check_format(dtype)
-        self.config, self.plan = config, plan
+        self.config, self.plan, self.layers = config, plan, config.layers
         self.dtype, self.device = dtype, torch.device(device)
         self.blocks = Blocks(plan)
         self.slots: dict[int, Slots] = {}
         """By layer, of those that own K/V: block b is slots b * block_tokens and on."""
         try:
-            for layer in config.layers:
+            for layer in self.layers:
                 if layer.owns_kv:
                     sliding = layer.window is not None
                     blocks = plan.sliding_blocks if sliding else plan.full_blocks
@@ -118,7 +118,7 @@ class PagedCache:
         """Each layer that owns K/V, the slots of a sequence in it, and what has these slots."""
         first = self.blocks.window_start(pages.length) * self.plan.block_tokens
         for layer, slots in self.slots.items():
-            sliding = self.config.layers[layer].window is not None
+            sliding = self.layers[layer].window is not None
             if sliding and stop < pages.length:
                 continue
             at = torch.arange(first if sliding else start, stop)
@@ -153,7 +153,7 @@ class PagedCache:
                 continue
             old, [new] = table.blocks[-1], pool.take(1)
             for index, slots in self.slots.items():
-                if (self.config.layers[index].window is not None) == sliding:
+                if (self.layers[index].window is not None) == sliding:
                     for tensor in slots.tensors.values():
                         tensor[new * size :][:used] = tensor[old * size :][:used]
             pool.release([old])
@@ -216,15 +216,19 @@ class PagedStep:
         """Where tokens start..stop-1 of a sequence lie: (first slot, count), one after the other;
         none where it has no blocks of the kind."""
         size, table = self.cache.plan.block_tokens, _table(pages, sliding)
+        if not table.blocks or start >= stop:
+            return []
+        blocks = table.blocks[start // size - table.first : -(-stop // size) - table.first]
         runs: list[tuple[int, int]] = []
-        while table.blocks and start < stop:
-            slot = table.blocks[start // size - table.first] * size + start % size
-            count = min(size - start % size, stop - start)
-            if runs and sum(runs[-1]) == slot:
-                runs[-1] = (runs[-1][0], runs[-1][1] + count)
-            else:
-                runs.append((slot, count))
-            start += count
+        begin, after = blocks[0], blocks[0]
+        for block in blocks:
+            if block != after:
+                runs.append((begin * size, (after - begin) * size))
+                begin = block
+            after = block + 1
+        runs.append((begin * size, (after - begin) * size - -stop % size))
+        slot, count = runs[0]
+        runs[0] = slot + start % size, count - start % size
         return runs
 
     def _rows_of(self, rows_R: Tensor) -> list[Tensor]:
@@ -268,7 +272,7 @@ class PagedStep:
         rows_R: Tensor | None,
     ) -> Tensor:
         """See `model.text.KVStore`; rows_R ascend."""
-        plan = self.cache.config.layers[layer]
+        plan = self.cache.layers[layer]
         sliding = plan.window is not None
         slots = self.cache.slots[plan.kv_source]
         if k_TKH is not None and v_TKH is not None:
@@ -277,7 +281,7 @@ class PagedStep:
 
     def place(self, layer: int, rows_R: Tensor | None) -> Place | None:
         """See `ring.RingCache.place`."""
-        plan = self.cache.config.layers[layer]
+        plan = self.cache.layers[layer]
         slots, sliding = self.cache.slots[plan.kv_source], plan.window is not None
         if self.cache.dtype != torch.int8 or slots._native is None or slots.rule is not None:
             return None
@@ -299,7 +303,7 @@ class PagedReader:
 
     def read(self, layer: int, q_BNH: Tensor) -> Tensor:
         """See `model.drafter.TargetKV`."""
-        plan = self._cache.config.layers[layer]
+        plan = self._cache.layers[layer]
         sliding = plan.window is not None
         if sliding not in self._readings:
             parts = self._step._parts[sliding]

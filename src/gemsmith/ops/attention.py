@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -245,27 +247,38 @@ class Queries:
         return self.keys - self.tokens
 
     @cached_property
-    def ranges_R2(self) -> Tensor:
-        """`ranges` as int64 on the CPU."""
-        return torch.tensor(self.ranges, dtype=torch.int64).view(-1, 2)
+    def at(self) -> npt.NDArray[np.int64]:
+        """The tokens that ask, [R]."""
+        return np.arange(self.tokens) if self.rows_R is None else self.rows_R.numpy(force=True)
 
     @cached_property
-    def ranges(self) -> list[tuple[int, int]]:
-        """The first key that each one sees, and one after the last."""
-        at = range(self.tokens) if self.rows_R is None else self.rows_R.tolist()
-        ends = [0] * self.tokens if self.block_T is None else _block_ends(self.block_T)
-        window = self.keys if self.window is None else self.window
-        return [(max(0, self.past + t + 1 - window), self.past + max(t + 1, ends[t])) for t in at]
+    def ranges_R2(self) -> Tensor:
+        return ranges_of([self])
 
 
-def _block_ends(block_T: Tensor) -> list[int]:
-    """[T]: one after the last token of each one's block, or 0 where it belongs to none."""
-    blocks = block_T.tolist()
-    ends = [0] * len(blocks)
+def ranges_of(queries: Sequence[Queries]) -> Tensor:
+    """The first key of its sequence that each row sees, and one after the last: int64 [R, 2], the
+    rows of one sequence after those of the other."""
+    at = np.concatenate([each.at for each in queries])
+    rows = [len(each.at) for each in queries]
+    stops = at + np.repeat([each.past + 1 for each in queries], rows)
+    firsts = stops - np.repeat([each.window or each.keys for each in queries], rows)
+    if any(each.block_T is not None for each in queries):
+        ends = [_block_ends(each)[each.at] for each in queries]
+        stops = np.maximum(stops, np.concatenate(ends))
+    return torch.from_numpy(np.stack((np.maximum(firsts, 0), stops), 1))
+
+
+def _block_ends(queries: Queries) -> npt.NDArray[np.int64]:
+    """[T]: the key after the last token of each one's block, or 0 where it belongs to none."""
+    ends = np.zeros(queries.tokens, np.int64)
+    if queries.block_T is None:
+        return ends
+    blocks = queries.block_T.tolist()
     for t in reversed(range(len(blocks))):
         if blocks[t] >= 0:
             goes_on = t + 1 < len(blocks) and blocks[t + 1] == blocks[t]
-            ends[t] = ends[t + 1] if goes_on else t + 1
+            ends[t] = ends[t + 1] if goes_on else queries.past + t + 1
     return ends
 
 
@@ -318,9 +331,8 @@ class Reading:
     def readers(self) -> Readers:
         """The same for the extension."""
         spans = [[(0, *run) for run in runs] for runs in self.runs]
-        ranges = [pair for queries in self.queries for pair in queries.ranges]
-        ranges_R2 = torch.tensor(ranges, dtype=torch.int64).view(-1, 2)
-        return Readers(spans, self.rows, ranges_R2, [queries.origin for queries in self.queries])
+        origins = [queries.origin for queries in self.queries]
+        return Readers(spans, self.rows, ranges_of(self.queries), origins)
 
 
 def batched_attention(q_RNH: Tensor, slots: Slots, reading: Reading) -> Tensor:

@@ -132,13 +132,15 @@ class Readers:
         self.positions = 0
         """One after the last token of the longest sequence."""
         for runs, count, origin in zip(spans, rows, origins, strict=True):
-            if not runs or min(min(run) for run in runs) < 0 or origin < 0:
-                raise WeightsError(f"spans {list(runs)} from token {origin}: attention needs keys")
             self.sequences += (count, len(runs), origin)
+            stop, least = origin, 0
             for storage, first, keys in runs:
                 self.spans += (storage, first, keys)
                 self._stops[storage] = max(self._stops.get(storage, 0), first + keys)
-            self.positions = max(self.positions, origin + sum(keys for *_, keys in runs))
+                stop, least = stop + keys, min(least, storage, first, keys)
+            if not runs or min(least, origin) < 0:
+                raise WeightsError(f"spans {list(runs)} from token {origin}: attention needs keys")
+            self.positions = max(self.positions, stop)
         self.rows = sum(rows)
         native.check(ranges_R2, "ranges", torch.int64, (self.rows, 2))
         self.ranges_R2 = ranges_R2
