@@ -27,7 +27,7 @@ constexpr int64_t SPLIT = 2 * KEYS;
 // From so many pieces on each has all splits.
 constexpr int64_t PIECES = 32;
 // Fewer multiplications than this are done by the caller before a worker could have woken.
-constexpr int64_t ALONE = 256 * 1024;
+constexpr int64_t ALONE = 1024 * 1024;
 
 int64_t less(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t more(int64_t a, int64_t b) { return a > b ? a : b; }

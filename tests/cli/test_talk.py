@@ -8,6 +8,7 @@ import torch
 
 import gemsmith
 from gemsmith.cli.talk import SMALL_BYTES, load
+from gemsmith.ops import native
 
 
 @pytest.fixture(autouse=True)
@@ -15,10 +16,11 @@ def _keep_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+    native._own_threads = None
 
 
 @pytest.mark.parametrize(("weights", "threads"), [(SMALL_BYTES - 1, 1), (SMALL_BYTES, 2)])
-def test_a_small_model_runs_on_one_thread(
+def test_a_small_model_runs_on_one_thread_of_torch_and_all_of_the_extension(
     monkeypatch: pytest.MonkeyPatch, weights: int, threads: int
 ):
     class Model:
@@ -29,6 +31,9 @@ def test_a_small_model_runs_on_one_thread(
         return Model()
 
     monkeypatch.setattr(gemsmith, "load", loaded)
+    monkeypatch.setattr(native, "_cores", lambda: 8)
     torch.set_num_threads(2)
-    load("any")
-    assert torch.get_num_threads() == threads
+    for _ in range(2):
+        load("any")
+        assert torch.get_num_threads() == threads
+        assert native.threads() == 2

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -12,17 +11,17 @@ from gemsmith.cli.console import spell, write
 from gemsmith.engine.engine import LM
 from gemsmith.engine.reply import Event, collect
 from gemsmith.engine.request import Finished, FinishReason, Generation, Usage
+from gemsmith.ops import native
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
 
 SMALL_BYTES = 64 << 20
-"""Weights below this: a step is too little work for two threads to share."""
+"""Weights below this: torch's operations are too little work for two threads to share."""
 
 
 def load(name: str, *, quant: str | None = None, **options: Any) -> LM:
-    """`gemsmith.load` with a bar while it quantizes, and one thread for a small model.
+    """`gemsmith.load` with a bar while it quantizes, and one thread of torch for a small model.
 
-    Threads that wait for each other at every operator stand still while one of them has to share
-    its core: pocket's tour beside another busy process takes 8 s on one thread, 128 s on two.
+    Pocket's tour beside another busy process took 8 s on one of them, 128 s on two.
     """
     asides = Console(stderr=True)
     with Progress(console=asides, transient=True, disable=not asides.is_terminal) as bar:
@@ -33,7 +32,7 @@ def load(name: str, *, quant: str | None = None, **options: Any) -> LM:
 
         lm = gemsmith.load(name, quant=quant, progress=progress, **options)
     if lm.memory()["weights"] < SMALL_BYTES:
-        torch.set_num_threads(1)
+        native.leave_torch_one_thread()
     return lm
 
 

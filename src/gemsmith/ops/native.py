@@ -63,9 +63,23 @@ def _cores() -> int:
     return max(1, min(machine.cores, int(machine.cpu_limit or machine.cores)))
 
 
+_own_threads: int | None = None
+
+
 def threads() -> int:
     """Threads a product may use: torch's number, but no more than the cores granted."""
-    return min(torch.get_num_threads(), _cores())
+    return min(_own_threads or torch.get_num_threads(), _cores())
+
+
+def leave_torch_one_thread() -> None:
+    """Have torch compute on one thread from now on, the extension on as many as torch has now.
+
+    For a small model: torch's threads wait for each other at every operation, however little work
+    it is, and stand still where one has to share its core. The extension's take what work there is.
+    """
+    global _own_threads
+    _own_threads = _own_threads or torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def ready() -> ModuleType | None:
