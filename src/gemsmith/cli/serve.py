@@ -1,6 +1,7 @@
 """`gemsmith serve`: a model over HTTP. What was loaded, what fits and where it is go to stdout; a
 line of JSON a request to stderr."""
 
+import gc
 import json
 import logging
 import os
@@ -109,6 +110,9 @@ def run(
             server_header=False,
             timeout_graceful_shutdown=DRAIN_S,
         )
+        # What is loaded stays: nobody waits while the collector looks through it once more.
+        gc.collect()
+        gc.freeze()
         # uvicorn handles the signal, and raises it again once all is done: that is no failure.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:

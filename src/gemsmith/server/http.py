@@ -23,7 +23,8 @@ from gemsmith.server.service import Replies, Service, dump
 
 log = logging.getLogger("gemsmith.server")
 PING_S = 10.0
-"""Silence after which a stream says that it is alive: proxies cut what is silent for long."""
+"""Silence after which a stream says that it is alive, or twice that: proxies cut what is silent for
+long."""
 _ID = re.compile(r"[\w.:-]{1,80}")
 T = TypeVar("T")
 
@@ -71,41 +72,43 @@ class EventStream(Response):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunks, self._replies, self._failed, self._ping = chunks, replies, failed, ping
+        self._silent = True
+        """Whether nothing was sent since the last look."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(_gone(receive))
-        coming: asyncio.Future[bytes] | None = None
+        writing = asyncio.ensure_future(self._write(scope, send))
+        others = asyncio.ensure_future(_gone(receive)), asyncio.ensure_future(self._stay(send))
         try:
-            await send({"type": "http.response.start", "status": self.status_code,
-                        "headers": self.raw_headers})  # fmt: skip
-            while not gone.done():
-                coming = coming or asyncio.ensure_future(_next(self._chunks))
-                await asyncio.wait(
-                    {coming, gone}, timeout=PING_S, return_when=asyncio.FIRST_COMPLETED
-                )
-                if gone.done():
-                    return
-                chunk, ended = self._ping, False
-                if coming.done():
-                    try:
-                        chunk = coming.result()
-                    except StopAsyncIteration:
-                        chunk, ended = b"", True
-                    except Exception as error:
-                        note_error(scope, error)
-                        chunk, ended = self._failed(error), True
-                    coming = None
-                await send({"type": "http.response.body", "body": chunk, "more_body": not ended})
-                if ended:
-                    return
+            await asyncio.wait({writing, *others}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
         finally:
             self._replies.abort()
-            await _end(gone, *([coming] if coming else []))
+            await _end(writing, *others)
             await self._chunks.aclose()
 
+    async def _write(self, scope: Scope, send: Send) -> None:
+        """Send each chunk as it comes, and the end. One task for all of them: another for each
+        would double what a token takes here."""
+        await send({"type": "http.response.start", "status": self.status_code,
+                    "headers": self.raw_headers})  # fmt: skip
+        last = b""
+        try:
+            async for chunk in self._chunks:
+                self._silent = False
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except Exception as error:
+            note_error(scope, error)
+            last = self._failed(error)
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
-async def _next(chunks: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(chunks)
+    async def _stay(self, send: Send) -> None:
+        """Say that the stream is alive where nothing was sent for long."""
+        while True:
+            self._silent = True
+            await asyncio.sleep(PING_S)
+            if self._silent:
+                await send({"type": "http.response.body", "body": self._ping, "more_body": True})
 
 
 async def _gone(receive: Receive) -> None:
