@@ -12,11 +12,12 @@ from gemsmith.ops import native
 
 
 @pytest.fixture(autouse=True)
-def _keep_threads() -> Iterator[None]:
+def _keep_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Commands that ran in this process before may have left torch one thread.
+    monkeypatch.setattr(native, "_own_threads", None)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-    native._own_threads = None
 
 
 @pytest.mark.parametrize(("weights", "threads"), [(SMALL_BYTES - 1, 1), (SMALL_BYTES, 2)])
