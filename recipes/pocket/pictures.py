@@ -63,6 +63,8 @@ CANVASES = ((400, 300), (400, 300), (300, 400), (300, 300), (300, 200), (200, 30
 GRID = 100
 CODE_LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ23456789"
 """Without 0, 1, I, O and Q: no font tells all of them apart."""
+BUTTON = "button"
+"""Name of a button among things; the others have names of SHAPES."""
 LABELS = _words(
     "save cancel open send delete next back help print share copy edit close login start stop "
     "play pause search reset apply accept reply upload update submit add remove undo redo yes "
@@ -375,7 +377,7 @@ def _detecting(d: Draw) -> Made:
 # -- text -------------------------------------------------------------------------------------
 
 
-def _string(d: Draw, low: int, high: int) -> str:
+def string(d: Draw, low: int, high: int) -> str:
     """A text of low..high characters: a code, a number, or a word that may mean nothing.
 
     Words have four letters at least, so high has to be 4 or more.
@@ -393,7 +395,7 @@ def _code(d: Draw, low: int, high: int, letters: str = CODE_LETTERS) -> str:
     return d.until(lambda: "".join(d.pick(letters) for _ in range(length)))
 
 
-def _ink(d: Draw) -> tuple[drawing.Color, drawing.Color]:
+def inks(d: Draw) -> tuple[drawing.Color, drawing.Color]:
     """Colors of paper and ink, far apart; one picture in four is light on dark."""
     light = drawing.shade(d, d.pick(drawing.PAPERS), 8)
     dark = (d.between(0, 90), d.between(0, 80), d.between(0, 100))
@@ -402,7 +404,7 @@ def _ink(d: Draw) -> tuple[drawing.Color, drawing.Color]:
 
 def _read(d: Draw, budget: int) -> Made:
     """One to four lines of text, large enough for the budget and often too small for less."""
-    lines = [_string(d, 4, 8) for _ in range(d.weighted({1: 0.6, 2: 0.2, 3: 0.15, 4: 0.05}))]
+    lines = [string(d, 4, 8) for _ in range(d.weighted({1: 0.6, 2: 0.2, 3: 0.15, 4: 0.05}))]
     name = d.pick(FONTS)
     while True:
         # Long and tall pictures at a small budget show the tower patch positions that it meets
@@ -420,7 +422,7 @@ def _read(d: Draw, budget: int) -> Made:
         size = drawing.fitting(longest, name, width - 8, height - 8, size)
         if size >= 15 * shrink:
             break
-    background, ink = _ink(d)
+    background, ink = inks(d)
     image = Image.new("RGB", (width, height), background)
     step = round(1.35 * size)
     wide = drawing.extent(longest, name, size)[2]
@@ -442,14 +444,14 @@ def _page(d: Draw) -> Made:
     step = round(d.rng.uniform(1.35, 1.9) * size)
     lines: list[str] = []
     while len(lines) < PAGE_LINES and 8 + (len(lines) + 1) * step <= height:
-        line = _string(d, 4, 8)
+        line = string(d, 4, 8)
         for _ in range(d.between(0, 4)):
-            longer = f"{line} {_string(d, 4, 8)}"
+            longer = f"{line} {string(d, 4, 8)}"
             if drawing.extent(longer, name, size)[2] > width - 16:
                 break
             line = longer
         lines.append(line)
-    background, ink = _ink(d)
+    background, ink = inks(d)
     image = Image.new("RGB", (width, height), background)
     left = d.between(4, 12)
     top = d.between(4, max(4, height - 4 - step * len(lines)))
@@ -465,7 +467,7 @@ def _table(d: Draw) -> Made:
     width, height = d.pick(((400, 300), (400, 300), (300, 300), (300, 200)))
     rows, columns = d.between(2, 4), d.between(2, 4)
     cells = [[_cell(d) for _ in range(columns)] for _ in range(rows)]
-    background, ink = _ink(d)
+    background, ink = inks(d)
     image = Image.new("RGB", (width, height), background)
     on = ImageDraw.Draw(image)
     # The first row and column hold the names and are narrower.
@@ -504,7 +506,7 @@ def _cell(d: Draw) -> str:
     kind = d.between(0, 9)
     if kind < 5:
         return str(d.integer(10, 999))
-    return _code(d, 2, 3) if kind < 7 else _string(d, 4, 5)
+    return _code(d, 2, 3) if kind < 7 else string(d, 4, 5)
 
 
 # -- buttons ----------------------------------------------------------------------------------
@@ -536,6 +538,9 @@ def _buttons(d: Draw) -> Made:
             boxes.append(box)
     colors = [d.pick(tuple(COLORS)) for _ in labels]
     image = drawing.paper(d, width, height)
+    image.info["things"] = [
+        Thing(color, BUTTON, box) for color, box in zip(colors, boxes, strict=True)
+    ]
     on = ImageDraw.Draw(image)
     bar = drawing.shade(d, (70, 80, 100), 30)
     on.rectangle((0, 0, width, 12 * down - 1), fill=bar)

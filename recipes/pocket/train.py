@@ -20,7 +20,8 @@ decoder learns to be rounded, and what is exported is rounded already.
 
 Shape: E-series in small. Layers 5-8 own no K/V, so in training they and the head run on learned
 tokens alone (28 % of all): most of the parameters sit where they are cheap. Both towers see the
-world through a 128-wide stream of 4 layers: 2.8 of the 10.3 million parameters.
+world through a stream of 4 layers, 192 wide for pictures (nine patches' letters are to fit into one
+row) and 128 for sound: 3.8 of the 11.4 million parameters.
 """
 
 import argparse
@@ -68,11 +69,11 @@ TEXT = TextConfig(
 )
 
 VISION = VisionConfig(
-    hidden_size=128,
-    intermediate_size=384,
+    hidden_size=192,
+    intermediate_size=512,
     num_hidden_layers=4,
-    num_attention_heads=2,
-    num_key_value_heads=2,
+    num_attention_heads=3,
+    num_key_value_heads=3,
     head_dim=64,
     position_embedding_size=512,
     use_clipped_linears=True,
@@ -176,7 +177,8 @@ def fit(
     if start is not None:
         config, loaded = load_model(start, dtype=torch.float32, ple="memory")
         model.load_state_dict(loaded.state_dict())
-        if towers is not None and config.vision_config is not None:
+        # Towers taught anew may have another shape than those of the checkpoint.
+        if towers is not None and taught is None and config.vision_config is not None:
             there = load_towers(start, config, device="cpu", dtype=torch.float32)
             towers.load_state_dict(there.state_dict())
     if towers is not None and taught is not None:
