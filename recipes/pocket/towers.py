@@ -154,7 +154,8 @@ def part_of(whole: Shown, rng: np.random.Generator) -> Shown:
     price of a small one. Half a million pairs of patches that see each other become a sixth of it.
     """
     written = whole.cells_S2[(whole.labels.letters_SHK > 0).any((1, 2))]
-    far = np.abs(whole.cells_S2[:, None] - written).max(2).min(1)
+    # No letter that can be told apart: all is as far.
+    far = np.abs(whole.cells_S2[:, None] - written).max(2).min(1, initial=len(whole.cells_S2))
     near = np.lexsort((rng.random(len(far)), far))[: min((far < 2).sum(), BUDGET * 6 // 7)]
     rest = rng.permutation(np.setdiff1d(np.arange(len(far)), near))
     few = rest[: BUDGET - len(near)]

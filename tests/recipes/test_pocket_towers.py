@@ -139,6 +139,13 @@ def test_of_a_large_picture_all_letters_are_kept_and_a_little_paper_stands_for_t
     assert (part.count_S[(part.labels.letters_SHK > 0).any(axis=(1, 2))] == 1).all()
 
 
+def test_a_large_picture_of_which_no_letter_is_judged_is_seen_in_part_all_the_same() -> None:
+    whole = towers.shown(Image.new("RGB", (1200, 900), "white"), (1200, 912))
+    part = towers.part_of(whole, np.random.default_rng(0))
+    assert len(part.cells_S2) == 70
+    assert part.count_S.sum() == pytest.approx(len(whole.cells_S2))
+
+
 def test_a_soft_token_that_stands_for_two_counts_as_two() -> None:
     made = Towers(CONFIG)
     init_towers(made, 3)
