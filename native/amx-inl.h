@@ -220,17 +220,17 @@ void groups_gemm(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m
 // computed. Sum 2i + j is of panel i and block j.
 struct Due {
   Sums sums[4];
-  const float* scales[2];
-  int64_t n0, m0, m1;
-  int blocks, row, rows;
+  const float* scales;
+  int64_t n0, m0;
+  int blocks = 0, row = 0, rows = 0;
 
   // The next `count` rows become y.
   inline void settle(const Product& p, int count) {
     for (const int end = row + count < rows ? row + count : rows; row < end; row++) {
       const int panel = row / PANEL, m = row % PANEL;
-      if (m0 + row >= m1) continue;
       for (int j = 0; j < blocks; j++) {
-        const Floats total = Floats{} + sum_at(sums[2 * panel + j], m) * floats_at(scales[j]);
+        const Floats scale = floats_at(scales + j * BLOCK);
+        const Floats total = Floats{} + sum_at(sums[2 * panel + j], m) * scale;
         put(p, n0 + j * BLOCK, m0 + row, total * p.sx[m0 + row]);
       }
     }
@@ -273,9 +273,10 @@ void store(Due& due, int64_t n0, int64_t m0, int64_t m1, const float* scales) {
   if (NB > 1) Unit::store<1>(due.sums[1].of[0]);
   if (NM > 1) Unit::store<2>(due.sums[2].of[0]);
   if (NM > 1 && NB > 1) Unit::store<3>(due.sums[3].of[0]);
-  due.scales[0] = scales, due.scales[1] = scales + BLOCK;
-  due.n0 = n0, due.m0 = m0, due.m1 = m1;
-  due.blocks = NB, due.row = 0, due.rows = NM * PANEL;
+  due.scales = scales;
+  due.n0 = n0, due.m0 = m0;
+  due.blocks = NB, due.row = 0;
+  due.rows = static_cast<int>(m1 - m0 < NM * PANEL ? m1 - m0 : NM * PANEL);
 }
 
 template <int NB>
@@ -285,7 +286,6 @@ void blocks_gemm(const Product& p, int64_t block, int64_t b1, int64_t m0, int64_
   for (int nb = 0; nb < NB; nb++)
     unpack(p, block + nb, codes + nb * p.stride * BLOCK, scales + nb * BLOCK);
   Due due[2];
-  due[0].row = due[0].rows = due[1].row = due[1].rows = 0;
   Ahead ahead(p, block + NB, 2, b1, ceil_div(m1 - m0, 2 * PANEL) * (p.stride / TILE_BYTES));
   int turn = 0;
   int64_t m = m0;

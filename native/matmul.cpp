@@ -229,7 +229,8 @@ constexpr int64_t LOOKED = 2048;
 struct Found {
   float value;
   int64_t id;
-  bool before(const Found& other) const {
+  // The order in which they are given: the greatest first, of equal ones the lowest id.
+  bool operator<(const Found& other) const {
     return value > other.value || (value == other.value && id < other.id);
   }
 };
@@ -299,8 +300,7 @@ void look_through(const TopJob& job, float* y, int64_t size, int64_t first, int6
   }
   if (static_cast<int64_t>(room.size()) >= job.count) {
     const auto last = room.begin() + job.count - 1;
-    std::nth_element(room.begin(), last, room.end(),
-                     [](const Found& a, const Found& b) { return a.before(b); });
+    std::nth_element(room.begin(), last, room.end());
     room.resize(static_cast<size_t>(job.count));
     lift(job.bounds[m], room.back().value);
   }
@@ -560,9 +560,8 @@ void top(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bit
     // Where there are NaNs fewer may have been found.
     const int64_t there = clamp(static_cast<int64_t>(all.size()), 0, count);
     const auto end = all.begin() + there;
-    const auto before = [](const Found& a, const Found& b) { return a.before(b); };
-    if (end != all.end()) std::nth_element(all.begin(), end, all.end(), before);
-    std::sort(all.begin(), end, before);
+    if (end != all.end()) std::nth_element(all.begin(), end, all.end());
+    std::sort(all.begin(), end);
     for (int64_t i = 0; i < count; i++) {
       values[m * count + i] = i < there ? all[static_cast<size_t>(i)].value : MINUS_INFINITY;
       ids[m * count + i] = i < there ? all[static_cast<size_t>(i)].id : 0;

@@ -6,7 +6,7 @@ times as fast; bounds are left out, since pocket's are infinite. Shorter picture
 patches that nobody sees.
 
 Shapes: B pictures, P patches of each, C values of a patch, S soft tokens of each, D and N, H as in
-gemsmith.model.vision; cells 3 x 3.
+gemsmith.model.vision.
 """
 
 import torch
@@ -17,7 +17,6 @@ from gemsmith.model.text import rms_norm, rope_table, rotate
 from gemsmith.model.towers import Towers
 from gemsmith.model.vision import EncoderLayer, SoftProjection
 
-CELL = 9
 HIDDEN = -1e9
 """Bias of patches that nobody is to see."""
 
@@ -48,7 +47,8 @@ def see(
     for layer in tower.encoder.layers:
         assert isinstance(layer, EncoderLayer)
         below, x_BPD = x_BPD, _layer(layer, x_BPD, tables, bias_BP)
-    pooled = x_BPD.float().unflatten(1, (-1, CELL)).mean(2) * x_BPD.shape[-1] ** 0.5
+    cells_BSPD = x_BPD.float().unflatten(1, (-1, config.pooling_kernel_size**2))
+    pooled = cells_BSPD.mean(2) * x_BPD.shape[-1] ** 0.5
     normed = rms_norm(pooled, None, project.eps)
     return F.linear(normed, project.embedding_projection.weight), below
 
