@@ -2,17 +2,24 @@
 
 A soft token is 48 pixels wide: two to five letters of one line or of two. What it shows is labelled
 as it will have to be read, in order: the letters of its upper half from the left, then those of its
-lower half, each on places of their own. A letter belongs where its middle lies: a line stays in one
-half, and lines half a soft token high or more never share one.
+lower half, each on places of their own.
+
+A letter belongs where its middle lies. Where that is the border of two soft tokens, no tower can
+tell on which side, and each used to decide for itself: half of the letters there were said twice or
+by nobody, three quarters of all that was read wrong. So such a letter belongs to the side that says
+it louder, and a line between two halves to the half in which its letters are said louder: what is
+learned is that both sides agree. (As hard EM does: the label that is the likeliest so far.)
 
 Patches have labels too: they tell the layers below what a letter is long before the last one has
 learned to put letters in order.
 
-Shapes: S soft tokens, P patches of each, H halves, K letters of a half, N letters of a patch.
+Shapes: S soft tokens, P patches of each, H halves, K letters of a half, N letters of a patch,
+W letters of a picture, B boxes (halves of soft tokens, or patches), L letters there are, and none.
 """
 
 import math
-from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -27,50 +34,103 @@ HALVES, PLACES, NEAR = 2, 5, 2
 """Of a soft token; letters of a half and of a patch at most. Those beyond are not labelled."""
 UNJUDGED = -1
 """Label where lines lie closer than can be told apart."""
+CLOSE = 3
+"""Pixels from a border within which a letter may belong to either side."""
 SIDE = 4
 """Soft tokens a side of a sheet. Letters need no more around them, and attention is cheap."""
 SIZES = (16, 46)
 """Letter sizes in pixels, each power as likely: those of `pictures`, and some more."""
 
-Noted = list[tuple[str, float, float]]
-"""Letters and their middles in pixels of the picture, as drawing.py notes them."""
+
+@dataclass(frozen=True)
+class Written:
+    """Letters of a picture: their numbers, and their middles in pixels of the resized picture."""
+
+    number_W: np.ndarray
+    x_W: np.ndarray
+    y_W: np.ndarray
+    """The same for all letters of a line."""
 
 
-def of_tokens(noted: Noted, scale: tuple[float, float], columns: int, rows: int) -> np.ndarray:
-    """[S, H, K] of a picture of so many soft tokens; scale: of its resizing, across and down."""
-    labels = _from_left(noted, scale, (CELL, CELL / HALVES), (columns, rows * HALVES), PLACES)
-    halves = labels.reshape(rows, HALVES, columns, PLACES)
-    return halves.transpose(0, 2, 1, 3).reshape(-1, HALVES, PLACES)
+def written(noted: Sequence[tuple[str, float, float]], scale: tuple[float, float]) -> Written:
+    """noted: letters and middles as drawing.py notes them; scale: of resizing, across and down."""
+    at_W2 = np.array([at for _, *at in noted], np.float64).reshape(-1, 2) * scale
+    numbers = [LETTERS.index(letter) + 1 for letter, _, _ in noted]
+    return Written(np.array(numbers, np.int64), at_W2[:, 0], at_W2[:, 1])
 
 
-def of_patches(noted: Noted, scale: tuple[float, float], columns: int, rows: int) -> np.ndarray:
-    """[S, P, N] of the same picture."""
-    grid = columns * POOL, rows * POOL
-    labels = _from_left(noted, scale, (PATCH, PATCH), grid, NEAR)
-    patches = labels.reshape(rows, POOL, columns, POOL, NEAR)
-    return patches.transpose(0, 2, 1, 3, 4).reshape(-1, POOL**2, NEAR)
+def of_tokens(letters: Written, cells_S2: np.ndarray, said_SHL: np.ndarray) -> np.ndarray:
+    """[S, H, K]: what soft tokens at these columns and rows show.
+
+    said: how likely each letter stands in each half, by what the tower says so far.
+    """
+    halves = np.arange(HALVES)
+    boxes = np.stack(
+        np.broadcast_arrays(cells_S2[:, :1], HALVES * cells_S2[:, 1:] + halves), axis=-1
+    )
+    size = CELL, CELL // HALVES
+    labels = _settle(
+        letters, boxes.reshape(-1, 2), size, PLACES, said_SHL.reshape(boxes[..., 0].size, -1)
+    )
+    return labels.reshape(len(cells_S2), HALVES, PLACES)
 
 
-def _from_left(
-    noted: Noted,
-    scale: tuple[float, float],
-    box: tuple[float, float],
-    boxes: tuple[int, int],
+def of_patches(letters: Written, cells_S2: np.ndarray, said_SPL: np.ndarray) -> np.ndarray:
+    """[S, P, N]: what the patches of the same soft tokens show."""
+    inside = np.stack(np.divmod(np.arange(POOL**2), POOL)[::-1], axis=1)
+    boxes = POOL * cells_S2[:, None] + inside
+    labels = _settle(
+        letters,
+        boxes.reshape(-1, 2),
+        (PATCH, PATCH),
+        NEAR,
+        said_SPL.reshape(boxes[..., 0].size, -1),
+    )
+    return labels.reshape(len(cells_S2), POOL**2, NEAR)
+
+
+def _settle(
+    letters: Written,
+    boxes_B2: np.ndarray,
+    size: tuple[int, int],
     places: int,
+    said_BL: np.ndarray,
 ) -> np.ndarray:
-    """[boxes, places]: the letters with their middle in each box, from the left."""
-    found = defaultdict[int, list[tuple[float, float, str]]](list)
-    for letter, x, y in noted:
-        column, row = int(x * scale[0] // box[0]), int(y * scale[1] // box[1])
-        if 0 <= column < boxes[0] and 0 <= row < boxes[1]:
-            found[row * boxes[0] + column].append((x, y, letter))
-    labels = np.zeros((boxes[0] * boxes[1], places), np.int64)
-    for at, letters in found.items():
-        if len({y for _, y, _ in letters}) > 1:
-            labels[at] = UNJUDGED
-            continue
-        for place, (_, _, letter) in enumerate(sorted(letters)[:places]):
-            labels[at, place] = LETTERS.index(letter) + 1
+    """[B, places]: the letters in each box, from the left; boxes: columns and rows."""
+    labels = np.zeros((len(boxes_B2), places), np.int64)
+    (width, height), number_W, end = size, letters.number_W, boxes_B2.max(0) + 1
+    grid = np.full(end[::-1] + 2, -1)  # what lies outside has boxes -1, on all sides
+    grid[boxes_B2[:, 1], boxes_B2[:, 0]] = np.arange(len(boxes_B2))
+
+    def loudness(row_W: np.ndarray, column_W: np.ndarray) -> np.ndarray:
+        box_W = grid[row_W, column_W]
+        return np.where(box_W < 0, -1.0, said_BL[box_W, number_W])
+
+    def sides(at_W: np.ndarray, length: int, end: int) -> list[np.ndarray]:
+        return [((at_W + by) // length).astype(int).clip(-1, end) for by in (-CLOSE, CLOSE)]
+
+    left_W, right_W = sides(letters.x_W, width, end[0])
+    line_W = np.unique(letters.y_W, return_inverse=True)[1]
+    upper, lower = (
+        (row_W, np.bincount(line_W, np.maximum(loudness(row_W, left_W), loudness(row_W, right_W))))
+        for row_W in sides(letters.y_W, height, end[1])
+    )
+    row_W = np.where((lower[1] > upper[1])[line_W], lower[0], upper[0])
+    column_W = np.where(loudness(row_W, right_W) > loudness(row_W, left_W), right_W, left_W)
+    # From the left, and no letter before one that stands to its left.
+    order = np.lexsort((letters.x_W, line_W))
+    line_W, row_W, number_W = line_W[order], row_W[order], number_W[order]
+    beyond = end[0] + 2
+    column_W = np.maximum.accumulate(line_W * beyond + column_W[order] + 1) % beyond - 1
+    box_W = grid[row_W, column_W]
+    order = np.argsort(box_W, kind="stable")
+    order = order[box_W[order] >= 0]
+    box_W, line_W, number_W = box_W[order], line_W[order], number_W[order]
+    place_W = np.arange(len(box_W)) - np.searchsorted(box_W, box_W)
+    fits = place_W < places
+    labels[box_W[fits], place_W[fits]] = number_W[fits]
+    first = np.searchsorted(box_W, box_W)
+    labels[box_W[line_W != line_W[first]]] = UNJUDGED
     return labels
 
 

@@ -71,8 +71,9 @@ ALONE_RATE = 15e-3
 WARMUP = 50
 LETTER_VALUES, SIDE_VALUES = 12, 12
 """Of a code."""
-THINGS_WEIGHT = 0.3
-"""Of the loss on shapes, beside letters."""
+LETTERS_FIRST = 3_200
+"""Steps in which losses on shapes weigh LITTLE: they would drown letters that are not known yet."""
+LITTLE = 0.3
 SHARPNESS = 25.0
 """Logit by which a row that is a token's embedding is nearer to it than to none."""
 SEED = 1
@@ -81,10 +82,8 @@ SAVE_SECONDS = 300
 
 @dataclass(frozen=True)
 class Labels:
-    """What the soft tokens and patches of a picture show, row by row; UNJUDGED where unknown."""
+    """What the soft tokens of a picture show but for letters; UNJUDGED where unknown."""
 
-    letters_SHK: np.ndarray
-    near_SPN: np.ndarray
     color_S: np.ndarray
     """0: paper."""
     shape_S: np.ndarray
@@ -98,10 +97,7 @@ def labels_of(image: Image.Image, size: tuple[int, int]) -> Labels:
     """From what the generators note in image.info; size: to which the picture is resized."""
     across, down = size[0] / image.width, size[1] / image.height
     columns, rows = size[0] // CELL, size[1] // CELL
-    noted = image.info.get("letters", [])
     made = Labels(
-        letters.of_tokens(noted, (across, down), columns, rows),
-        letters.of_patches(noted, (across, down), columns, rows),
         np.zeros(rows * columns, np.int64),
         np.zeros(rows * columns, np.int64),
         np.zeros(rows * columns, np.int64),
@@ -133,6 +129,7 @@ class Shown:
     count_S: np.ndarray
     """How many soft tokens each stands for: 1, or more where others like it are left out."""
     labels: Labels
+    written: letters.Written
 
 
 def shown(image: Image.Image, size: tuple[int, int]) -> Shown:
@@ -143,7 +140,9 @@ def shown(image: Image.Image, size: tuple[int, int]) -> Shown:
     values = patches.transpose(0, 3, 1, 4, 2, 5).reshape(rows * columns, POOL**2, -1)
     y, x = np.divmod(np.arange(rows * columns), columns)
     cells = np.stack([x, y], axis=1)
-    return Shown(values, cells, np.ones(len(cells)), labels_of(image, size))
+    scale = size[0] / image.width, size[1] / image.height
+    written = letters.written(image.info.get("letters", []), scale)
+    return Shown(values, cells, np.ones(len(cells)), labels_of(image, size), written)
 
 
 def part_of(whole: Shown, rng: np.random.Generator) -> Shown:
@@ -153,8 +152,8 @@ def part_of(whole: Shown, rng: np.random.Generator) -> Shown:
     So letters of a picture of a thousand soft tokens, nearly all of them paper, are learned at the
     price of a small one. Half a million pairs of patches that see each other become a sixth of it.
     """
-    written = whole.cells_S2[(whole.labels.letters_SHK > 0).any((1, 2))]
-    # No letter that can be told apart: all is as far.
+    written = np.stack([whole.written.x_W, whole.written.y_W], axis=1) // CELL
+    # Without a letter all is as far.
     far = np.abs(whole.cells_S2[:, None] - written).max(2).min(1, initial=len(whole.cells_S2))
     near = np.lexsort((rng.random(len(far)), far))[: min((far < 2).sum(), BUDGET * 6 // 7)]
     rest = rng.permutation(np.setdiff1d(np.arange(len(far)), near))
@@ -166,7 +165,24 @@ def part_of(whole: Shown, rng: np.random.Generator) -> Shown:
         whole.cells_S2[chosen],
         count,
         Labels(**{f.name: getattr(whole.labels, f.name)[chosen] for f in fields(Labels)}),
+        whole.written,
     )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Pictures of one length for `seeing.see`, and what they show, one after another."""
+
+    values_BPC: np.ndarray
+    """uint8"""
+    places_BP2: np.ndarray
+    positions_BP2: np.ndarray
+    bias_BP: np.ndarray | None
+    labels: Labels
+    written: list[tuple[letters.Written, np.ndarray]]
+    """Letters of each picture, and columns and rows of its soft tokens."""
+    tokens: int
+    """Soft tokens to which each is filled up."""
 
 
 class Decoder:
@@ -233,28 +249,31 @@ class Eyes(nn.Module):
         self.middle = nn.Linear(TEXT.hidden_size, 2)
         self.box = Codes(4, pictures.GRID + 1, SIDE_VALUES, decoder.length)
 
-    def loss(self, seen: list[tuple[Tensor, Tensor, Labels]]) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        self, seen: list[tuple[Tensor, Tensor, Lesson]], things_weight: float = 1.0
+    ) -> tuple[Tensor, dict[str, float]]:
         """The sum of losses, and shares of what is right; a side may be a hundredth off.
 
-        seen: soft tokens [B, S, D], patches below the last layer [B, P, .] and their labels.
+        seen: soft tokens [B, S, D], patches below the last layer [B, P, .] and what they show.
         """
         rows_SD = torch.cat([rows.float().flatten(0, 1) for rows, _, _ in seen])
         below_PD = torch.cat([below.float().flatten(0, 1) for _, below, _ in seen])
-        spelled, near, color, shape, middle, box = (
-            torch.from_numpy(np.concatenate([getattr(labels, name) for *_, labels in seen]))
-            for name in ("letters_SHK", "near_SPN", "color_S", "shape_S", "middle_S", "box_S4")
+        color, shape, middle, box = (
+            torch.from_numpy(np.concatenate([getattr(each.labels, name) for *_, each in seen]))
+            for name in ("color_S", "shape_S", "middle_S", "box_S4")
         )
-        said = self.letters(rows_SD)
-        spelled = spelled.flatten(1)
+        said = self.letters(rows_SD).unflatten(1, (letters.HALVES, -1))
         patch = self.near(rms_norm(below_PD, None, VISION.rms_norm_eps))
-        loss = _letters_loss(said, spelled) + _letters_loss(
-            patch.unflatten(1, (letters.NEAR, -1)), near.flatten(0, 1)
-        )
+        patch = patch.unflatten(1, (letters.NEAR, -1)).unflatten(0, (-1, POOL**2))
+        spelled, near = _letters_of([each for *_, each in seen], said, patch)
+        loss = _letters_loss(said, spelled) + _letters_loss(patch, near)
+        found = (said.argmax(-1) == spelled).flatten(1)
+        spelled = spelled.flatten(1)
         judged, on = color >= 0, color > 0
         colors, shapes = self.color(rows_SD[judged]), self.shape(rows_SD[judged])
         right = {
-            "letters": (said.argmax(-1) == spelled)[spelled > 0],
-            "tokens": (said.argmax(-1) == spelled).all(1)[(spelled > 0).any(1)],
+            "letters": found[spelled > 0],
+            "tokens": found.all(1)[(spelled > 0).any(1)],
             "colors": (colors.argmax(1) == color[judged])[on[judged]],
             "shapes": (shapes.argmax(1) == shape[judged])[on[judged]],
         }
@@ -266,7 +285,25 @@ class Eyes(nn.Module):
             things = things + 2 * F.cross_entropy(boxes.flatten(0, 1), box[on].flatten())
             right["sides"] = (boxes.argmax(-1) - box[on]).abs() <= 1
         shares = {name: hits.float().mean().item() for name, hits in right.items() if len(hits)}
-        return loss + THINGS_WEIGHT * things, shares
+        return loss + things_weight * things, shares
+
+
+def _letters_of(seen: list[Lesson], said: Tensor, patch: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels [S, H, K] of soft tokens and [S, P, N] of patches, by logits [..., places, L]."""
+    with torch.no_grad():
+        said_SHL, said_SPL = (one.softmax(-1).amax(-2).numpy() for one in (said, patch))
+    token, near, start = [], [], 0
+    for lesson in seen:
+        for written, cells_S2 in lesson.written:
+            own, filled = slice(start, start + len(cells_S2)), lesson.tokens - len(cells_S2)
+            for labels, made in (
+                (token, letters.of_tokens(written, cells_S2, said_SHL[own])),
+                (near, letters.of_patches(written, cells_S2, said_SPL[own])),
+            ):
+                rest = np.full((filled, *made.shape[1:]), letters.UNJUDGED)
+                labels += [made, rest]
+            start += lesson.tokens
+    return torch.from_numpy(np.concatenate(token)), torch.from_numpy(np.concatenate(near))
 
 
 def _letters_loss(said: Tensor, wanted: Tensor) -> Tensor:
@@ -316,18 +353,6 @@ def _distance(a: list[int], b: list[int]) -> int:
         for j, y in enumerate(b, 1):
             last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
     return row[-1]
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Pictures of one length for `seeing.see`, and what they show, one after another."""
-
-    values_BPC: np.ndarray
-    """uint8"""
-    places_BP2: np.ndarray
-    positions_BP2: np.ndarray
-    bias_BP: np.ndarray | None
-    labels: Labels
 
 
 def sheets(start: int) -> Iterator[Shown]:
@@ -401,6 +426,8 @@ def _together(seen: list[Shown], tokens: int) -> Lesson:
         positions,
         bias.repeat(POOL**2, 1).astype(np.float32),
         Labels(**labels),
+        [(each.written, each.cells_S2) for each in seen],
+        tokens,
     )
 
 
@@ -422,7 +449,7 @@ def _products() -> torch.autocast:
 def see_step(
     towers: Towers, head: Eyes, batch: list[Any], *, see: Callable[..., Any] = seeing.see
 ) -> tuple[Tensor, dict[str, float]]:
-    [(_, lesson)] = batch
+    [(step, lesson)] = batch
     seen = []
     for part in lesson:
         values, places, positions = (
@@ -431,8 +458,8 @@ def see_step(
         )
         bias = None if part.bias_BP is None else torch.from_numpy(part.bias_BP)
         with _products():
-            seen.append((*see(towers, values / 255, places, positions, bias), part.labels))
-    return head.loss(seen)
+            seen.append((*see(towers, values / 255, places, positions, bias), part))
+    return head.loss(seen, LITTLE if step < LETTERS_FIRST else 1.0)
 
 
 def hear_step(towers: Towers, head: Ears, batch: list[Any]) -> tuple[Tensor, dict[str, float]]:

@@ -16,6 +16,7 @@ from gemsmith.model.towers import Towers
 from gemsmith.weights.hub import resolve
 
 POCKET = resolve("pocket")
+CELL_END = float(letters.CELL)
 
 
 def read(labels: np.ndarray) -> str:
@@ -23,28 +24,89 @@ def read(labels: np.ndarray) -> str:
     return "".join("?_"[n + 1] if n < 1 else letters.LETTERS[n - 1] for n in labels.flatten())
 
 
+SIDE_BY_SIDE = np.array([[0, 0], [1, 0]])
+"""Columns and rows of two soft tokens."""
+
+
+def silent(tokens: int, boxes: int) -> np.ndarray:
+    """What a tower says that has not learned a letter."""
+    return np.zeros((tokens, boxes, len(letters.LETTERS) + 1))
+
+
+def tokens_of(written: letters.Written, cells_S2: np.ndarray) -> np.ndarray:
+    return letters.of_tokens(written, cells_S2, silent(len(cells_S2), letters.HALVES))
+
+
 def test_letters_are_labelled_in_order_and_by_line() -> None:
     """Two soft tokens side by side, a line in the upper half of both and one in the lower."""
-    noted = [("A", 5.0, 10.0), ("b", 30.0, 10.0), (" ", 45.0, 10.0), ("C", 50.0, 10.0)]
-    noted += [("x", 47.0, 30.0), ("y", 49.0, 30.0)]
-    labels = letters.of_tokens(noted, (1.0, 1.0), 2, 1)
-    assert [[read(half) for half in token] for token in labels] == [
+    noted = [("A", 5.0, 10.0), ("b", 30.0, 10.0), (" ", 42.0, 10.0), ("C", 53.0, 10.0)]
+    noted += [("x", 44.0, 30.0), ("y", 52.0, 30.0)]
+    written = letters.written(noted, (1.0, 1.0))
+    assert [[read(half) for half in token] for token in tokens_of(written, SIDE_BY_SIDE)] == [
         ["Ab __", "x____"],
         ["C____", "y____"],
     ]
     # Stretched to twice its width only the first letters are left in the first soft token.
-    assert read(letters.of_tokens(noted, (2.0, 1.0), 2, 1)[0, 0]) == "A____"
+    stretched = letters.written(noted, (2.0, 1.0))
+    assert read(tokens_of(stretched, SIDE_BY_SIDE)[0, 0]) == "A____"
     # Patches: 3 x 3 of a soft token, the first row of each.
-    patches_SPN = letters.of_patches(noted, (1.0, 1.0), 2, 1)
+    patches_SPN = letters.of_patches(written, SIDE_BY_SIDE, silent(2, letters.POOL**2))
     assert [[read(each) for each in token[:3]] for token in patches_SPN] == [
         ["A_", "b_", " _"],
         ["C_", "__", "__"],
     ]
 
 
+def test_a_letter_on_a_border_belongs_to_the_side_that_says_it_louder() -> None:
+    """Once to one of the two, wherever its middle lies, and what follows it stands after it."""
+    written = letters.written([("A", 20.0, 10.0), ("B", 46.0, 10.0), ("C", 49.5, 10.0)], (1, 1))
+    b, c = (letters.LETTERS.index(letter) + 1 for letter in "BC")
+    for loud, expected in (
+        ({(0, b): 0.6, (1, b): 0.4}, ["AB___", "C____"]),
+        ({(0, b): 0.4, (1, b): 0.6}, ["A____", "BC___"]),
+        ({(0, b): 0.9, (0, c): 0.9}, ["ABC__", "_____"]),
+        # Not C before B.
+        ({(1, b): 0.9, (0, c): 0.9}, ["A____", "BC___"]),
+    ):
+        said = silent(2, letters.HALVES)
+        for (token, letter), how in loud.items():
+            said[token, 0, letter] = how
+        said[1, 0, c] = max(said[1, 0, c], 0.1)
+        labels = letters.of_tokens(written, SIDE_BY_SIDE, said)
+        assert [read(token[0]) for token in labels] == expected
+    # Further away than CLOSE there is nothing to choose.
+    said[1, 0] = 1.0
+    far = letters.written([("B", CELL_END - letters.CLOSE - 0.1, 10.0)], (1, 1))
+    assert read(letters.of_tokens(far, SIDE_BY_SIDE, said)[0, 0]) == "B____"
+
+
+def test_a_line_between_two_halves_stays_whole() -> None:
+    """In the half that says its letters louder, all in all, though one of them be softer."""
+    written = letters.written([("A", 20.0, 25.0), ("B", 80.0, 25.0)], (1, 1))
+    a, b = (letters.LETTERS.index(letter) + 1 for letter in "AB")
+    for upper_a, upper_b, expected in (
+        (0.9, 0.1, ["A____", "B____"]),
+        (0.3, 0.9, ["A____", "B____"]),
+        (0.3, 0.3, ["_____", "_____"]),
+    ):
+        said = silent(2, letters.HALVES)
+        said[0, 0, a], said[0, 1, a] = upper_a, 0.4
+        said[1, 0, b], said[1, 1, b] = upper_b, 0.4
+        labels = letters.of_tokens(written, SIDE_BY_SIDE, said)
+        assert [read(token[0]) for token in labels] == expected
+        assert read(labels).replace("_", "") == "AB"
+
+
+def test_letters_outside_of_what_is_seen_are_left_out() -> None:
+    noted = [("A", -20.0, 10.0), ("B", 150.0, 10.0), ("C", 20.0, -9.0), ("D", 20.0, 99.0)]
+    noted += [("E", 1.0, 10.0)]
+    assert read(tokens_of(letters.written(noted, (1, 1)), SIDE_BY_SIDE)) == "E".ljust(20, "_")
+    assert read(tokens_of(letters.written([], (1, 1)), SIDE_BY_SIDE)) == "_" * 20
+
+
 def test_lines_too_close_to_tell_apart_are_not_judged() -> None:
-    noted = [("A", 5.0, 5.0), ("B", 6.0, 15.0)]
-    labels = letters.of_tokens(noted, (1.0, 1.0), 1, 1)
+    written = letters.written([("A", 5.0, 5.0), ("B", 6.0, 15.0)], (1.0, 1.0))
+    labels = tokens_of(written, SIDE_BY_SIDE[:1])
     assert [read(half) for half in labels[0]] == ["?????", "_____"]
 
 
@@ -63,13 +125,15 @@ def test_letters_of_pictures_are_labelled_where_their_ink_is() -> None:
         made = patches(picture.image, 70)
         values = in_rows(shown.values_SPC, size[0] // letters.CELL)
         assert np.array_equal(np.float32(values) * np.float32(1 / 255), made.values)
-        assert len(shown.labels.letters_SHK) == made.soft_tokens
+        labels = tokens_of(shown.written, shown.cells_S2)
+        assert len(labels) == made.soft_tokens
         text = picture.messages[1]["content"]
-        found = read(shown.labels.letters_SHK).replace("_", "").replace("?", "")
+        found = read(labels).replace("_", "").replace("?", "")
         assert len(found) > 0.9 * len(text.replace("\n", ""))
         assert set(found) <= set(text)
         ink = np.ptp(shown.values_SPC, axis=2)
-        first = shown.labels.near_SPN[..., 0]
+        quiet = silent(len(shown.cells_S2), letters.POOL**2)
+        first = letters.of_patches(shown.written, shown.cells_S2, quiet)[..., 0]
         assert ink[first > 1].mean() > 1.4 * ink[first == 0].mean()
 
 
@@ -77,8 +141,8 @@ def test_sheets_are_full_of_letters() -> None:
     side = letters.SIDE * letters.CELL
     for index in range(8):
         image = letters.sheet(1, index)
-        labels = towers.labels_of(image, (side, side))
-        assert (labels.letters_SHK > 0).sum() >= 8
+        shown = towers.shown(image, (side, side))
+        assert (tokens_of(shown.written, shown.cells_S2) > 0).sum() >= 8
         assert all(0 <= x < image.width for _, x, _ in image.info["letters"])
 
 
@@ -131,12 +195,13 @@ def test_of_a_large_picture_all_letters_are_kept_and_a_little_paper_stands_for_t
     part = towers.part_of(whole, np.random.default_rng(0))
     assert len(part.cells_S2) == 70
     assert part.count_S.sum() == pytest.approx(len(whole.cells_S2))
-    for each in (whole, part):
-        written = (each.labels.letters_SHK > 0).any(axis=(1, 2))
-        assert read(each.labels.letters_SHK[written]) == read(
-            whole.labels.letters_SHK[(whole.labels.letters_SHK > 0).any(axis=(1, 2))]
-        )
-    assert (part.count_S[(part.labels.letters_SHK > 0).any(axis=(1, 2))] == 1).all()
+    everything, kept = (tokens_of(each.written, each.cells_S2) for each in (whole, part))
+    has = (everything > 0).any(axis=(1, 2))
+    assert 0 < has.sum() < 60
+    chosen = {tuple(cell): labels for cell, labels in zip(part.cells_S2, kept, strict=True)}
+    for cell, labels in zip(whole.cells_S2[has], everything[has], strict=True):
+        assert np.array_equal(chosen[tuple(cell)], labels)
+    assert (part.count_S[(kept > 0).any(axis=(1, 2))] == 1).all()
 
 
 def test_a_large_picture_of_which_no_letter_is_judged_is_seen_in_part_all_the_same() -> None:
@@ -159,6 +224,7 @@ def test_a_soft_token_that_stands_for_two_counts_as_two() -> None:
             whole.cells_S2[chosen],
             np.array(counts),
             towers.Labels(**labels),
+            whole.written,
         )
 
     lesson = towers.of_pictures([some([8, 9, 9], [1, 1, 1]), some([8, 9], [1, 2])])
@@ -205,6 +271,19 @@ def test_every_letter_that_is_written_has_a_number() -> None:
             written = {letter for letter, _, _ in picture.image.info["letters"]}
             assert written <= set(letters.LETTERS), (kind, written - set(letters.LETTERS))
     assert set(drawing.COLORS) == set(towers.COLORS)
+
+
+def test_shapes_weigh_little_until_letters_are_known() -> None:
+    made = Towers(CONFIG)
+    init_towers(made, 1)
+    head = towers.Eyes(towers.Decoder(POCKET))
+    image = pictures.generate("train", 3, 0, kind="scene").image
+    lesson = [towers.of_pictures([towers.shown(image, target_size(*image.size, 70))])]
+    early, late = (
+        towers.see_step(made, head, [(step, lesson)])[0].item()
+        for step in (towers.LETTERS_FIRST - 1, towers.LETTERS_FIRST)
+    )
+    assert early < 0.7 * late
 
 
 def test_fresh_towers_are_those_of_the_checkpoint_where_shapes_agree() -> None:
