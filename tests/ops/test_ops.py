@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from gemsmith.config import RopeParameters
 from gemsmith.model.text import rms_norm, rope_table, rotate
+from gemsmith.ops import attention, moe, reference
 from gemsmith.ops import linear as linear_module
-from gemsmith.ops import moe, reference
 from gemsmith.ops.attention import causal_attention, masked_attention, visible
 from gemsmith.testing import assert_close, tolerance
 
@@ -25,6 +26,40 @@ def test_causal_attention_equals_reference(heads, window, queries, keys):
     mask = reference.allowed(at[keys - queries :], at, window)
     expected = reference.attention(q, k, v, mask)
     assert_close(causal_attention(q, k, v, window), expected, tolerance(torch.float32, keys))
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "all"])
+@pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(5, 5, 1), (70, 130, 2), (64, 64, 4)])
+def test_attention_that_is_trained_equals_the_fused_kernel(
+    kind, queries, keys, kv_heads, monkeypatch
+):
+    """Outputs and gradients; without a gradient to come, and beyond its bound, it is not used."""
+    keys = queries if kind == "causal" else keys
+    q, k, v = random(queries, 4, 32), random(keys, kv_heads, 32), random(keys, kv_heads, 32, seed=1)
+    weight = random(queries, 4, 32, seed=2)
+    at = torch.arange(keys)
+    mask = visible(at[-queries:], at, 9) if kind == "window" else None
+    calls: list[int] = []
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        calls.append(1)
+        return written_out(q, k, v, mask, causal)
+
+    written_out = attention._written_out
+    monkeypatch.setattr(attention, "_written_out", counted)
+
+    def attend(bound: int) -> list[Tensor]:
+        monkeypatch.setattr(attention, "WRITTEN_OUT", bound)
+        a, b, c = (x.clone().requires_grad_() for x in (q, k, v))
+        out = masked_attention(a, b, c, mask, causal=kind == "causal")
+        return [out, *torch.autograd.grad((out * weight).sum(), (a, b, c))]
+
+    ours = attend(queries * keys * 4)
+    plain = masked_attention(q, k, v, mask, causal=kind == "causal")
+    fused = attend(queries * keys * 4 - 1)
+    assert calls == [1]
+    for actual, expected in zip([plain, *fused], [ours[0], *ours], strict=True):
+        assert_close(actual, expected, tolerance(torch.float32, 32 * keys))
 
 
 def test_masked_attention_equals_reference_at_scattered_rows():

@@ -234,6 +234,8 @@ def test_compiled_run_takes_the_same_steps(
     small = replace(
         config, num_hidden_layers=len(half), layer_types=half, num_kv_shared_layers=len(half) // 2
     )
+    # In bfloat16 a last bit that differs can become the first of another score.
+    monkeypatch.setattr("gemsmith.train.trainer.training_dtype", lambda _: torch.float32)
     plain = trainer(small, copy_set, tmp_path / "plain")
     plain.train(steps=1)
     # Traced and split as for the real compiler, which takes minutes; run by PyTorch's own kernels.

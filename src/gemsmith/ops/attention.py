@@ -31,6 +31,10 @@ NATIVE_ROWS = 32
 """Most queries that the extension attends with over float K/V; beyond, torch's products are faster.
 Over int8 it is faster for any number."""
 
+WRITTEN_OUT = 1 << 23
+"""Most scores of a sequence that is trained on the CPU and attended without the fused kernel."""
+FILLED = 64
+
 
 def masked_attention(
     q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, mask_TS: Tensor | None, *, causal: bool = False
@@ -39,12 +43,44 @@ def masked_attention(
 
     `causal` is the lower triangle without a mask in memory, for T == S only.
     """
+    scores = q_TNH.shape[0] * q_TNH.shape[1] * k_SKH.shape[0]
+    if q_TNH.requires_grad and q_TNH.device.type == "cpu" and scores <= WRITTEN_OUT:
+        return _written_out(q_TNH, k_SKH, v_SKH, mask_TS, causal)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_SKH, v_SKH))
     gqa = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask_TS, is_causal=causal, scale=1.0, enable_gqa=gqa
     )
     return out.squeeze(0).transpose(0, 1)
+
+
+def _written_out(
+    q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, mask_TS: Tensor | None, causal: bool
+) -> Tensor:
+    """`masked_attention` as products and a softmax: the fused backward pass takes twice as long.
+
+    Lengths are filled up to multiples of FILLED: code for a bfloat16 product is made anew for each
+    shape, and sequences of a batch have as many lengths as there are.
+    """
+    (T, N, H), (S, K, _) = q_TNH.shape, k_SKH.shape
+    filled_T, filled_S = (-n % FILLED for n in (T, S))
+    if causal:
+        mask_TS = torch.ones(T, S, dtype=torch.bool).tril_()
+    bias_TS = torch.full((T + filled_T, S + filled_S), -torch.inf)
+    # Rows that are filled in see all, so that none of them is without a key.
+    bias_TS[T:] = 0.0
+    bias_TS[:T, :S].masked_fill_(
+        torch.ones((), dtype=torch.bool) if mask_TS is None else mask_TS, 0
+    )
+    q_TNH, k_SKH, v_SKH = (
+        F.pad(x, (0, 0, 0, 0, 0, by))
+        for x, by in ((q_TNH, filled_T), (k_SKH, filled_S), (v_SKH, filled_S))
+    )
+    q = q_TNH.view(-1, K, N // K, H).transpose(0, 1).reshape(K, -1, H)
+    scores = torch.bmm(q, k_SKH.permute(1, 2, 0)).float()
+    shares = (scores.view(K, -1, N // K, len(bias_TS[0])) + bias_TS[:, None]).softmax(-1)
+    out = torch.bmm(shares.to(v_SKH.dtype).view(scores.shape), v_SKH.transpose(0, 1))
+    return out.view(K, -1, N // K, H).transpose(0, 1).reshape(-1, N, H)[:T]
 
 
 def visible(
