@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "math-inl.h"
+#include "unroll.h"
 
 namespace gemsmith {
 namespace {
@@ -45,19 +46,30 @@ inline float tree(const float* lanes) {
   return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+inline float greater(float a, float b) { return a > b ? a : b; }
+
+// The greatest of KEYS scores and one more, NaNs left out. Halves are compared, for compilers make no
+// vectors of a loop that goes over lanes in turns.
+inline float greatest(const float* scores, float least) {
+  constexpr int HALF = static_cast<int>(KEYS / 2);
+  float most[HALF];
+  for (int i = 0; i < HALF; i++)
+    most[i] = greater(greater(scores[i], least), greater(scores[i + HALF], least));
+  UNROLL
+  for (int n = HALF / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) most[i] = greater(most[i], most[i + n]);
+  return most[0];
+}
+
 // One row's softmax weights of a block, in place of its scores; brings the row's state up to date.
 inline void soften(const AttentionTile& t, const KeyBlock& b, int64_t row, float* scores) {
   const int64_t first = t.first[row], last = t.last[row];
   const int64_t end = (b.count + 15) / 16 * 16;
   for (int64_t i = 0; i < first; i++) scores[i] = MINUS_INFINITY;
-  for (int64_t i = last; i < end; i++) scores[i] = MINUS_INFINITY;
-  float lanes[16];
-  for (int j = 0; j < 16; j++) lanes[j] = t.most[row];
-  for (int64_t i = 0; i < end; i += 16)
-    for (int j = 0; j < 16; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
-  float most = lanes[0];
-  for (int j = 1; j < 16; j++) most = lanes[j] > most ? lanes[j] : most;
+  for (int64_t i = last; i < KEYS; i++) scores[i] = MINUS_INFINITY;
+  const float most = greatest(scores, t.most[row]);
   for (int64_t i = 0; i < end; i++) scores[i] = exp_of(scores[i] - most);
+  float lanes[16];
   for (int j = 0; j < 16; j++) lanes[j] = 0.0f;
   for (int64_t i = 0; i < end; i += 16)
     for (int j = 0; j < 16; j++) lanes[j] += scores[i + j];
