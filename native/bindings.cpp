@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "decoder.h"
 #include "kernels.h"
 #include "layer.h"
 #include "threads.h"
@@ -190,6 +191,80 @@ void run_layers(const std::vector<const gemsmith::Layer*>& layers,
                 at<float>(y));
 }
 
+// sizes: shared, D, P and window of Decoder in decoder.h; scales: eps and the four others, arrays: the
+// norm, the projection's and the table, weights: embedding, head and projection, in its order.
+gemsmith::Decoder decoder(const std::vector<const gemsmith::Layer*>& layers, const Numbers& sources,
+                          const Numbers& sliding, const std::array<int64_t, 4>& sizes,
+                          const std::array<float, 5>& scales, const std::array<Address, 3>& arrays,
+                          const std::array<WeightFields, 3>& weights) {
+  gemsmith::Decoder made;
+  for (size_t i = 0; i < layers.size(); i++)
+    made.stages.push_back({layers[i], sources.at(i), sliding.at(i) != 0});
+  int64_t* const size[] = {&made.shared, &made.D, &made.P, &made.window};
+  for (int i = 0; i < 4; i++) *size[i] = sizes[i];
+  float* const scale[] = {&made.eps, &made.embedding_scale, &made.projection_scale,
+                          &made.identity_scale, &made.sum_scale};
+  for (int i = 0; i < 5; i++) *scale[i] = scales[i];
+  const float** const array[] = {&made.norm, &made.projection_norm, &made.table};
+  for (int i = 0; i < 3; i++) *array[i] = at<const float>(arrays[i]);
+  gemsmith::Weight* const each[] = {&made.embedding, &made.head, &made.projection};
+  for (int i = 0; i < 3; i++) *each[i] = weight(weights[i]);
+  return made;
+}
+
+// Where each layer keeps keys and values, as run_layers has them; zeros where it owns none.
+struct Stores {
+  std::vector<gemsmith::StoredInt8> of;
+};
+
+Stores stores(const std::vector<std::array<Address, 4>>& layers) {
+  Stores made;
+  for (const auto& f : layers)
+    made.of.push_back({at<int8_t>(f[0]), at<float>(f[1]), at<int8_t>(f[2]), at<float>(f[3])});
+  return made;
+}
+
+// sight: origin, number of runs, and first slot and count of each run, of each sequence. angles:
+// addresses of cosines and sines, and their pairs.
+gemsmith::Sight sight(const Numbers& sight, const std::array<int64_t, 3>& angles) {
+  gemsmith::Sight made;
+  for (size_t i = 0; i < sight.size();) {
+    made.origins.push_back(sight.at(i++));
+    made.counts.push_back(sight.at(i++));
+    for (int64_t n = 0; n < made.counts.back(); n++, i += 2)
+      made.runs.emplace_back(sight.at(i), sight.at(i + 1));
+  }
+  made.cosine = at<const float>(static_cast<Address>(angles[0]));
+  made.sine = at<const float>(static_cast<Address>(angles[1]));
+  made.pairs = angles[2];
+  return made;
+}
+
+// parts: tokens and asks of each sequence; top: count, address and number of skipped ids, addresses of
+// values, ids and most, as `top` has them; count 0: none is looked for.
+void pass(const gemsmith::Decoder& decoder, const Stores& stores, Numbers ids, const Numbers& parts,
+          const Numbers& full, const Numbers& sliding,
+          const std::array<std::array<int64_t, 3>, 2>& angles, Address rows, Address y,
+          const std::array<int64_t, 6>& top) {
+  gemsmith::Pass made;
+  made.ids = std::move(ids);
+  int64_t asks = 0;
+  for (size_t i = 0; i + 2 <= parts.size(); i += 2) {
+    made.parts.push_back({parts[i], parts[i + 1]});
+    asks += parts[i + 1];
+  }
+  made.full = sight(full, angles[0]);
+  made.sliding = sight(sliding, angles[1]);
+  made.rows = at<const float>(rows);
+  gemsmith::read(decoder, made, stores.of, at<float>(y));
+  const auto address = [&](int i) { return static_cast<Address>(top[i]); };
+  const gemsmith::Weight& w = decoder.head;
+  if (top[0])
+    gemsmith::top(w.lines, w.scales, w.N, w.K, w.bits, w.group, w.scale_bits, at<const float>(y),
+                  asks, top[0], at<const int64_t>(address(1)), top[2], at<float>(address(3)),
+                  at<int64_t>(address(4)), at<float>(address(5)));
+}
+
 // sequences: as `seen` takes them; spans and storages: as `key_spans` does; q, ranges and y: rows of
 // all.
 void attention(Address q, int64_t N, int64_t K, int64_t H, const Numbers& storages, int k_format,
@@ -268,6 +343,10 @@ NB_MODULE(_native, m) {
   m.def("set_experts", set_experts);
   // Turned from Python's lists into C++ before the GIL is released.
   m.def("run_layers", run_layers, release);
+  nb::class_<Stores>(m, "Stores");
+  m.def("stores", stores);
+  nb::class_<gemsmith::Decoder>(m, "Decoder").def("read", pass, release);
+  m.def("decoder", decoder);
   rows_of<float>(m, "float32");
   rows_of<uint16_t>(m, "bfloat16");
   m.def("attention", attention, release);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "decoder.h"
 #include "layer.h"
 #include "threads.h"
 
@@ -488,6 +489,103 @@ struct LayerCase {
   }
 };
 
+// A decoder of three layers, the last of which reads the first one's keys and values: tokens read
+// together give what they give in several passes, beside another sequence, and what every other
+// instruction set gave. tests/weights/test_pass.py compares it with the model.
+struct DecoderCase {
+  static constexpr int64_t D = LayerCase::D, H = LayerCase::H, P = LayerCase::P, V = 40, L = 3;
+  static constexpr int64_t PAIRS = LayerCase::PAIRS, TOKENS = 9, HOLE = 5, SLOTS = 2 * TOKENS + 2;
+  std::vector<LayerCase> layers;
+  std::vector<Case> weights;
+  std::vector<uint16_t> projection;
+  std::vector<float> norm, projection_norm, table, cosine, sine, expected;
+  Decoder decoder;
+
+  DecoderCase() {
+    layers.reserve(L);
+    for (const bool own : {true, true, false}) layers.emplace_back(own, true, false);
+    const auto some = [](int64_t count) {
+      std::vector<float> made(static_cast<size_t>(count));
+      for (float& each : made) each = small();
+      return made;
+    };
+    weights.push_back(make({V, D, 0}, 4, 1, 0));
+    const Case& c = weights.back();
+    decoder.embedding = decoder.head = {c.lines.data(), c.scales.data(), V, D, 4, 0, 32};
+    for (const float each : some(L * P * D)) projection.push_back(narrowed(each));
+    decoder.projection = {reinterpret_cast<const uint8_t*>(projection.data()), nullptr, L * P, D, 16,
+                          0, 0};
+    norm = some(D), projection_norm = some(P), table = some(V * L * P);
+    cosine = some(TOKENS * PAIRS), sine = some(TOKENS * PAIRS);
+    decoder.norm = norm.data(), decoder.projection_norm = projection_norm.data();
+    decoder.stages = {{&layers[0].layer, 0, false}, {&layers[1].layer, 1, true},
+                      {&layers[2].layer, 0, false}};
+    decoder.shared = 2, decoder.D = D, decoder.P = P, decoder.window = 4, decoder.eps = 1e-6f;
+    decoder.embedding_scale = 8.0f;
+  }
+  // Tokens first..stop-1 of a sequence, whose slots have a hole, and of another, which begins at slot
+  // TOKENS + 1 and has one more token; y: of the last `asks` tokens of both.
+  void read(std::vector<Stored>& kept, int64_t first, int64_t stop, int64_t asks, bool rows,
+            std::vector<float>& y) {
+    std::vector<StoredInt8> stores(L);
+    for (size_t i = 0; i < 2; i++)
+      stores[i] = {reinterpret_cast<int8_t*>(kept[2 * i].bytes.data()), kept[2 * i].scales.data(),
+                   reinterpret_cast<int8_t*>(kept[2 * i + 1].bytes.data()),
+                   kept[2 * i + 1].scales.data()};
+    Pass pass;
+    std::vector<float> given, turns[2];
+    for (const int64_t more : {0, 1}) {
+      const int64_t tokens = stop - first, begins = more * (TOKENS + 1);
+      pass.parts.push_back({tokens, asks});
+      for (int64_t t = first; t < stop; t++) {
+        pass.ids.push_back((7 * t + 3 + more) % V);
+        const float* row = &table[static_cast<size_t>(pass.ids.back() * L * P)];
+        given.insert(given.end(), row, row + L * P);
+        for (int i = 0; i < 2; i++) {
+          const float* angle = (i ? sine : cosine).data() + t * PAIRS;
+          turns[i].insert(turns[i].end(), angle, angle + PAIRS);
+        }
+      }
+      for (Sight* sight : {&pass.full, &pass.sliding}) {
+        const int64_t before = stop < HOLE ? stop : HOLE;
+        sight->runs.emplace_back(begins, before);
+        if (stop > HOLE) sight->runs.emplace_back(begins + HOLE + 1, stop - HOLE);
+        sight->counts.push_back(stop > HOLE ? 2 : 1);
+        sight->origins.push_back(0);
+      }
+    }
+    for (Sight* sight : {&pass.full, &pass.sliding}) {
+      sight->cosine = turns[0].data(), sight->sine = turns[1].data();
+      sight->pairs = PAIRS;
+    }
+    decoder.table = rows ? nullptr : table.data();
+    pass.rows = given.data();
+    std::vector<float> out(static_cast<size_t>(2 * asks * D));
+    gemsmith::read(decoder, pass, stores, out.data());
+    y.insert(y.end(), out.begin(), out.end());
+  }
+  void run() {
+    std::vector<Stored> one;
+    for (int i = 0; i < 4; i++) one.push_back(store(SLOTS, 1, H, INT8));
+    std::vector<Stored> other = one;
+    std::vector<float> together, apart;
+    read(one, 0, TOKENS, 1, false, together);
+    read(other, 0, 4, 0, false, apart);
+    read(other, 4, 7, 0, true, apart);
+    read(other, 7, 8, 0, false, apart);
+    read(other, 8, TOKENS, 1, true, apart);
+    bool same = together == apart;
+    for (size_t i = 0; i < 4; i++)
+      same = same && one[i].bytes == other[i].bytes && one[i].scales == other[i].scales;
+    read(one, 0, TOKENS, TOKENS, false, together);
+    if (expected.empty()) expected = together;
+    for (const float each : together) same = same && std::isfinite(each);
+    if (same && together == expected) return;
+    std::printf("%s: tokens read together differ from tokens in several passes\n", kernels().name);
+    std::exit(1);
+  }
+};
+
 void hammer(const Case& c, int repeats) {
   for (int i = 0; i < repeats; i++) {
     run(c);
@@ -528,6 +626,7 @@ int main() {
   layers.emplace_back(true, true, false);
   layers.emplace_back(false, true, false);
   layers.emplace_back(true, false, true);
+  DecoderCase decoder;
   int count = 0;
   const char* const* names = isas(&count);
   for (int i = 0; i < count; i++) {
@@ -550,6 +649,7 @@ int main() {
       }
       for (LayerCase& c : layers)
         for (int64_t M : {1, 5, 300}) c.run(M);
+      decoder.run();
     }
     if (read_memory(large.lines.data(), 0) != 0) return 1;
     std::printf("%s: %zu products as they should be\n", names[i], 2 * cases.size());

@@ -63,6 +63,8 @@ class ScriptedModel:
     at which a pass raises KeyboardInterrupt half-way, once.
     """
 
+    native, read = None, TextModel.read
+
     def __init__(self, config: Gemma4Config, script: Sequence[int] = ()) -> None:
         self.config = config.text_config
         self.embed_tokens = SimpleNamespace(weight=torch.zeros(1))

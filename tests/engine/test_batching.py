@@ -17,6 +17,7 @@ from gemsmith.engine.reply import Reply, collect
 from gemsmith.engine.request import Finished, FinishReason, Generation, Request, SamplingParams
 from gemsmith.errors import CapacityError, ConfigError, QueueFullError, RequestError, WeightsError
 from gemsmith.ops import cpu_layers
+from gemsmith.ops.cpu_decoder import Decoder
 from gemsmith.ops.linear import bfloat16_rows_are_alone
 from gemsmith.testing import (
     SIZES,
@@ -271,25 +272,38 @@ def test_decoding_low_bit_weights_together_gives_the_bits_of_each_alone(quant, t
 
 
 @needs_extension
-def test_all_layers_of_a_batch_run_in_one_call(tmp_path, tokenizer, monkeypatch):
+def test_a_step_is_one_call_and_so_are_all_layers_where_that_cannot_be(
+    tmp_path, tokenizer, monkeypatch
+):
     config = whole_groups(tiny_config("E2B", vocab_size=tokenizer.vocab_size))
     save_model(random_model(config, dtype=torch.bfloat16), config, tmp_path)
     lm = LM(load_model(tmp_path, quant="int4")[1], tokenizer, config)
     calls: list[int] = []
-    run = cpu_layers.run_layers
+    run, read = cpu_layers.run_layers, Decoder.read
 
     def counted(layers, places, tables, x_MD, ple_MLP):
         calls.append(len(layers))
         return run(layers, places, tables, x_MD, ple_MLP)
 
+    def noted(self, ids, *args, **options):
+        calls.append(len(lm.model.layers))
+        return read(self, ids, *args, **options)
+
     monkeypatch.setattr(cpu_layers, "run_layers", counted)
+    monkeypatch.setattr(Decoder, "read", noted)
     engine = BatchEngine(lm, replace(SMALL, max_num_batched_tokens=64))
-    run_all(engine, requests(lm))
+    whole = run_all(engine, requests(lm))
+    layers = len(config.text_config.layers)
+    assert calls == [layers] * engine.stats().steps
+    calls.clear()
+    lm.model.native = None
+    engine = BatchEngine(lm, replace(SMALL, max_num_batched_tokens=64))
+    parts = run_all(engine, requests(lm))
     # Layers that own no K/V run apart in a step where not all rows ask.
     owners = sum(layer.owns_kv for layer in config.text_config.layers)
-    assert set(calls) <= {len(config.text_config.layers), owners, len(lm.model.layers) - owners}
-    assert len(config.text_config.layers) in calls
-    assert owners in calls
+    assert set(calls) == {layers, owners, layers - owners}
+    for one, other in zip(whole, parts, strict=True):
+        assert reply_of(one).token_ids == reply_of(other).token_ids
 
 
 def test_what_several_prompts_begin_with_is_computed_once(tokenizer):

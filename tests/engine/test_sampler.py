@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gemsmith.engine.request import SamplingParams
 from gemsmith.engine.sampler import (
+    AHEAD,
     Sampler,
     candidates,
     draw,
@@ -168,16 +169,24 @@ def test_greedy_takes_the_likeliest():
 
 def test_draws_have_the_probabilities_asked_for():
     probs = np.array([0.5, 0.0, 0.2, 0.3])
-    generator = torch.Generator().manual_seed(1)
-    counts = Counter(draw(probs, generator) for _ in range(4000))
+    uniform = torch.rand(4000, generator=torch.Generator().manual_seed(1)).tolist()
+    counts = Counter(draw(probs, each) for each in uniform)
     assert counts[1] == 0
     for index, prob in enumerate(probs.tolist()):  # four standard deviations
         assert abs(counts[index] / 4000 - prob) <= 4 * math.sqrt(prob * (1 - prob) / 4000)
 
 
-def test_a_token_of_no_probability_is_not_drawn_at_the_edge_either(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros(1, dtype=torch.float64))
-    assert draw(np.array([0.0, 0.0, 1.0]), torch.Generator()) == 2
+def test_a_token_of_no_probability_is_not_drawn_at_the_edge_either():
+    assert draw(np.array([0.0, 0.0, 1.0]), 0.0) == 2
+
+
+def test_numbers_drawn_ahead_are_those_drawn_one_by_one():
+    sampler = Sampler(SamplingParams(seed=3), vocab_size=VOCAB, prompt_ids=[])
+    generator = torch.Generator().manual_seed(3)
+    for step in range(2 * AHEAD + 3):
+        probs_C, ids_C = candidates(random_logits(step), temperature=1.0)
+        uniform = torch.rand(1, dtype=torch.float64, generator=generator).item()
+        assert sampler.choose(random_logits(step)) == ids_C[draw(probs_C, uniform)]
 
 
 def choices(seed: int | None) -> list[int]:

@@ -53,8 +53,8 @@ def test_the_likeliest_are_those_of_the_row(model: TextModel, size: float):
     for count in (1, 2, 64, MAX_REACH):
         found = model.likeliest(h, count, SKIPPED)
         assert found is not None
-        assert torch.equal(found[0], expected.values[:, :count])
-        assert torch.equal(found[1], expected.indices[:, :count])
+        assert torch.equal(torch.from_numpy(found[0]), expected.values[:, :count])
+        assert torch.equal(torch.from_numpy(found[1]), expected.indices[:, :count])
 
 
 def test_where_capping_makes_all_equal_the_row_is_asked_for(model: TextModel):
@@ -150,3 +150,12 @@ def test_of_few_allowed_tokens_one_is_chosen_as_under_a_mask(
         mask = torch.full((VOCAB,), -torch.inf)
         mask[sorted(allowed)] = 0
         assert parts.choose_next(Next(model, h), allowed) == whole.choose(model.logits(h)[0] + mask)
+
+
+def test_logits_that_capping_makes_equal_come_in_the_order_of_their_ids(model: TextModel):
+    raw = torch.tensor([[80.00001, 80.0, 79.0, 3.0]])
+    ids = torch.tensor([[9, 4, 2, 1]])
+    found = model._settled(raw, ids, torch.tensor([80.0]), 3, None)
+    assert found is not None
+    assert found[0][0, 0] == found[0][0, 1] > found[0][0, 2]
+    assert found[1].tolist() == [[4, 9, 2]]

@@ -30,6 +30,7 @@ from gemsmith.ops.attention import (
     Slots,
     batched_attention,
 )
+from gemsmith.ops.cpu_decoder import Seen, Sight, Stores
 from gemsmith.ops.cpu_layers import Place
 from gemsmith.sizing import KVPlan
 
@@ -87,6 +88,12 @@ class PagedCache:
     def nbytes(self) -> int:
         """Bytes of K/V storage, equal to the plan's. Memory is touched as blocks are used."""
         return sum(t.nbytes for slots in self.slots.values() for t in slots.tensors.values())
+
+    @cached_property
+    def stores(self) -> Stores | None:
+        """Where the extension finds K/V by itself; None where it cannot."""
+        natives = {layer: slots._native for layer, slots in self.slots.items()}
+        return Stores.of(len(self.layers), natives)
 
     def step(self, chunks: Sequence[Chunk]) -> "PagedStep":
         """The store of one pass over the chunks' tokens. Commit them when it has succeeded."""
@@ -181,7 +188,7 @@ class PagedStep:
         self._places: dict[tuple[int, bool, bool], Place] = {}
         self._rows: list[Tensor] | None = None
 
-    @cached_property
+    @property
     def positions_T(self) -> Tensor:
         ranges = [
             torch.arange(chunk.pages.length, chunk.pages.length + chunk.tokens)
@@ -278,6 +285,17 @@ class PagedStep:
         if k_TKH is not None and v_TKH is not None:
             slots.scatter(self._targets[sliding], k_TKH, v_TKH)
         return batched_attention(q, slots, self._reading(sliding, rows_R))
+
+    def seen(self) -> Seen | None:
+        """See `model.text.Pass`."""
+        stores = self.cache.stores
+        if stores is None or any(chunk.blocks_T is not None for chunk in self.chunks):
+            return None
+        full, sliding = (
+            Sight([part.runs for part in self._parts[s]], [part.start for part in self._parts[s]])
+            for s in (False, True)
+        )
+        return Seen(stores, [chunk.pages.length for chunk in self.chunks], full, sliding)
 
     def place(self, layer: int, rows_R: Tensor | None) -> Place | None:
         """See `ring.RingCache.place`."""

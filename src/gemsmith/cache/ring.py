@@ -31,6 +31,7 @@ from gemsmith.config import LayerPlan, TextConfig
 from gemsmith.errors import CapacityError, ConfigError, WeightsError
 from gemsmith.ops.attention import Queries, Slots, Span, stored_attention
 from gemsmith.ops.cpu_attention import readers_of
+from gemsmith.ops.cpu_decoder import Seen, Sight, Stores
 from gemsmith.ops.cpu_layers import Place
 from gemsmith.ops.rotary import KeyRule
 
@@ -162,6 +163,8 @@ class RingCache:
         """Each layer's part of it."""
         self._overwritten: dict[int, list[tuple[Tensor, Tensor]]] = {}
         """By a group's first layer: places, and what they held before the step."""
+        self._stores: Stores | None = None
+        """Where the extension finds all that is stored, once asked."""
         self._step_tokens = 0
         self._open_tokens = 0
         self._blocks_T: Tensor | None = None
@@ -234,7 +237,7 @@ class RingCache:
         held, old = min(self.length, group.slots), group.tensors
         for name, tensor in new.stacked(len(group.plans)).items():
             tensor[:, :held] = old[name][:, :held]
-        group.storage = new
+        group.storage, self._stores = new, None
         self._layers |= group.layers()
 
     @contextmanager
@@ -252,7 +255,7 @@ class RingCache:
         self.reserve(self.length + tokens)
         self._step_tokens, self._blocks_T = tokens, blocks_T
         try:
-            yield torch.arange(self.length, self.length + tokens, device=self.device)
+            yield self.positions_T
             self._open_tokens = tokens
             if not left_open:
                 self.commit(tokens)
@@ -314,6 +317,28 @@ class RingCache:
             first = max(0, self.length - window + 1)
             spans = [(slots, *turn) for turn in _turns(first, self.length, window)]
         return stored_attention(q_BNH, spans, Queries(1, self.length - first, None, origin=first))
+
+    @property
+    def positions_T(self) -> Tensor:
+        """Of the step's tokens."""
+        return torch.arange(self.length, self.length + self._step_tokens, device=self.device)
+
+    def seen(self) -> Seen | None:
+        """See `model.text.Pass`: a single token's, which is written at once."""
+        if self._step_tokens != 1 or self._blocks_T is not None:
+            return None
+        if self._stores is None:
+            natives = {layer: own.slots._native for layer, own in self._layers.items()}
+            self._stores = Stores.of(len(self._plans), natives)
+            if self._stores is None:
+                return None
+        runs: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+        for group in self._groups:
+            layer = self._layers[group.plans[0].index]
+            view, _, _ = self._view(layer, 1)
+            runs[layer.plan.window is not None] = [(first, n) for _, first, n in view.spans]
+        full, sliding = (Sight([runs[s]], [0]) for s in (False, True))
+        return Seen(self._stores, [self.length], full, sliding)
 
     def place(self, layer: int, rows_R: Tensor | None) -> Place | None:
         """Where the extension itself stores and finds K/V of a layer this step, in the stead of

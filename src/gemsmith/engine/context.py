@@ -7,14 +7,14 @@ conversation) computes only what is new.
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gemsmith.cache.ring import FORMATS, RingCache
+from gemsmith.engine.sampler import Floats, Ids, Sees
 from gemsmith.errors import ConfigError
-from gemsmith.model.text import TextModel
+from gemsmith.model.text import Likeliest, Pass, TextModel
+from gemsmith.ops.cpu_decoder import Part
 
 CHUNK_TOKENS = 512
 """Prompt tokens run in one pass: enough for full speed, bounds the memory of activations."""
@@ -35,10 +35,6 @@ def kv_format(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtyp
     if name not in FORMATS:
         raise ConfigError(f"kv {name!r}: must be one of auto, {', '.join(FORMATS)}")
     return FORMATS[name]
-
-
-Likeliest = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
-"""Logits and their ids, the greatest first."""
 
 
 class Next:
@@ -72,7 +68,7 @@ class Next:
             self._logits_V = self._model.logits(self.hidden_1D)[0]
         return self._logits_V
 
-    def likeliest(self, count: int, skipped: Tensor) -> Likeliest | None:
+    def likeliest(self, count: int, skipped: Tensor) -> tuple[Floats, Ids] | None:
         """The greatest `count` logits and their ids, or None: see `TextModel.likeliest`."""
         if self._logits_V is not None:
             return None
@@ -91,23 +87,33 @@ class Rows:
     """Rows of one pass, each asked for after the other: the head's weights are read once for what
     all of them are likely to be asked."""
 
-    def __init__(self, model: TextModel, hidden_RD: Tensor, *, reach: int | None = 0) -> None:
+    def __init__(
+        self,
+        model: TextModel,
+        hidden_RD: Tensor,
+        *,
+        reach: int | None = 0,
+        found: Likeliest | None = None,
+    ) -> None:
         """reach: how many of the greatest logits some row may be asked for at least, if the same
-        are skipped in all; None: some row is asked for all of them."""
-        self._model, self._hidden_RD, self._reach = model, hidden_RD, reach
+        are skipped in all; None: some row is asked for all of them. found: those, if they are known
+        already."""
+        self._model, self.hidden_RD, self._reach = model, hidden_RD, reach
         self._logits_RV: Tensor | None = None
         self._likeliest: dict[int, Likeliest | None] = {}
+        if reach and found is not None:
+            self._likeliest[reach] = found
 
     def all(self) -> list[Next]:
-        hidden = self._hidden_RD.split(1)
+        hidden = self.hidden_RD.split(1) if len(self.hidden_RD) > 1 else [self.hidden_RD]
         return [Next(self._model, h, together=self, row=row) for row, h in enumerate(hidden)]
 
     def logits(self, row: int) -> Tensor:
         if self._logits_RV is None:
-            self._logits_RV = self._model.logits(self._hidden_RD)
+            self._logits_RV = self._model.logits(self.hidden_RD)
         return self._logits_RV[row]
 
-    def likeliest(self, row: int, count: int, skipped: Tensor) -> Likeliest | None:
+    def likeliest(self, row: int, count: int, skipped: Tensor) -> tuple[Floats, Ids] | None:
         if self._reach is None:
             return None
         most = max(count, self._reach)
@@ -118,8 +124,30 @@ class Rows:
 
     @torch.inference_mode()
     def _find(self, count: int, skipped: Tensor) -> Likeliest | None:
-        found = self._model.likeliest(self._hidden_RD, count, skipped)
-        return None if found is None else (found[0].numpy(), found[1].numpy())
+        return self._model.likeliest(self.hidden_RD, count, skipped)
+
+
+def read(
+    model: TextModel,
+    ids: list[int],
+    parts: Sequence[Part],
+    kv: Pass,
+    sees: Sequence[Sees | None],
+    soft: Soft | None = None,
+) -> Rows:
+    """One pass: what follows the tokens that ask, see `TextModel.read`. sees: what their choices
+    may depend on; the head's weights are to be read once."""
+    reach, skipped = 0, None
+    if sees and sees[0] is not None:
+        # The same object: they are thousands, and one engine skips two sets of them at most.
+        first = sees[0]
+        same = [each for each in sees if each is not None and each.skipped is first.skipped]
+        reach = max(each.reach for each in same) if len(same) == len(sees) else None
+        skipped = first.skipped_n
+    elif sees:
+        reach = None
+    hidden_RD, found = model.read(ids, parts, kv, soft=soft, count=reach or 0, skipped=skipped)
+    return Rows(model, hidden_RD, reach=reach, found=found)
 
 
 class Context:
@@ -196,36 +224,41 @@ class Context:
         keys: Sequence[Hashable] | None = None,
         soft: Soft | None = None,
         blocks_T: Tensor | None = None,
+        sees: Sees | None = None,
     ) -> Next:
         """Append tokens (at least one); returns what the model says of the one after them.
 
         keys: by which they are known to `rewind_for`, if not by their ids. soft: tokens that stand
-        for an image or a sound. blocks_T: see `ops.attention.causal_attention`.
+        for an image or a sound. blocks_T: see `ops.attention.causal_attention`. sees: of what the
+        model says, what is going to be asked for, if that is known.
         """
-        hidden_1D = torch.empty(0)
+        rows: list[Next] = []
         for start, stop in _chunks(len(ids), blocks_T):
+            last = stop == len(ids)
             # Layers without K/V of their own run at the prompt's last token only.
-            hidden_1D = self._pass(
+            rows = self._pass(
                 ids[start:stop],
                 (keys or ids)[start:stop],
-                [stop - start - 1] if stop == len(ids) else [],
+                int(last),
                 between(soft, start, stop),
                 None if blocks_T is None else blocks_T[start:stop],
-            )
-        return Next(self.model, hidden_1D)
+                sees=sees if last else None,
+            ).all()
+        return rows[0]
 
     @torch.inference_mode()
-    def verify(self, ids: Sequence[int], drafts: Sequence[int]) -> list[Next]:
+    def verify(
+        self, ids: Sequence[int], drafts: Sequence[int], sees: Sees | None = None
+    ) -> list[Next]:
         """Run over `ids` (at least one) and drafts (at least one) of what follows, in one pass.
 
         Returns what the model says after the last of ids and after each draft. The context stays
         as it was until `keep` tells how many of all these tokens are part of the text.
         """
         tokens = [*ids, *drafts]
-        rows = range(len(ids) - 1, len(tokens))
-        hidden_RD = self._pass(tokens, (), rows, None, None, left_open=True)
+        rows = self._pass(tokens, (), 1 + len(drafts), None, None, left_open=True, sees=sees)
         self._verified = tokens
-        return Rows(self.model, hidden_RD).all()
+        return rows.all()
 
     @torch.inference_mode()
     def keep(self, count: int) -> None:
@@ -251,37 +284,35 @@ class Context:
         No more than one block of them is in memory. keys, soft, blocks_T: as in `run`.
         """
         for start, stop in _chunks(len(ids), blocks_T):
-            hidden_TD = self._pass(
+            rows = self._pass(
                 ids[start:stop],
                 (keys or ids)[start:stop],
-                None,
+                stop - start,
                 between(soft, start, stop),
                 None if blocks_T is None else blocks_T[start:stop],
             )
-            for hidden_RD in hidden_TD.split(block):
+            for hidden_RD in rows.hidden_RD.split(block):
                 yield self.model.logits(hidden_RD)
 
     def _pass(
         self,
         ids: Sequence[int],
         keys: Sequence[Hashable],
-        rows: Sequence[int] | None,
+        asks: int,
         soft: Soft | None,
         blocks_T: Tensor | None,
         *,
         left_open: bool = False,
-    ) -> Tensor:
-        """Hidden states of the tokens that rows names, None: of all, after a pass over ids."""
-        ids_T, rows_R = torch.tensor(ids, device=self.device), None
-        # Where every row is asked for, a single token's, there is nothing to pick.
-        if rows is not None and len(rows) < len(ids):
-            rows_R = torch.tensor(rows, dtype=torch.long, device=self.device)
+        sees: Sees | None = None,
+    ) -> Rows:
+        """What follows the last of ids, as many as ask, after a pass over them."""
         self.whole = False
-        with self._cache.step(len(ids), blocks_T, left_open=left_open) as positions_T:
-            hidden_RD = self.model(ids_T, positions_T, self._cache, rows_R=rows_R, soft=soft)
+        with self._cache.step(len(ids), blocks_T, left_open=left_open):
+            wanted = [] if sees is None else [sees]
+            rows = read(self.model, list(ids), [(len(ids), asks)], self._cache, wanted, soft)
         self.keys += keys
         self.whole = True
-        return hidden_RD
+        return rows
 
 
 def _chunks(tokens: int, blocks_T: Tensor | None) -> Iterator[tuple[int, int]]:

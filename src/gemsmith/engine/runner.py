@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gemsmith.cache.block_pool import Pages
 from gemsmith.cache.paged import Chunk, PagedCache
-from gemsmith.engine.context import Next, Rows, Soft
+from gemsmith.engine.context import Next, Soft, read
 from gemsmith.engine.sampler import Sees
 from gemsmith.model.text import TextModel
 
@@ -49,36 +49,20 @@ class Runner:
 
         Nothing is committed: a pass that raises can be run again.
         """
-        device = self.cache.device
         ids = [id for work in works for id in work.ids]
-        rows, at, values, first = [], [], [], 0
+        at, values, first = [], [], 0
         for work in works:
             if work.soft is not None:
                 at.append(work.soft[0] + first)
                 values.append(work.soft[1])
             first += len(work.ids)
-            rows += range(first - work.asks, first)
-        step = self.cache.step([Chunk(w.pages, len(w.ids), w.blocks_T) for w in works])
-        rows_R = None
-        if len(rows) < len(ids):
-            rows_R = torch.tensor(rows, dtype=torch.long, device=device)
-        hidden_RD = self.model(
-            torch.tensor(ids, device=device),
-            step.positions_T,
-            step,
-            rows_R=rows_R,
-            soft=(torch.cat(at), torch.cat(values)) if at else None,
+        rows = read(
+            self.model,
+            ids,
+            [(len(work.ids), work.asks) for work in works],
+            self.cache.step([Chunk(w.pages, len(w.ids), w.blocks_T) for w in works]),
+            [work.sees for work in works if work.asks],
+            (torch.cat(at), torch.cat(values)) if at else None,
         )
-        reach = reach_of([work.sees for work in works if work.asks])
-        found = iter(Rows(self.model, hidden_RD, reach=reach).all())
+        found = iter(rows.all())
         return [list(islice(found, work.asks)) for work in works]
-
-
-def reach_of(seen: Sequence[Sees | None]) -> int | None:
-    """How many of the greatest logits will do for all; None: not everybody is content with those,
-    and the head's weights are to be read once."""
-    some = [sees for sees in seen if sees is not None]
-    # The same object: they are thousands, and one engine skips two sets of them at most.
-    if len(some) < len(seen) or any(sees.skipped is not some[0].skipped for sees in some):
-        return None
-    return max((sees.reach for sees in some), default=0)

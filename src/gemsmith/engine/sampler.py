@@ -32,6 +32,8 @@ from gemsmith.errors import WeightsError
 Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
 
+AHEAD = 16
+"""Uniform numbers drawn together; they are those that would be drawn one by one."""
 MAX_REACH = 256
 """Most logits that are asked for by rank; beyond, the whole row."""
 
@@ -43,6 +45,8 @@ class Sees(NamedTuple):
     """How many of them."""
     skipped: tuple[int, ...]
     """Ids that are not among them, however great."""
+    skipped_n: Tensor
+    """The same, as a model takes them."""
 
 
 class Next(Protocol):
@@ -127,10 +131,9 @@ def _at_least(values_V: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     return values, ids[order]
 
 
-def draw(probs_C: Floats, generator: torch.Generator) -> int:
-    """Index drawn from probabilities [C] with one float64 uniform number of a CPU generator."""
+def draw(probs_C: Floats, uniform: float) -> int:
+    """Index drawn from probabilities [C] with a uniform number from 0 to 1."""
     sums_C = probs_C.cumsum()
-    uniform = torch.rand(1, dtype=torch.float64, generator=generator).item()
     # side="right" passes over candidates of no probability when the number falls on their border.
     index = int(np.searchsorted(sums_C, uniform * sums_C[-1], side="right"))
     return min(index, len(probs_C) - 1)
@@ -170,12 +173,17 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
+        self._uniforms: list[float] = []
+        """Numbers drawn ahead, the next one last."""
         self._seen_V: Tensor | None = None
         if params.repetition_penalty != 1:
             self._seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self._seen_V[torch.tensor(prompt_ids, device=device)] = True
-        self._skipped = suppressed
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=device)
+        reach = 1 if params.temperature == 0 else params.top_k
+        few = self._seen_V is None and params.logprobs is None and 0 < reach <= MAX_REACH
+        self.sees = Sees(reach, suppressed, self._suppressed) if few else None
+        """What a choice among all ids may depend on; None: on all logits."""
 
     def observe(self, token_id: int) -> None:
         """Count a token of the reply, chosen or forced, among the seen ones."""
@@ -211,15 +219,10 @@ class Sampler:
         return self._drawn(*kept(probs_C, ids_C, top_p=params.top_p, min_p=params.min_p))
 
     def _drawn(self, probs_C: Floats, ids_C: Ids) -> int:
-        return int(ids_C[draw(probs_C, self._generator)])
-
-    @property
-    def sees(self) -> Sees | None:
-        """What a choice among all ids may depend on; None: on all logits."""
-        if self._seen_V is not None or self.params.logprobs is not None:
-            return None
-        reach = 1 if self.params.temperature == 0 else self.params.top_k
-        return Sees(reach, self._skipped) if 0 < reach <= MAX_REACH else None
+        if not self._uniforms:
+            ahead = torch.rand(AHEAD, dtype=torch.float64, generator=self._generator)
+            self._uniforms = ahead.tolist()[::-1]
+        return int(ids_C[draw(probs_C, self._uniforms.pop())])
 
     def _choice(self, logits_C: Tensor, ids_C: Tensor | None) -> int:
         """One of the ids that the logits are of; None: of all."""

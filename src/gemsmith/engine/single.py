@@ -110,10 +110,10 @@ class SingleEngine:
         started, drafts = time.perf_counter(), text.drafts
         text.reply.prepare()
         if drafts:
-            events, accepted = text.take(context.verify(unread, drafts))
+            events, accepted = text.take(context.verify(unread, drafts, text.reply.sees))
             context.keep(len(unread) + accepted)
         else:
-            events, _ = text.take([context.step(unread)])
+            events, _ = text.take([context.step(unread, sees=text.reply.sees)])
         if ahead:
             ahead.observe(len(unread) + len(drafts), time.perf_counter() - started)
         return events

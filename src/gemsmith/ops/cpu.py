@@ -292,6 +292,25 @@ def top(
     """
     M = x_MK.shape[0] if x_MK.ndim else 0
     native.check(x_MK, "x", torch.float32, (M, weight.inputs))
+    skipped = checked_skips(weight, count, skipped)
+    kernels = native.ready()
+    if kernels is None:
+        return top_reference(weight, x_MK, count, skipped)
+    values, ids = torch.empty((M, count)), torch.empty((M, count), dtype=torch.int64)
+    most_M = torch.empty(M)
+    kernels.top(
+        *weight.arguments, x_MK.data_ptr(), M, count, skipped.data_ptr(), len(skipped),
+        values.data_ptr(), ids.data_ptr(), most_M.data_ptr(),
+    )  # fmt: skip
+    return values, ids, most_M
+
+
+def checked_skips(weight: PackedWeight, count: int, skipped: Tensor | None) -> Tensor:
+    """The ids that `top` passes over.
+
+    Raises:
+      WeightsError: they do not ascend or are no outputs, or fewer than `count` others are left.
+    """
     skipped = torch.empty(0, dtype=torch.int64) if skipped is None else skipped
     native.check(skipped, "skipped", torch.int64, (None,))
     left = weight.outputs - len(skipped)
@@ -303,16 +322,7 @@ def top(
         and all(low < high for low, high in pairwise(passed))
     ):
         raise WeightsError(f"skipped: ids must ascend within {weight.outputs} outputs")
-    kernels = native.ready()
-    if kernels is None:
-        return top_reference(weight, x_MK, count, skipped)
-    values, ids = torch.empty((M, count)), torch.empty((M, count), dtype=torch.int64)
-    most_M = torch.empty(M)
-    kernels.top(
-        *weight.arguments, x_MK.data_ptr(), M, count, skipped.data_ptr(), len(skipped),
-        values.data_ptr(), ids.data_ptr(), most_M.data_ptr(),
-    )  # fmt: skip
-    return values, ids, most_M
+    return skipped
 
 
 def linear_of(weight: PackedWeight, x_MK: Tensor, ids: Tensor) -> Tensor:

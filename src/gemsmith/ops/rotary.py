@@ -3,6 +3,7 @@
 Shapes: T tokens, S keys, K key/value heads, H head_dim, R pairs of a head that turn.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,36 @@ def table(positions_T: Tensor, frequencies_R: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, each [T, 1, R] float32."""
     angle = positions_T[:, None, None].float() * frequencies_R
     return angle.cos(), angle.sin()
+
+
+Tables = list[tuple[Tensor, Tensor]]
+
+
+class Angles:
+    """cos and sin of the positions of a pass, for the extension, by several settings of
+    frequencies. A reply goes on token by token: its next positions are worked out together."""
+
+    AHEAD = 64
+
+    def __init__(self, frequencies: Sequence[Tensor]) -> None:
+        self._frequencies = frequencies
+        self._ahead: tuple[int, Tables] = (0, [])
+        """A position, and tables of AHEAD from it on."""
+
+    def of(self, starts: Sequence[int], tokens: Sequence[int]) -> tuple[Tables, int]:
+        """`table` of positions, so many on end from each start, for each setting; and the row of
+        the tables at which these positions begin."""
+        if len(starts) > 1 or tokens[0] > 1:
+            ranges = [torch.arange(s, s + n) for s, n in zip(starts, tokens, strict=True)]
+            return self._of(torch.cat(ranges)), 0
+        first, tables = self._ahead
+        if not (tables and first <= starts[0] < first + self.AHEAD):
+            first = starts[0]
+            self._ahead = _, tables = first, self._of(torch.arange(first, first + self.AHEAD))
+        return tables, starts[0] - first
+
+    def _of(self, positions_T: Tensor) -> Tables:
+        return [table(positions_T, frequencies_R) for frequencies_R in self._frequencies]
 
 
 class Turns:

@@ -1,15 +1,18 @@
-"""Decoder layers of packed weights, computed by the C++ extension: two calls each, or one for all.
+"""Decoder layers of packed weights, computed by the C++ extension: two calls each, or one for all;
+and whole models, one call a pass.
 
 The same numbers as the modules they hold, up to the order in which norms add; a step of one token
 spends its time reading weights then, and not on calls.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gemsmith.errors import WeightsError
 from gemsmith.model.text import (
     DecoderLayer,
     Experts,
@@ -17,9 +20,12 @@ from gemsmith.model.text import (
     Layers,
     Tables,
     TextModel,
+    rope_frequencies,
 )
 from gemsmith.ops import cpu, cpu_layers, native
+from gemsmith.ops.cpu_decoder import Decoder, Scales, Stage
 from gemsmith.ops.cpu_layers import Layer, Place
+from gemsmith.ops.linear import MIN_ROWS
 from gemsmith.quant.linear import QuantModule
 from gemsmith.quant.packed import Packed
 
@@ -175,12 +181,88 @@ class PackedLayers(Layers):
         return x_TD
 
 
+KEPT_TABLE = 4 << 20
+"""Up to so many bytes the per-layer table is kept as floats; of a larger one rows are read."""
+
+
 def fuse(model: TextModel) -> None:
-    """Replace the layers that can be by `PackedLayer`s, in place."""
+    """Replace the layers that can be by `PackedLayer`s, in place, and have the extension compute
+    whole passes where all of the model can be."""
     model.layers = PackedLayers(
         PackedLayer(layer) if isinstance(layer, DecoderLayer) and takes(layer) else layer
         for layer in model.layers
     )
+    model.native = _decoder(model)
+
+
+def _decoder(model: TextModel) -> Decoder | None:
+    """All of the model as the extension computes it; None where it cannot."""
+    config, layers = model.config, list[Any](model.layers)
+    embedding, P = _packed(model.embed_tokens), config.hidden_size_per_layer_input
+    head = embedding if config.tie_word_embeddings else _packed(model.lm_head)
+    turns: list[set[Any]] = [set(), set()]
+    for plan in config.layers:
+        turns[plan.window is not None].add((plan.rope, plan.head_dim))
+    alike = all(isinstance(layer, PackedLayer) for layer in layers) and max(map(len, turns)) == 1
+    norm = model.norm.weight.detach()
+    if embedding is None or head is None or not alike or norm.dtype != torch.float32:
+        return None
+    full, sliding = (rope_frequencies(*kind.pop()) if kind else None for kind in turns)
+    most = MOST_PRODUCTS // sum(layer.products for layer in layers)
+    scales = Scales(eps=config.rms_norm_eps, embedding=config.hidden_size**0.5)
+    inputs: dict[str, Any] = {}
+    if P:
+        projection = _projection(model.per_layer_model_projection)
+        norm_P = model.per_layer_projection_norm.weight.detach()
+        kept, table = _table(model.embed_tokens_per_layer, config.vocab_size)
+        if projection is None or P % cpu.BLOCK or norm_P.dtype != torch.float32 or not kept:
+            return None
+        scales = replace(scales, projection=config.hidden_size**-0.5, identity=P**0.5, sum=2**-0.5)
+        inputs = {"projection": projection, "projection_norm": norm_P, "table": table}
+        if isinstance(projection, Tensor):
+            # Of more rows torch multiplies with bfloat16, and adds up in another order.
+            most = min(most, MIN_ROWS - 1)
+    return Decoder(
+        [
+            Stage(layer._native, plan.kv_source, plan.window is not None)
+            for layer, plan in zip(layers, config.layers, strict=True)
+        ],
+        shared=config.first_kv_shared_layer,
+        window=config.sliding_window,
+        embedding=embedding,
+        head=head,
+        norm=norm,
+        frequencies=(full, sliding),
+        scales=scales,
+        most_tokens=most,
+        **inputs,
+    )
+
+
+def _table(store: Any, vocab_size: int) -> tuple[bool, Tensor | None]:
+    """Whether a per-layer table gives float32 rows, and all of them if they are few."""
+    try:
+        row = store(torch.zeros(1, dtype=torch.long))
+        if row.dtype != torch.float32 or not row.is_cpu:
+            return False, None
+        small = row.nbytes * vocab_size <= KEPT_TABLE and store.num_embeddings == vocab_size
+        return True, store(torch.arange(vocab_size)).contiguous() if small else None
+    except WeightsError:  # it is named when the row is read that is wrong
+        return False, None
+
+
+def _packed(matrix: Any) -> cpu.PackedWeight | None:
+    if isinstance(matrix, QuantModule) and isinstance(matrix.stored, Packed):
+        return matrix.stored.weight
+    return None
+
+
+def _projection(matrix: Any) -> cpu.PackedWeight | Tensor | None:
+    """A weight that is packed, or bfloat16 on the CPU."""
+    if isinstance(matrix, nn.Linear) and matrix.weight.dtype == torch.bfloat16:
+        weight = matrix.weight.detach()
+        return weight if weight.is_cpu and weight.is_contiguous() else None
+    return _packed(matrix)
 
 
 def same_bits_in_any_pass(model: TextModel) -> bool:
