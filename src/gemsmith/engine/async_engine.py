@@ -12,6 +12,7 @@ before the next step. What this is not: no HTTP, no time limits (`asyncio.timeou
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,6 +29,9 @@ from gemsmith.engine.reply import Event
 from gemsmith.engine.request import Finished, Request
 from gemsmith.errors import CapacityError, GemsmithError
 
+STATS_S = 0.02
+"""Replies may go on for so long before `stats` tells: of a small model's step a snapshot of it is a
+fortieth."""
 SHUTTING_DOWN = "the engine is shutting down; send the request elsewhere"
 
 
@@ -111,7 +115,7 @@ class AsyncEngine:
         self._gone = False
         """Whether the worker has done all that it will."""
         self._broken: GemsmithError | None = None
-        self._stats = self._engine.stats()
+        self._stats, self._stats_until = self._engine.stats(), 0.0
         # One at a time: tokenizers and templates need not be for many threads.
         self._encoder = ThreadPoolExecutor(1, "gemsmith-encode")
         self._thread = threading.Thread(target=self._work, name="gemsmith-engine", daemon=True)
@@ -174,7 +178,7 @@ class AsyncEngine:
         return await added
 
     def stats(self) -> Stats:
-        """As of the last step. From any thread."""
+        """As of the last step, or of one within STATS_S before it. From any thread."""
         return self._stats
 
     @property
@@ -234,6 +238,7 @@ class AsyncEngine:
                 self._wake.wait_for(lambda: self._commands or self._closed or self._engine.busy)
                 commands, self._commands = self._commands, []
                 closed, self._idle = self._closed, False
+            commands_came = bool(commands)
             try:
                 while commands:  # none is kept: what it refers to may be dropped
                     commands.pop(0)()
@@ -245,7 +250,9 @@ class AsyncEngine:
                 self._fail_all(self._broken)
             if closed:
                 self._fail_all(CapacityError("the engine was shut down before this was done"))
-            self._stats = self._engine.stats()
+            if commands_came or not self._engine.busy or time.monotonic() > self._stats_until:
+                self._stats = self._engine.stats()
+                self._stats_until = time.monotonic() + STATS_S
             with self._wake:
                 done = closed or self._broken is not None
                 self._idle = done or not self._engine.busy

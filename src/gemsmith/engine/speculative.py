@@ -73,13 +73,14 @@ class Costs:
         samples = self._samples.setdefault(size, deque(maxlen=SAMPLES))
         samples.append((rows, seconds))
         each, took = zip(*samples, strict=True)
+        if size not in self._points:
+            self._points = dict(sorted([*self._points.items(), (size, (0.0, 0.0))]))
         self._points[size] = statistics.median(each), statistics.median(took)
         self._added += 1
         self._latest[size] = self._added
         for other, latest in list(self._latest.items()):
             if other > size and self._added - latest > STALE:
                 del self._samples[other], self._latest[other], self._points[other]
-        self._points = dict(sorted(self._points.items()))
 
     def of(self, rows: Sequence[int]) -> list[float] | None:
         """Of passes of so many rows each, in a line between those that were measured, and on in
@@ -169,8 +170,10 @@ class Speculation:
     def _worth(self, texts: Sequence[Text], chances: Sequence[tuple[float, int]], rows: int) -> int:
         """How many of these guesses, (chance that it is right, which text), give the most tokens a
         second; 0 if that is hardly more than without."""
+        if not chances:
+            return 0
         costs = self._passes.of([len(texts), *range(rows, rows + len(chances) + 1)])
-        if costs is None or not chances:
+        if costs is None:
             return 0
         # What stands beside the texts, such as a prompt, has its time anyway: only what guesses add
         # to that of a pass over the texts alone is theirs to pay.
