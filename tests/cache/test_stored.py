@@ -1,5 +1,6 @@
 """Prefixes on disk: found by another process, one's own alone, whole or not at all, bounded."""
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.cache.test_prefix import BLOCK, MODELS, Conversation, found, kept, ne
 from gemsmith.cache import stored
 from gemsmith.cache.paged import PagedCache
 from gemsmith.cache.prefix import Chain, Miss, PrefixCache
-from gemsmith.cache.stored import Store, identity, private_folder
+from gemsmith.cache.stored import Store, extended, identity, private_folder
 from gemsmith.errors import ConfigError
 from gemsmith.testing import SIZES
 
@@ -225,3 +226,12 @@ def test_a_folder_that_cannot_be_is_refused_by_name(tmp_path):
         ConfigError, match=r"--prefix-cache .*file.*; name a folder that can be made"
     ):
         private_folder(tmp_path / "file")
+
+
+def test_digests_stay_those_that_older_files_are_named_by():
+    """Of the digest before, and each key spelled out with a comma."""
+    keys = [7, "image", ("image", b"\x00")]
+    made = hashlib.blake2b(b"before", digest_size=16)
+    for key in keys:
+        made.update(repr(key).encode() + b",")
+    assert extended(b"before", keys) == made.digest()

@@ -16,6 +16,7 @@ Shapes: T tokens of the step, of all sequences, one sequence after the other; R 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,19 @@ class PagedCache:
         natives = {layer: slots._native for layer, slots in self.slots.items()}
         return Stores.of(len(self.layers), natives)
 
+    @cached_property
+    def _rows(self) -> dict[bool, list[Any]]:
+        """What slots of full (False) and sliding layers hold, as bytes [slots, bytes]; by NumPy
+        where they are the CPU's, which slices in a tenth of the time."""
+        rows: dict[bool, list[Any]] = {False: [], True: []}
+        for index, slots in self.slots.items():
+            for tensor in slots.tensors.values():
+                flat = tensor.view(len(tensor), -1).view(torch.uint8)
+                rows[self.layers[index].window is not None].append(
+                    flat.numpy() if flat.is_cpu else flat
+                )
+        return rows
+
     def step(self, chunks: Sequence[Chunk]) -> "PagedStep":
         """The store of one pass over the chunks' tokens. Commit them when it has succeeded."""
         return PagedStep(self, chunks)
@@ -159,10 +173,8 @@ class PagedCache:
             if not pool.blocks:
                 continue
             old, [new] = table.blocks[-1], pool.take(1)
-            for index, slots in self.slots.items():
-                if (self.layers[index].window is not None) == sliding:
-                    for tensor in slots.tensors.values():
-                        tensor[new * size :][:used] = tensor[old * size :][:used]
+            for rows in self._rows[sliding]:
+                rows[new * size : new * size + used] = rows[old * size : old * size + used]
             pool.release([old])
             table.blocks[-1] = new
         return branch

@@ -49,8 +49,7 @@ Tensors = dict[str, Tensor]
 def extended(digest: bytes, keys: Sequence[Hashable]) -> bytes:
     """The digest of a sequence of keys, from that of its beginning and the rest."""
     made = hashlib.blake2b(digest, digest_size=16)
-    for key in keys:
-        made.update(repr(key).encode() + b",")
+    made.update("".join([f"{key!r}," for key in keys]).encode())
     return made.digest()
 
 

@@ -78,13 +78,15 @@ class Index:
         return found
 
     def _add(self, ids: Sequence[int]) -> None:
-        for place in range(len(self._before), len(ids)):
-            before = -1
-            if place >= KEY:
-                key = tuple(ids[place - KEY : place])
-                before = self._latest.get(key, -1)
-                self._latest[key] = place
-            self._before.append(before)
+        first = len(self._before)
+        if first < KEY:
+            self._before += [-1] * (min(KEY, len(ids)) - first)
+            first = len(self._before)
+        new = ids[first - KEY : len(ids) - 1] if first < len(ids) else []
+        latest, before = self._latest, self._before
+        for place, key in enumerate(zip(*(new[i:] for i in range(KEY)), strict=False), first):
+            before.append(latest.get(key, -1))
+            latest[key] = place
 
 
 def _agreement(ids: Sequence[int], place: int) -> int:
