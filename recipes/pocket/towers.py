@@ -307,8 +307,12 @@ def _letters_of(seen: list[Lesson], said: Tensor, patch: Tensor) -> tuple[Tensor
 
 
 def _letters_loss(said: Tensor, wanted: Tensor) -> Tensor:
-    """Of logits [..., places, L]; most places are empty, and weigh a tenth."""
-    weight = torch.where(wanted > 0, 1.0, 0.1) * (wanted >= 0)
+    """Of logits [..., places, L]; most places are empty, and weigh a tenth.
+
+    But not those said to hold a letter: else, in doubt between two places, both would say it.
+    """
+    counts = (wanted > 0) | (said.argmax(-1) > 0)
+    weight = torch.where(counts, 1.0, 0.1) * (wanted >= 0)
     each = F.cross_entropy(said.flatten(0, -2), wanted.flatten().clamp(min=0), reduction="none")
     return (each * weight.flatten()).sum() / weight.sum()
 
