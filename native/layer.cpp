@@ -14,8 +14,9 @@ namespace gemsmith {
 namespace {
 
 // Rows that go through the MLP together: enough that reading the weights costs little beside the
-// products, few enough that what lies between them stays in cache.
-constexpr int64_t ROWS = 128;
+// products, few enough that what lies between them stays in cache. The last may be half as many more:
+// for a few rows of their own weights would be read once more.
+constexpr int64_t ROWS = 128, MOST_ROWS = ROWS + ROWS / 2;
 
 using Floats = Room<float>;
 
@@ -134,11 +135,11 @@ void Layer::before(const float* x, int64_t M, const float* cosine, const float* 
 void Layer::after(const float* x, const float* o, const float* ple, int64_t ple_stride, int64_t M,
                   float* y) const {
   const Kernels& isa = kernels();
-  const int64_t most = M < ROWS ? M : ROWS;
+  const int64_t most = M < MOST_ROWS ? M : MOST_ROWS;
   const Floats branch = floats(most * D), normed = floats(most * D);
   const Floats gate_out = floats(most * (F > P ? F : P)), up_out = floats(most * F);
-  for (int64_t start = 0; start < M; start += ROWS) {
-    const int64_t rows = M - start < ROWS ? M - start : ROWS;
+  for (int64_t start = 0, rows = 0; start < M; start += rows) {
+    rows = M - start <= MOST_ROWS ? M - start : ROWS;
     const float* in = x + start * D;
     float* out = y + start * D;
     Rounded(o + start * heads * H, rows, heads * H).times(this->o, branch.get());

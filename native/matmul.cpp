@@ -375,20 +375,6 @@ void run_wide(const void* data, int64_t piece) {
                      job.y + m * N * job.y_bits / 8, job.y_bits);
 }
 
-struct QuantizeJob {
-  const Kernels& kernels;
-  const float* x;
-  int64_t K;
-  int8_t* x8;
-  float* sx;
-  Slices rows;
-};
-
-void run_quantize(const void* data, int64_t piece) {
-  const auto& job = *static_cast<const QuantizeJob*>(data);
-  job.kernels.quantize(job.x, job.K, job.rows.begin(piece), job.rows.end(piece), job.x8, job.sx);
-}
-
 struct ReadJob {
   const Kernels& kernels;
   const uint8_t* data;
@@ -429,9 +415,8 @@ void run_check(const void* data, int64_t piece) {
 
 void quantize_rows(const float* x, int64_t M, int64_t K, int8_t* x8, float* sx) {
   if (M == 0) return;
-  const int64_t row_bytes = K * static_cast<int64_t>(sizeof(float));
-  const QuantizeJob job{kernels(), x, K, x8, sx, {M, piece_size(M, row_bytes)}};
-  parallel(job.rows.count(), run_quantize, &job);
+  const Kernels& isa = kernels();
+  each_row(M, K, [&](int64_t m0, int64_t m1) { isa.quantize(x, K, m0, m1, x8, sx); });
 }
 
 namespace {

@@ -4,12 +4,13 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tests.server.conftest import CALL, COLD, THOUGHT, WEATHER, events, run, serving, user
 
 from gemsmith.engine.engine import LM
 from gemsmith.server.chat import ask_of
 from gemsmith.server.errors import ApiError
-from gemsmith.server.protocol import ChatRequest
+from gemsmith.server.protocol import ChatRequest, CompletionRequest
 
 URL = "/v1/chat/completions"
 
@@ -497,3 +498,10 @@ def test_replies_are_held_to_tools_and_formats(tiny):
             assert "parameters.unit" in answer.json()["error"]["message"]
 
     run(scenario)
+
+
+def test_of_a_long_prompt_of_the_wrong_kind_one_token_is_told():
+    ids: list[Any] = [*range(1000), "no id", *range(1000)]
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate({"model": "m", "prompt": ids})
+    assert caught.value.error_count() <= 4  # one for each thing that it might have been

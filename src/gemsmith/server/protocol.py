@@ -181,7 +181,13 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    # Of a long list no more than one wrong kind is told: each would take as long as the pass.
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[int], Field(fail_fast=True)]
+        | Annotated[list[list[int]], Field(fail_fast=True)]
+    )
     logprobs: int | None = None
     echo: No = None
     best_of: Annotated[int | None, only(1)] = None
