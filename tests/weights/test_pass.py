@@ -231,6 +231,16 @@ def test_what_does_not_belong_together_is_refused():
             decoder.read([3], [(2, 1)], seen)
         with pytest.raises(WeightsError, match="the 318 greatest of 317 outputs"):
             decoder.read([3], [(1, 1)], seen, count=318, skipped=SKIPPED)
+        with torch.inference_mode():  # such a tensor counts no changes
+            skipped = SKIPPED.clone()
+        for _ in range(2):
+            decoder.read([3], [(1, 1)], seen, count=5, skipped=skipped)
+        with torch.inference_mode():
+            skipped += 400
+        with pytest.raises(WeightsError, match="skipped: ids must ascend within 320 outputs"):
+            decoder.read([3], [(1, 1)], seen, count=5, skipped=skipped)
+        with pytest.raises(WeightsError, match=r"must be contiguous torch\.int64"):
+            decoder.read([3], [(1, 1)], seen, count=5, skipped=SKIPPED.int())
         far = Sight([[(0, 1), (500, 3)]], [0])
         with pytest.raises(WeightsError, match="slot 502 of"):
             decoder.read([3], [(1, 1)], Seen(seen.stores, [0], far, seen.sliding))

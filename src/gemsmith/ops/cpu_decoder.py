@@ -201,7 +201,7 @@ class Decoder:
         self.needs_rows = bool(P) and table is None
         """Whether a pass is to be given the rows of the per-layer table."""
         self.most_tokens = most_tokens
-        self._last_skips: tuple[Tensor | None, tuple[int, int]] = (None, (0, 0))
+        self._passed: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
         self._angles = Angles([turns for turns in frequencies if turns is not None])
         self._turns = [turns is not None for turns in frequencies]
         """Of full and sliding layers: whether there are some."""
@@ -271,11 +271,12 @@ class Decoder:
 
     def _skips(self, count: int, skipped: Tensor | None) -> Tensor:
         """`checked_skips`, of thousands of ids that are the same at every token."""
-        last, state = self._last_skips
-        if skipped is None or skipped is not last or state != (count, skipped._version):
-            skipped = checked_skips(self._head, count, skipped)
-            self._last_skips = skipped, (count, skipped._version)
-        return skipped
+        before, checked = self._passed
+        if skipped is None or skipped.dtype != checked.dtype:
+            return checked_skips(self._head, count, skipped)
+        if count != before or not torch.equal(skipped, checked):
+            self._passed = count, checked_skips(self._head, count, skipped).clone()
+        return self._passed[1]
 
     def _check(self, parts: Sequence[Part], seen: Seen) -> None:
         """Raises:
