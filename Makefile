@@ -55,7 +55,7 @@ bench: $(VENV)/.dev
 	$(call BENCH,kernels 'decode --bits 4' 'memory --bits 4' 'decode --bits mobile' \
 	  'memory --bits mobile' peers prefill memory media fit grammar)
 
-# 32 GB of disk more, and 16 GB of memory free.
+# A quarter of an hour, 43 GB of disk more, and 16 GB of memory free.
 bench-26B: $(VENV)/.dev
 	$(call BENCH,'peers --size 26B-A4B')
 
