@@ -155,7 +155,7 @@ def test_of_few_allowed_tokens_one_is_chosen_as_under_a_mask(
 def test_logits_that_capping_makes_equal_come_in_the_order_of_their_ids(model: TextModel):
     raw = torch.tensor([[80.00001, 80.0, 79.0, 3.0]])
     ids = torch.tensor([[9, 4, 2, 1]])
-    found = model._settled(raw, ids, torch.tensor([80.0]), 3, None)
+    found = model._settled(raw, ids, torch.tensor([80.0]), 3, torch.tensor([], dtype=torch.long))
     assert found is not None
     assert found[0][0, 0] == found[0][0, 1] > found[0][0, 2]
     assert found[1].tolist() == [[4, 9, 2]]

@@ -137,15 +137,11 @@ def read(
 ) -> Rows:
     """One pass: what follows the tokens that ask, see `TextModel.read`. sees: what their choices
     may depend on; the head's weights are to be read once."""
-    reach, skipped = 0, None
-    if sees and sees[0] is not None:
-        # The same object: they are thousands, and one engine skips two sets of them at most.
-        first = sees[0]
-        same = [each for each in sees if each is not None and each.skipped is first.skipped]
-        reach = max(each.reach for each in same) if len(same) == len(sees) else None
-        skipped = first.skipped_n
-    elif sees:
-        reach = None
+    first = sees[0] if sees else None
+    # The same object: they are thousands, and one engine skips two sets of them at most.
+    same = [each for each in sees if each and first and each.skipped is first.skipped]
+    reach = max((each.reach for each in same), default=0) if len(same) == len(sees) else None
+    skipped = first.skipped_n if first else None
     hidden_RD, found = model.read(ids, parts, kv, soft=soft, count=reach or 0, skipped=skipped)
     return Rows(model, hidden_RD, reach=reach, found=found)
 

@@ -401,7 +401,9 @@ class TextModel(nn.Module):
             hidden_RD, found = native.read(
                 ids, parts, seen, rows_T=rows_T, count=reach, skipped=skipped
             )
-            return hidden_RD, found and self._settled(*found, count, skipped)
+            if found is None or skipped is None:
+                return hidden_RD, None
+            return hidden_RD, self._settled(*found, count, skipped)
         device = self.embed_tokens.weight.device
         rows, first = [], 0
         for tokens, asks in parts:
@@ -467,7 +469,7 @@ class TextModel(nn.Module):
         return wanted if count <= wanted else 0
 
     def _settled(
-        self, raw_RC: Tensor, ids_RC: Tensor, most_R: Tensor, count: int, skipped: Tensor | None
+        self, raw_RC: Tensor, ids_RC: Tensor, most_R: Tensor, count: int, skipped: Tensor
     ) -> Likeliest | None:
         """`likeliest` from what the head's greatest outputs are."""
         if not all(map(isfinite, most_R.tolist())):
@@ -479,7 +481,7 @@ class TextModel(nn.Module):
         if np.count_nonzero(rises):  # any() takes ten times as long for so few
             order = np.lexsort((ids, -values))
             values, ids = (np.take_along_axis(each, order, 1) for each in (values, ids))
-        if values.shape[1] < self.config.vocab_size - (0 if skipped is None else len(skipped)):
+        if values.shape[1] < self.config.vocab_size - len(skipped):
             wanted, others = values[:, count - 1].tolist(), values[:, -1].tolist()
             if any(least - most <= NEAR for least, most in zip(wanted, others, strict=True)):
                 return None

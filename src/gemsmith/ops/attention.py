@@ -64,21 +64,21 @@ def _written_out(
     """
     (T, N, H), (S, K, _) = q_TNH.shape, k_SKH.shape
     filled_T, filled_S = (-n % FILLED for n in (T, S))
+    if mask_TS is None:
+        mask_TS = torch.ones(T, S, dtype=torch.bool)
     if causal:
-        mask_TS = torch.ones(T, S, dtype=torch.bool).tril_()
+        mask_TS = mask_TS.tril()
     bias_TS = torch.full((T + filled_T, S + filled_S), -torch.inf)
     # Rows that are filled in see all, so that none of them is without a key.
     bias_TS[T:] = 0.0
-    bias_TS[:T, :S].masked_fill_(
-        torch.ones((), dtype=torch.bool) if mask_TS is None else mask_TS, 0
-    )
+    bias_TS[:T, :S].masked_fill_(mask_TS, 0.0)
     q_TNH, k_SKH, v_SKH = (
         F.pad(x, (0, 0, 0, 0, 0, by))
         for x, by in ((q_TNH, filled_T), (k_SKH, filled_S), (v_SKH, filled_S))
     )
     q = q_TNH.view(-1, K, N // K, H).transpose(0, 1).reshape(K, -1, H)
     scores = torch.bmm(q, k_SKH.permute(1, 2, 0)).float()
-    shares = (scores.view(K, -1, N // K, len(bias_TS[0])) + bias_TS[:, None]).softmax(-1)
+    shares = (scores.view(K, -1, N // K, bias_TS.shape[1]) + bias_TS[:, None]).softmax(-1)
     out = torch.bmm(shares.to(v_SKH.dtype).view(scores.shape), v_SKH.transpose(0, 1))
     return out.view(K, -1, N // K, H).transpose(0, 1).reshape(-1, N, H)[:T]
 
