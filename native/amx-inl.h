@@ -17,7 +17,8 @@
 // One scale a row: 2 blocks of outputs times 2 panels of 16 rows make four independent sums, and each
 // tile loaded serves two; while they are computed, the four before them are scaled. Groups: sums leave the unit at each group's end to be scaled in float32, a
 // tile of totals is all that fits into vector registers, and the four sums are of four groups, so that
-// the unit works on two of them while the others are scaled.
+// the unit works on two of them while the others are scaled. Scale steps are multiplied into the codes,
+// which then have one scale a row.
 //
 // Groups of 32 inputs fill half a tile. Tiles are then configured to be that small: zeros in the
 // other half would cost the same loads and stores, and as much or more time in the unit.
@@ -35,6 +36,42 @@ using Floats = float __attribute__((vector_size(64)));
 using Ints = int32_t __attribute__((vector_size(64)));
 using Words = uint64_t __attribute__((vector_size(64)));
 using Bytes = uint8_t __attribute__((vector_size(64)));
+using Shorts = uint16_t __attribute__((vector_size(64)));
+using Multiples = int8_t __attribute__((vector_size(16)));
+
+// q of all fields of a block times its group's multiple, int8 [stride/4][64]; steps [16].
+//
+// u times the multiple's size is at most 15 * 15: two of them are one product of 16 bits, and by sign s
+// (0 or -1) q * multiple = (u * size ^ s) - (2^(B-1) * size ^ s).
+template <int B>
+void unpack_steps(const Product& p, int64_t block, int8_t* codes, float* steps) {
+  constexpr uint64_t MASK = ((1u << B) - 1) * 0x0101010101010101u;
+  constexpr int32_t ZEROS = (1 << (B - 1)) * 0x01010101;
+  const uint8_t *w = p.lines + block * p.line_count * LINE, *scales = p.scales_of(block);
+  std::memcpy(steps, scales, LINE);
+  int8_t* to = codes;
+  for (int64_t g = 0; g < p.groups; g++) {
+    Multiples multiple;
+    std::memcpy(&multiple, scales + LINE + g * BLOCK, BLOCK);
+    const Ints wide = __builtin_convertvector(multiple, Ints), sign = wide < 0;
+    const Ints size = (wide ^ sign) - sign;
+    const Shorts by = reinterpret_cast<Shorts>(size * 0x00010001);
+    const Bytes flip = reinterpret_cast<Bytes>(sign);
+    const Bytes zero = reinterpret_cast<Bytes>(size * ZEROS) ^ flip;
+    for (int64_t l = 0; l < p.group_lines; l++, w += LINE) {
+      Words u;
+      std::memcpy(&u, w, LINE);
+      UNROLL
+      for (int f = 0; f < 8 / B; f++, to += LINE) {
+        const Words field = (u >> (B * f)) & MASK;
+        const Shorts product = reinterpret_cast<Shorts>(field) * by;
+        const Bytes q = (reinterpret_cast<Bytes>(product) ^ flip) - zero;
+        std::memcpy(to, &q, LINE);
+      }
+    }
+  }
+  std::memset(to, 0, static_cast<size_t>(codes + p.stride * BLOCK - to));
+}
 
 // q of all fields of a block, int8 [stride/4][64]; scales as float32 [G][16].
 template <int B>
@@ -61,6 +98,9 @@ void unpack(const Product& p, int64_t block, int8_t* codes, float* scales) {
 }
 
 void unpack(const Product& p, int64_t block, int8_t* codes, float* scales) {
+  if (p.steps())
+    return p.bits == 2 ? unpack_steps<2>(p, block, codes, scales)
+                       : unpack_steps<4>(p, block, codes, scales);
   p.bits == 2   ? unpack<2>(p, block, codes, scales)
   : p.bits == 4 ? unpack<4>(p, block, codes, scales)
                 : unpack<8>(p, block, codes, scales);
@@ -214,7 +254,7 @@ void groups_gemm(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m
   }
 }
 
-// -- one scale a row --------------------------------------------------------------------------
+// -- one scale a row, or steps --------------------------------------------------------------------------
 
 // Four sums that have left the unit and are not yet y; that happens row by row, while the next four are
 // computed. Sum 2i + j is of panel i and block j.
@@ -302,7 +342,7 @@ void blocks_gemm(const Product& p, int64_t block, int64_t b1, int64_t m0, int64_
 }
 
 void gemm(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1, uint8_t* scratch) {
-  if (p.groups > 1) {
+  if (p.groups > 1 && !p.steps()) {
     exact_products(p) ? groups_gemm<true>(p, b0, b1, m0, m1, scratch)
                       : groups_gemm<false>(p, b0, b1, m0, m1, scratch);
   } else {

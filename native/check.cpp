@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <random>
 #include <thread>
 #include <vector>
@@ -36,11 +37,12 @@ struct Case {
   std::vector<float> scales, sx, expected;
   std::vector<uint16_t> halves;  // the scales as bfloat16
   std::vector<int8_t> x8;
+  std::vector<float> steps;  // the memory of scale steps, if it has them
 };
 
 // kind 0: random; 1: the largest sums there can be; 2: zeros.
 Case make(const Shape& shape, int bits, int64_t M, int kind) {
-  Case made{shape.N, shape.K, shape.group, M, bits, {}, {}, {}, {}, {}, {}};
+  Case made{shape.N, shape.K, shape.group, M, bits, {}, {}, {}, {}, {}, {}, {}};
   const auto [N, K, group] = shape;
   const int64_t blocks = ceil_div(N, BLOCK), groups = group ? K / group : 1;
   const int64_t row_bytes = ceil_div(K * bits, 8);
@@ -83,6 +85,49 @@ Case make(const Shape& shape, int bits, int64_t M, int kind) {
   return made;
 }
 
+// As `make`, but for scales, which are steps; x is not below -127.
+Case make_steps(const Shape& shape, int bits, int64_t M, int kind) {
+  Case made = make(shape, bits, M, kind);
+  const auto [N, K, group] = shape;
+  const int64_t blocks = ceil_div(N, BLOCK), groups = K / group, bytes = scale_bytes(groups, 8);
+  const int64_t padded = blocks * BLOCK;
+  made.steps.resize(static_cast<size_t>(blocks * bytes / 4));
+  auto* memory = reinterpret_cast<uint8_t*>(made.steps.data());
+  std::vector<float> step(padded), q(N * K), ones(padded * groups, 1);
+  std::vector<int8_t> multiple(padded * groups);
+  for (int64_t n = 0; n < padded; n++) {
+    step[n] = static_cast<float>(8 + random_bits() % 8) / 512;
+    std::memcpy(memory + n / BLOCK * bytes + n % BLOCK * 4, &step[n], 4);
+    for (int64_t g = 0; g < groups; g++) {
+      const int some = static_cast<int>(random_bits() % 31) - 15;
+      multiple[n * groups + g] = static_cast<int8_t>(kind ? n % 2 ? 15 : -15 : some);
+      memory[n / BLOCK * bytes + LINE + g * BLOCK + n % BLOCK] =
+          static_cast<uint8_t>(multiple[n * groups + g]);
+    }
+  }
+  for (int8_t& x : made.x8) x = std::max<int8_t>(x, -127);
+  std::vector<int64_t> rows(N);
+  std::iota(rows.begin(), rows.end(), 0);
+  unpack_rows(made.lines.data(), ones.data(), K, bits, group, 32, rows.data(), N, q.data());
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t n = 0; n < N; n++) {
+      int32_t total = 0;
+      for (int64_t k = 0; k < K; k++)
+        total += multiple[n * groups + k / group] * static_cast<int32_t>(q[n * K + k]) *
+                 made.x8[m * K + k];
+      const float scaled = static_cast<float>(total) * step[n];
+      made.expected[m * N + n] = scaled * made.sx[m];
+    }
+  std::vector<float> found(N * K);
+  unpack_rows(made.lines.data(), memory, K, bits, group, 8, rows.data(), N, found.data());
+  for (int64_t i = 0; i < N * K; i++)
+    if (found[i] != q[i] * (multiple[i / K * groups + i % K / group] * step[i / K])) {
+      std::printf("rows with steps differ: N %ld K %ld bits %d\n", long(N), long(K), bits);
+      std::exit(1);
+    }
+  return made;
+}
+
 void compare(const char* what, const Case& c, const std::vector<float>& y) {
   if (std::memcmp(y.data(), c.expected.data(), y.size() * sizeof(float)) == 0) return;
   std::printf("%s: %s differs: N %ld K %ld group %ld bits %d M %ld\n", kernels().name, what,
@@ -91,6 +136,12 @@ void compare(const char* what, const Case& c, const std::vector<float>& y) {
 }
 
 void run(const Case& c) {
+  if (!c.steps.empty()) {
+    std::vector<float> y(c.M * c.N, -1);
+    matmul(c.lines.data(), c.steps.data(), c.N, c.K, c.bits, c.group, 8, c.x8.data(), c.sx.data(),
+           c.M, y.data());
+    return compare("product with steps", c, y);
+  }
   for (int scale_bits : {32, 16}) {
     if (scale_bits == 16 && !c.group) continue;
     const void* scales = c.scales.data();
@@ -188,30 +239,32 @@ void wide(int64_t N, int64_t K, int64_t M) {
 
 // The greatest outputs, and some alone, of a weight: those of the whole product. ties: of a weight
 // whose rows repeat.
-void search(const Shape& shape, int bits, int64_t M, bool ties) {
-  Case c = make(shape, bits, M, 0);
+void search(const Shape& shape, int bits, int64_t M, bool ties, bool steps = false) {
+  Case c = steps ? make_steps(shape, bits, M, 0) : make(shape, bits, M, 0);
   const auto [N, K, group] = shape;
   const int64_t blocks = ceil_div(N, BLOCK);
+  std::vector<float>& scales = steps ? c.steps : c.scales;
+  const int width = steps ? 8 : 32;
   if (ties)  // every block as the first
     for (int64_t b = 1; b < blocks; b++) {
-      const size_t lines = c.lines.size() / blocks, scales = c.scales.size() / blocks;
+      const size_t lines = c.lines.size() / blocks, floats = scales.size() / blocks;
       std::memcpy(&c.lines[b * lines], &c.lines[0], lines);
-      std::memcpy(&c.scales[b * scales], &c.scales[0], scales * sizeof(float));
+      std::memcpy(&scales[b * floats], &scales[0], floats * sizeof(float));
     }
   std::vector<float> x(M * K), all(M * N);
   for (float& value : x) value = small();
-  linear(c.lines.data(), c.scales.data(), N, K, bits, group, 32, x.data(), M, all.data());
+  linear(c.lines.data(), scales.data(), N, K, bits, group, width, x.data(), M, all.data());
   std::vector<int64_t> skipped;
   for (int64_t n = 0; n < N; n += 3) skipped.push_back(n);
   const int64_t count = std::min<int64_t>(N - static_cast<int64_t>(skipped.size()), 40);
   std::vector<float> values(M * count), most(M);
   std::vector<int64_t> ids(M * count);
-  top(c.lines.data(), c.scales.data(), N, K, bits, group, 32, x.data(), M, count, skipped.data(),
+  top(c.lines.data(), scales.data(), N, K, bits, group, width, x.data(), M, count, skipped.data(),
       static_cast<int64_t>(skipped.size()), values.data(), ids.data(), most.data());
   std::vector<float> some(M * N);
   std::vector<int64_t> order;
   for (int64_t n = 0; n < N; n++) order.push_back((n * 7 + 5) % N);  // N is no multiple of 7
-  linear_of(c.lines.data(), c.scales.data(), N, K, bits, group, 32, x.data(), M, order.data(), N,
+  linear_of(c.lines.data(), scales.data(), N, K, bits, group, width, x.data(), M, order.data(), N,
          some.data());
   bool same = true;
   for (int64_t m = 0; m < M; m++) {
@@ -607,6 +660,14 @@ int main() {
   for (int bits : {2, 4, 8})
     for (int kind : {1, 2})
       for (int64_t M : {4, 33}) cases.push_back(make({16, 4096, 0}, bits, M, kind));
+  for (const Shape& shape : {Shape{15, 128, 32}, Shape{20, 224, 32}, Shape{33, 320, 32}, Shape{16, 96, 32}})
+    for (int bits : {2, 4})
+      for (int64_t M : rows) cases.push_back(make_steps(shape, bits, M, 0));
+  for (int64_t M : {1, 9, 33}) {
+    cases.push_back(make_steps({17, 384, 128}, 2, M, 0));
+    cases.push_back(make_steps({16, 65536, 32}, 4, M, 1));  // the largest sums
+    cases.push_back(make_steps({16, 4096, 128}, 2, M, 1));
+  }
   const Case large = make({2048, 512, 0}, 4, 1, 0);  // enough for several threads
   for (int bits : {2, 4, 8})
     for (const Shape& shape : {Shape{3, 24, 24}, Shape{2, 96, 32}}) widen(shape, bits);
@@ -645,6 +706,8 @@ int main() {
       for (const bool ties : {false, true}) {
         search({17, 33, 0}, 2, 3, ties);
         search({5003, 64, 32}, 4, 2, ties);
+        search({5003, 64, 32}, 4, 2, ties, true);
+        search({600, 96, 32}, 2, 40, ties, true);
         search({9000, 20, 0}, 8, 1, ties);
       }
       for (LayerCase& c : layers)

@@ -92,7 +92,7 @@ Floats per_layer(const Decoder& d, const float* h, const std::vector<const float
   } else {
     const int64_t block = first * d.P / BLOCK, groups = w.group ? w.K / w.group : 1;
     linear(w.lines + block * ceil_div(w.K, line_inputs(w.bits)) * LINE,
-           static_cast<const uint8_t*>(w.scales) + block * groups * BLOCK * w.scale_bits / 8, width,
+           static_cast<const uint8_t*>(w.scales) + block * scale_bytes(groups, w.scale_bits), width,
            w.K, w.bits, w.group, w.scale_bits, h, n, context.get());
   }
   for (int64_t i = 0; i < n * width; i++) context[i] *= d.projection_scale;

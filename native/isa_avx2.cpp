@@ -33,6 +33,13 @@ inline __m256 load_scales(const void* scales, int64_t at) {
   }
 }
 
+// 8 multiples as 32 bits each, of which the upper 16 are 0: vpmaddwd then multiplies by them what fits
+// 16 bits.
+inline __m256i load_multiples(const int8_t* at) {
+  const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+  return _mm256_and_si256(wide, _mm256_set1_epi32(0xffff));
+}
+
 template <int B, int M, int S, int NB>
 void tile(const Product& p, int64_t block, int64_t m0) {
   constexpr int F = 8 / B;
@@ -44,9 +51,12 @@ void tile(const Product& p, int64_t block, int64_t m0) {
   for (int half = 0; half < 2 && n0 + 8 * half < p.N; half++) {
     const uint8_t* w = p.lines + block * p.line_count * LINE + 32 * half;
     int64_t scale = block * p.groups * BLOCK + 8 * half;
+    const uint8_t* steps = p.scales_of(block) + 32 * half;
+    const int8_t* multiples = reinterpret_cast<const int8_t*>(p.scales_of(block)) + LINE + 8 * half;
     const int8_t* x = p.x + m0 * p.stride;
     __m256 total[M];
-    for (int m = 0; m < M; m++) total[m] = _mm256_setzero_ps();
+    __m256i exact[M];  // with steps
+    for (int m = 0; m < M; m++) total[m] = _mm256_setzero_ps(), exact[m] = _mm256_setzero_si256();
     for (int64_t g = 0; g < p.groups; g++, scale += BLOCK) {
       __m256i sum[M];
       for (int m = 0; m < M; m++) sum[m] = _mm256_set1_epi32(p.sums[(m0 + m) * p.groups + g]);
@@ -84,9 +94,19 @@ void tile(const Product& p, int64_t block, int64_t m0) {
             sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(shorts[m], ones));
         }
       }
-      const __m256 s = load_scales<S>(p.scales, scale);
-      for (int m = 0; m < M; m++)
-        total[m] = _mm256_add_ps(total[m], _mm256_mul_ps(_mm256_cvtepi32_ps(sum[m]), s));
+      if constexpr (S == 8) {
+        const __m256i by = load_multiples(multiples + g * BLOCK);
+        for (int m = 0; m < M; m++)
+          exact[m] = _mm256_add_epi32(exact[m], _mm256_madd_epi16(sum[m], by));
+      } else {
+        const __m256 s = load_scales<S>(p.scales, scale);
+        for (int m = 0; m < M; m++)
+          total[m] = _mm256_add_ps(total[m], _mm256_mul_ps(_mm256_cvtepi32_ps(sum[m]), s));
+      }
+    }
+    if constexpr (S == 8) {
+      const __m256 step = _mm256_loadu_ps(reinterpret_cast<const float*>(steps));
+      for (int m = 0; m < M; m++) total[m] = _mm256_mul_ps(_mm256_cvtepi32_ps(exact[m]), step);
     }
     const int64_t left = p.N - n0 - 8 * half;
     for (int m = 0; m < M; m++) {

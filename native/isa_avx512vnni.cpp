@@ -115,6 +115,13 @@ inline __m512 load_scales(const void* scales, int64_t at) {
   }
 }
 
+// 16 multiples as 32 bits each, of which the upper 16 are 0: vpdpwssd then multiplies by them what fits
+// 16 bits, and adds.
+INLINE inline __m512i load_multiples(const int8_t* at) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+  return _mm512_and_si512(_mm512_cvtepi8_epi32(bytes), _mm512_set1_epi32(0xffff));
+}
+
 // Two blocks at a time share what is loaded of x: with 8 rows a load for each vpdpbusd takes what the
 // load units have (of 2 bits, 1.3 times as fast from cache).
 template <int B, int M, int S, int NB>
@@ -125,12 +132,17 @@ void tile(const Product& p, int64_t block, int64_t m0) {
   const int64_t groups = S ? p.groups : 1, apart = p.line_count * LINE;
   const uint8_t* w = p.lines + block * apart;
   int64_t scale = block * groups * BLOCK;
+  const uint8_t* steps = p.scales_of(block);
+  const int8_t* multiples = reinterpret_cast<const int8_t*>(steps) + LINE;
   const int8_t* x = p.x + m0 * p.stride;
   __m512 total[M][NB];
+  __m512i exact[M];  // with steps
   UNROLL
-  for (int m = 0; m < M; m++)
+  for (int m = 0; m < M; m++) {
+    exact[m] = _mm512_setzero_si512();
     UNROLL
     for (int nb = 0; nb < NB; nb++) total[m][nb] = _mm512_setzero_ps();
+  }
   for (int64_t g = 0; g < groups; g++, scale += BLOCK) {
     Sums<B, M, NB, A> sums;
     UNROLL
@@ -147,6 +159,14 @@ void tile(const Product& p, int64_t block, int64_t m0) {
       for (int u = 0; u < U; u++, w += LINE, x += 4 * F) sums.add(w, apart, x, p.stride, u);
     for (; l < p.group_lines; l++, w += LINE, x += 4 * F) sums.add(w, apart, x, p.stride, 0);
     // A second stream from memory: not read ahead, it costs a tenth of the speed.
+    if constexpr (S == 8) {
+      _mm_prefetch(reinterpret_cast<const char*>(multiples) + 1024, _MM_HINT_T0);
+      const __m512i by = load_multiples(multiples);
+      UNROLL
+      for (int m = 0; m < M; m++) exact[m] = _mm512_dpwssd_epi32(exact[m], sums.of_row(m, 0), by);
+      multiples += BLOCK;
+      continue;
+    }
     if (S) _mm_prefetch(static_cast<const char*>(p.scales) + scale * (S / 8) + 1024, _MM_HINT_T0);
     UNROLL
     for (int nb = 0; nb < NB; nb++) {
@@ -158,6 +178,11 @@ void tile(const Product& p, int64_t block, int64_t m0) {
       }
     }
   }
+  if constexpr (S == 8)
+    UNROLL
+    for (int m = 0; m < M; m++)
+      total[m][0] = _mm512_mul_ps(_mm512_cvtepi32_ps(exact[m]),
+                                  _mm512_loadu_ps(reinterpret_cast<const float*>(steps)));
   UNROLL
   for (int nb = 0; nb < NB; nb++) {
     const int64_t n0 = (block + nb) * BLOCK, left = p.N - n0;
@@ -175,12 +200,51 @@ void tile(const Product& p, int64_t block, int64_t m0) {
 constexpr int PANEL = 12;
 constexpr int PAIR = 2;  // blocks
 
-// Codes of all fields of NB blocks, 8 bits each, as [line][block][64]; their scales as float32
-// [G][block][16].
+// Codes u of bytes times their multiples, offset as those of 8 bits are: q * multiple + 128. amx-inl.h says
+// how; 2^(B-1) * size ^ sign has the offset in it.
+template <int B>
+struct Multiplied {
+  __m512i size, sign, zero;
+
+  INLINE explicit Multiplied(const int8_t* at) {
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    sign = _mm512_srai_epi32(wide, 31);
+    const __m512i each = _mm512_abs_epi32(wide), high = _mm512_slli_epi32(each, 16);
+    size = _mm512_or_si512(each, high);
+    const __m512i bytes = _mm512_or_si512(size, _mm512_slli_epi32(size, 8));
+    // Times 2^(B-1) a byte stays below 128.
+    const __m512i zeros = _mm512_xor_si512(_mm512_slli_epi32(bytes, B - 1), sign);
+    zero = _mm512_sub_epi8(zeros, _mm512_set1_epi8(-128));
+  }
+  INLINE __m512i operator()(__m512i codes) const {
+    return _mm512_sub_epi8(_mm512_xor_si512(_mm512_mullo_epi16(codes, size), sign), zero);
+  }
+};
+
+// Codes of all fields of NB blocks, 8 bits each, as [line][block][64], times their multiples where there
+// are some; their scales as float32 [G][block][16], or steps [block][16].
 template <int B, int NB>
 void unpack(const Product& p, int64_t block, uint8_t* codes, float* scales) {
   constexpr int F = 8 / B;
   const __m512i mask = _mm512_set1_epi8((1 << B) - 1);
+  if (B < 8 && p.steps()) {
+    for (int nb = 0; nb < NB; nb++) {
+      const uint8_t *w = p.lines + (block + nb) * p.line_count * LINE, *its = p.scales_of(block + nb);
+      uint8_t* to = codes + nb * LINE;
+      std::memcpy(scales + nb * BLOCK, its, LINE);
+      for (int64_t g = 0; g < p.groups; g++) {
+        const Multiplied<B> multiplied(reinterpret_cast<const int8_t*>(its) + LINE + g * BLOCK);
+        for (int64_t l = 0; l < p.group_lines; l++, w += LINE) {
+          const __m512i q = _mm512_loadu_si512(w);
+          read_ahead(w);
+          UNROLL
+          for (int f = 0; f < F; f++, to += NB * LINE)
+            _mm512_store_si512(to, multiplied(_mm512_and_si512(_mm512_srli_epi16(q, B * f), mask)));
+        }
+      }
+    }
+    return;
+  }
   for (int nb = 0; nb < NB; nb++) {
     const uint8_t* w = p.lines + (block + nb) * p.line_count * LINE;
     uint8_t* to = codes + nb * LINE;
@@ -252,6 +316,9 @@ __attribute__((noinline)) void panel(const uint8_t* codes, const float* scale, c
   std::memcpy(totals, total, sizeof(total));
 }
 
+// Groups as they are left after `unpack`.
+inline int64_t left_groups(const Product& p) { return p.steps() ? 1 : p.groups; }
+
 // Rows m0..m0+rows of y, of which R are computed.
 template <int R, int NB>
 void panel_rows(const Product& p, int64_t block, int64_t m0, int64_t rows, const uint8_t* codes,
@@ -263,8 +330,9 @@ void panel_rows(const Product& p, int64_t block, int64_t m0, int64_t rows, const
     _mm_prefetch(y + NB * LINE - 1, _MM_HINT_T0);
   }
   alignas(64) float totals[R * NB][BLOCK];
-  panel<R, NB>(codes, scales, p.x + m0 * p.stride, p.sums + m0 * p.groups,
-               p.group_lines * (8 / p.bits), p.groups, ahead, stride, totals[0]);
+  const int64_t groups = left_groups(p);
+  panel<R, NB>(codes, scales, p.x + m0 * p.stride, p.sums + m0 * groups,
+               p.line_count / groups * (8 / p.bits), groups, ahead, stride, totals[0]);
   for (int nb = 0; nb < NB; nb++) {
     const int64_t n0 = (block + nb) * BLOCK, left = p.N - n0;
     const __mmask16 there = static_cast<__mmask16>(left >= BLOCK ? 0xffff : (1 << left) - 1);

@@ -18,6 +18,13 @@
 // The inner sum is an exact int32; then a multiplication and an addition per group in ascending
 // order and one multiplication by sx, each rounded to float32 and never fused. Every instruction
 // set therefore gives the same bits.
+//
+// Scale steps (scale_bits: 8): scale[n][g] = multiple[n][g] * step[n], |multiple| <= 15. scales is
+// [ceil(N/16)] times one line of float32 steps [16] and int8 multiples [G up to a multiple of 4][16].
+// y[m][n] = sx[m] * (step[n] * float(sum over groups of multiple[n][g] * (sum of q*x over the group)))
+// Both sums are exact int32. Only of 2 and 4 bits, x in -127..127, and groups so small that their sums
+// fit 16 bits: multiplied, codes still fit 8 bits, so that many rows are those of a weight of 8 bits
+// with one scale a row; few rows scale and add in one instruction where there is one.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -30,6 +37,10 @@ constexpr int64_t WIDE_ROOM = 4;  // outputs of a bfloat16 weight that `wide` wi
 
 static inline int64_t line_inputs(int bits) { return 4 * (8 / bits); }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Bytes of a block's scales.
+static inline int64_t scale_bytes(int64_t groups, int scale_bits) {
+  return scale_bits == 8 ? LINE * (1 + ceil_div(groups, 4)) : groups * BLOCK * scale_bits / 8;
+}
 // Of the bits of a bfloat16; exact.
 static inline float widened(uint16_t bits) {
   const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -48,7 +59,7 @@ static inline uint16_t narrowed(float value) {
 // One product, as the kernels of one instruction set see it.
 struct Product {
   const uint8_t* lines;
-  const void* scales;   // float32 or bfloat16, see scale_bits
+  const void* scales;   // float32, bfloat16 or steps, see scale_bits
   int64_t N;
   int64_t line_count;   // lines of a block
   int64_t group_lines;  // lines of a group; line_count where G = 1
@@ -60,6 +71,11 @@ struct Product {
   const int32_t* sums;  // [M][G]: -2^(b-1) * sum of x over the group, where a sum of u*x starts
   const float* sx;      // [M]
   float* y;             // [M][N]
+
+  bool steps() const { return scale_bits == 8; }
+  const uint8_t* scales_of(int64_t block) const {
+    return static_cast<const uint8_t*>(scales) + block * scale_bytes(groups, scale_bits);
+  }
 };
 
 // -- attention (attention.cpp) ----------------------------------------------------------------
@@ -177,7 +193,8 @@ struct AttentionKernels {
 
 // A product of many rows, which unpacks weights once for all of them. It reads activations in
 // panels: x is [ceil(M/rows)][stride/bytes][rows][bytes], rows beyond M and inputs beyond K are 0,
-// and stride is a multiple of bytes. sums has as many rows as the panels.
+// and stride is a multiple of bytes. sums has as many rows as the panels; of scale steps they are
+// [M][1], -128 * sum of x: for codes multiplied, offset as those of 8 bits are.
 struct Gemm {
   int64_t least;  // from so many rows on it is faster than Kernels::product
   int64_t rows, bytes;
@@ -247,7 +264,8 @@ void dequantize(const uint8_t* packed, const float* scales, int64_t N, int64_t K
 // Per row of x [M][K]: sx = max|x| / 127, or 1 where that is 0; x8 = x / sx rounded half to even.
 // A row with an infinity or a NaN gets sx = NaN and zeros, so that its products are NaN.
 void quantize_rows(const float* x, int64_t M, int64_t K, int8_t* x8, float* sx);
-// The product above; scale_bits: 32, or 16 for bfloat16; group: inputs that share a scale, a divisor of K and a multiple of 32, or 0.
+// The product above; scale_bits: 32, 16 for bfloat16, or 8 for steps; group: inputs that share a scale,
+// a divisor of K and a multiple of 32, or 0.
 // K is at most 65536: sums of 255 * 128 then fit 32 bits.
 void matmul(const uint8_t* lines, const void* scales, int64_t N, int64_t K, int bits,
             int64_t group, int scale_bits, const int8_t* x8, const float* sx, int64_t M, float* y);

@@ -64,10 +64,13 @@ void unpack_rows(const uint8_t* lines, const void* scales, int64_t K, int bits, 
   for (int64_t r = 0; r < count; r++, out += K) {
     const int64_t block = rows[r] / BLOCK, row = rows[r] % BLOCK;
     const uint8_t* from = lines + block * line_count * LINE + 4 * row;
+    const uint8_t* its = static_cast<const uint8_t*>(scales) + block * scale_bytes(groups, scale_bits);
     const auto scale_of = [&](int64_t g) {
-      const int64_t at = (block * groups + g) * BLOCK + row;
-      return scale_bits == 16 ? widened(static_cast<const uint16_t*>(scales)[at])
-                              : static_cast<const float*>(scales)[at];
+      const int64_t at = g * BLOCK + row;
+      if (scale_bits == 16) return widened(reinterpret_cast<const uint16_t*>(its)[at]);
+      const float* floats = reinterpret_cast<const float*>(its);
+      return scale_bits == 8 ? static_cast<float>(static_cast<int8_t>(its[LINE + at])) * floats[row]
+                             : floats[at];
     };
     if (bits == 2) unpack_row<2>(from, K, group, scale_of, out);
     else if (bits == 4) unpack_row<4>(from, K, group, scale_of, out);

@@ -158,7 +158,7 @@ struct FewRows {
   }
 };
 
-// Activations of many rows as Gemm::run reads them.
+// Activations of many rows as Gemm::run reads them. groups, bits: of the codes as it multiplies them.
 struct ManyRows {
   int64_t stride;
   Room<int8_t> x;
@@ -198,7 +198,8 @@ struct Head {
     product = {lines,  scales, N,          count, group ? group / inputs : count,
                groups, bits,   scale_bits, x8.get(), stride, nullptr, sx.get(), nullptr};
     if (kernels.gemm && M >= kernels.gemm->least) {
-      many.reset(new ManyRows(kernels, x8.get(), M, K, stride, groups, bits));
+      const bool steps = product.steps();
+      many.reset(new ManyRows(kernels, x8.get(), M, K, stride, steps ? 1 : groups, steps ? 8 : bits));
       product.x = many->x.get();
       product.stride = many->stride;
       product.sums = many->sums.get();
@@ -212,7 +213,7 @@ struct Head {
   int64_t some(int64_t b0, int64_t b1, float* y) const {
     Product part = product;
     part.lines += b0 * part.line_count * LINE;
-    part.scales = static_cast<const uint8_t*>(part.scales) + b0 * part.groups * BLOCK * part.scale_bits / 8;
+    part.scales = part.scales_of(b0);
     part.N = clamp(part.N - b0 * BLOCK, 0, (b1 - b0) * BLOCK);
     part.y = y;
     if (many)
@@ -426,7 +427,8 @@ void multiply_many(const Kernels& k, const Factor& w, int64_t K, const int8_t* x
                    int64_t M) {
   const int64_t inputs = line_inputs(w.bits), count = ceil_div(K, inputs);
   const int64_t groups = w.group ? K / w.group : 1, blocks = ceil_div(w.N, BLOCK);
-  const ManyRows given(k, x8, M, K, count * inputs, groups, w.bits);
+  const bool steps = w.scale_bits == 8;
+  const ManyRows given(k, x8, M, K, count * inputs, steps ? 1 : groups, steps ? 8 : w.bits);
   const Product product{w.lines, w.scales, w.N, count, w.group ? w.group / inputs : count, groups,
                         w.bits, w.scale_bits, given.x.get(), given.stride, given.sums.get(), sx, w.y};
   // Each further row is about as much work again as a 16th of the bytes.

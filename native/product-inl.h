@@ -1,7 +1,8 @@
 // The sweep over blocks of outputs and tiles of rows, for an isa_*.cpp to include after defining
 //   template <int B, int M, int S, int NB> void tile(const Product&, int64_t block, int64_t m0)
 // which computes rows m0..m0+M of NB blocks of 16 outputs, for M in 1..MOST_ROWS.
-// B: bits of a weight. S: 0 for one scale per output, else the bits of a group's scale, 16 or 32.
+// B: bits of a weight. S: 0 for one scale per output, else the bits of a group's scale, 8 (steps), 16
+// or 32.
 // NB: 1; or 2 where S is 0, for more rows than PAIR_ABOVE.
 // The lines of a block stay in cache between its tiles. Internal linkage, see CMakeLists.txt.
 #include <cstring>
@@ -37,6 +38,8 @@ void sweep(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1) {
 
 template <int B>
 void sweep_any(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1) {
+  if constexpr (B < 8)
+    if (p.steps()) return sweep<B, 8>(p, b0, b1, m0, m1);
   if (p.scale_bits == 16) return sweep<B, 16>(p, b0, b1, m0, m1);
   if (p.groups > 1) return sweep<B, 32>(p, b0, b1, m0, m1);
   return sweep<B, 0>(p, b0, b1, m0, m1);

@@ -3,6 +3,7 @@
 Without the extension the same tests hold torch's own code to plain Python arithmetic.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,7 +38,7 @@ def packed_codes(q_NK: Tensor, bits: int) -> Tensor:
 
 class Weight:
     """A random weight, or q given, as codes and packed; its rows `repeat` times over. narrow: with
-    scales that bfloat16 holds."""
+    scales that bfloat16 holds. steps: with scales that are multiples of a step of their row."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class Weight:
         q: Tensor | None = None,
         repeat: int = 1,
         narrow: bool = False,
+        steps: bool = False,
     ):
         q = random_codes(outputs, inputs, bits) if q is None else q
         groups = cpu.groups_of(inputs, group)
@@ -57,9 +59,14 @@ class Weight:
         self.scales_NG = torch.rand(outputs * repeat, groups, generator=generator) - 0.5
         if narrow:
             self.scales_NG = self.scales_NG.bfloat16().float()
+        if steps:
+            shape = self.scales_NG.shape
+            multiples_NG = torch.randint(-15, 16, shape, generator=generator)
+            step_N1 = torch.randint(8, 16, (shape[0], 1), generator=generator) / 2**10
+            self.scales_NG = multiples_NG * step_N1
         codes = packed_codes(q, bits).repeat(repeat, 1)
         self.packed = cpu.PackedWeight.pack(
-            codes, self.scales_NG, inputs=inputs, bits=bits, group=group
+            codes, self.scales_NG, inputs=inputs, bits=bits, group=group, steps=steps
         )
 
     def times(self, x8: Tensor, sx: Tensor) -> Tensor:
@@ -73,6 +80,19 @@ class Weight:
         for g in range(groups):
             total = total + (x[:, g] @ q[:, g].T).float() * self.scales_NG[:, g]
         return total * sx[:, None]
+
+    def plainly_with_steps(self, x8: Tensor, sx: Tensor) -> Tensor:
+        """The definition for scale steps, by Python's integers."""
+        groups = self.scales_NG.shape[1]
+        y = torch.zeros(len(x8), len(self.q))
+        for n, (row, scales) in enumerate(zip(self.q, self.scales_NG.tolist(), strict=True)):
+            whole = [int(scale * 2**40) for scale in scales]
+            divisor = math.gcd(*whole) or 1
+            multiples = torch.tensor([each // divisor for each in whole])
+            by = row.long() * multiples.repeat_interleave(len(row) // groups)
+            exact = (x8.long() @ by).float()
+            y[:, n] = sx * (exact * (divisor / 2**40 if any(whole) else 1))
+        return y
 
 
 def activations(rows: int, inputs: int, seed: int = 2) -> tuple[Tensor, Tensor]:
@@ -136,6 +156,113 @@ def test_scales_of_groups_are_narrow_where_that_changes_nothing():
     assert cpu.pack_scales(w.scales_NG[:, :1]).dtype == torch.float32
     odd = Weight(16, 96, 4, 32, narrow=True)  # 96 bytes: no whole lines
     assert odd.packed.scales.dtype == torch.float32
+
+
+STEPPED = [(24, 384, 4, 32), (37, 96, 4, 32), (16, 224, 2, 32), (33, 192, 2, 96), (5, 256, 2, 128)]
+"""Outputs, inputs, bits and groups of weights that can have scale steps."""
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 16, 23, 24, 47, 101])
+@pytest.mark.parametrize("shape", STEPPED, ids=str)
+def test_scale_steps_give_the_defined_bits(isa: str, threads: int, shape: Any, rows: int):
+    w = Weight(*shape, steps=True)
+    x8, sx = activations(rows, shape[1])
+    x8.clamp_(min=-127)
+    expected = w.plainly_with_steps(x8, sx)
+    assert torch.equal(cpu.gemm_reference(w.packed, x8, sx), expected)
+    assert torch.equal(w.times(x8, sx), expected)
+
+
+@pytest.mark.parametrize("rows", [3, 151])
+def test_scale_steps_of_a_large_weight_by_several_threads(isa: str, threads: int, rows: int):
+    w = Weight(8, 4096, 4, 32, repeat=130, steps=True)
+    x8, sx = activations(rows, 4096)
+    x8.clamp_(min=-127)
+    assert torch.equal(w.times(x8, sx), cpu.gemm_reference(w.packed, x8, sx))
+
+
+@pytest.mark.parametrize("x", [-127, 127])
+@pytest.mark.parametrize("multiple", [-15, 15])
+@pytest.mark.parametrize("rows", [1, 4, 16, 40])
+def test_the_largest_sums_with_steps_do_not_wrap(isa: str, rows: int, multiple: int, x: int):
+    """15 * 8 * 127 * 65536 is below 2^31, a group's 8 * 127 * 32 below 2^15."""
+    for bits, group in ((4, 32), (2, 128)):
+        K, low = cpu.MAX_INPUTS, -(1 << (bits - 1))
+        packed, scales = torch.zeros(3, K * bits // 8, dtype=torch.uint8), torch.ones(3, K // group)
+        scales[:, 1:] = multiple  # one is 1, so that this is no step itself
+        w = cpu.PackedWeight.pack(packed, scales, inputs=K, bits=bits, group=group, steps=True)
+        y = cpu.gemm(w, torch.full((rows, K), x, dtype=torch.int8), torch.ones(rows))
+        exact = low * x * (multiple * (K - group) + group)
+        assert torch.equal(y, torch.full((rows, 3), float(exact)))
+
+
+def test_steps_take_a_byte_a_group_and_a_line_a_block():
+    w = Weight(37, 224, 4, 32, steps=True).packed
+    assert w.scales.dtype == torch.int8
+    assert w.nbytes == 3 * (28 * 64 + 64 + 8 * 16)
+    assert w.scales.nbytes % 64 == 0
+
+
+def test_rows_of_a_weight_with_steps_are_codes_times_scales(isa: str):
+    w = Weight(37, 224, 4, 32, steps=True)
+    ids = torch.tensor([36, 0, 15, 16, 36])
+    expected = (w.q[ids].float().view(5, 7, 32) * w.scales_NG[ids][..., None]).flatten(1)
+    assert torch.equal(w.packed.rows(ids), expected)
+    assert torch.equal(cpu.unpack_rows_reference(w.packed, ids), expected)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_parts_of_a_head_with_steps_are_those_of_the_whole(isa: str, threads: int, rows: int):
+    w = Weight(2500, 96, 4, 32, repeat=2, steps=True)
+    x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(3))
+    whole = cpu.gemm_reference(w.packed, *cpu.quantize_rows_reference(x))
+    assert torch.equal(cpu.linear(w.packed, x), whole)
+    values, ids, most = cpu.top(w.packed, x, 9)
+    expected = whole.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(most, whole.amax(1))
+    assert torch.equal(values, expected.values[:, :9])
+    assert torch.equal(ids, expected.indices[:, :9])
+    chosen = torch.tensor([4999, 16, 17, 2500, 15])
+    assert torch.equal(cpu.linear_of(w.packed, x, chosen), whole[:, chosen])
+
+
+def test_steps_are_the_largest_that_divide_a_row():
+    scales = torch.tensor([[6.0, -9, 0], [0, 0, 0], [2**-100, 15 * 2**-100, -(2**-97)], [7, 7, -7]])
+    multiples, steps = cpu.steps_of(scales)
+    assert multiples.tolist() == [[2, -3, 0], [0, 0, 0], [1, 15, -8], [1, 1, -1]]
+    assert steps.tolist() == [3, 1, 2**-100, 7]
+    assert cpu.steps_of(scales.view(2, 2, 3))[1].tolist() == [[3, 1], [2**-100, 7]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1.0, 16.0], [1.0, 17.0], [3.0, 32.0], [1.0, 1.0078125], [1.0, torch.nan], [torch.inf, 1.0],
+        [1.0, 1e30], [1.00001, 1.00001], [1e-45, 1e38],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_scales_that_are_no_steps_are_refused(row: list[float]):
+    scales = torch.tensor([[1.0, 2.0], row])
+    with pytest.raises(WeightsError, match="scales of row 1 are not whole multiples, up to 15, of"):
+        cpu.pack_steps(scales)
+
+
+@pytest.mark.parametrize(
+    ("scales", "bits", "group", "told"),
+    [
+        (torch.zeros(2, 8, 16, dtype=torch.int8), 4, 64, "4 bits in groups of 64 cannot have"),
+        (torch.zeros(2, 8, 16, dtype=torch.int8), 8, 32, "8 bits in groups of 32 cannot have"),
+        (torch.zeros(2, 4, 16, dtype=torch.int8), 4, 32, r"scales is .* torch.int8 \[2, 8, 16\]"),
+        (torch.zeros(2, 1, 16, dtype=torch.int8), 4, None, "scales is .* contiguous torch.float32"),
+    ],
+)  # fmt: skip
+def test_steps_where_there_can_be_none_are_refused(
+    scales: Tensor, bits: int, group: int | None, told: str
+):
+    lines = torch.zeros(2, 128 * bits // 32, 64, dtype=torch.uint8)
+    with pytest.raises(WeightsError, match=told):
+        cpu.PackedWeight(lines, scales, outputs=20, inputs=128, bits=bits, group=group)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -361,10 +488,11 @@ def test_a_bfloat16_weight_that_does_not_fit_is_refused():
 
 
 def test_without_the_extension_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch):
-    w = Weight(37, 96, 4, 32)
+    w, stepped = Weight(37, 96, 4, 32), Weight(37, 96, 4, 32, steps=True)
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(5))
     expected = w.times(*cpu.quantize_rows(x))
     assert torch.equal(cpu.linear(w.packed, x), expected)
+    with_steps = cpu.linear(stepped.packed, x)
     monkeypatch.setattr(native, "extension", lambda: None)
     assert not native.available()
     assert native.isa() == "torch"
@@ -372,6 +500,7 @@ def test_without_the_extension_torch_computes_the_same(monkeypatch: pytest.Monke
     assert torch.equal(cpu.pack_lines(packed_codes(w.q, 4), 96, 4), w.packed.lines)
     assert torch.equal(w.times(*cpu.quantize_rows(x)), expected)
     assert torch.equal(cpu.linear(w.packed, x), expected)
+    assert torch.equal(cpu.linear(stepped.packed, x), with_steps)
     assert not native.advise_hugepages(torch.empty(1 << 22))
     with pytest.raises(RuntimeError, match="_native is not built, and torch cannot read memory"):
         native.read_memory(x)

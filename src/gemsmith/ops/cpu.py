@@ -17,6 +17,12 @@ fifth of the bytes of 4-bit groups of 32), else float32. native/kernels.h says t
 
 The inner sum is exact; the outer one is float32, in ascending order, each product and each sum
 rounded. So every instruction set and torch give equal bits, whatever the number of threads.
+
+Scale steps: the scales of a row are integers, `multiple[n, g]` from -15 to 15, times one `step[n]`.
+Then scales is int8 [ceil(N/16), 4 + G up to a multiple of 4, 16]: the 16 steps as float32 in the
+first four rows, multiples in the next G, zeros. A byte a group, and all sums are exact:
+
+    y[m, n] = sx[m] * (step[n] * float32(sum over g of multiple[n, g] * (sum over k in g of ...)))
 """
 
 from itertools import pairwise
@@ -33,6 +39,12 @@ BLOCK = 16
 """Rows of a weight whose codes stand together in a line."""
 MAX_INPUTS = 65536
 """Sums of 255 * 128 over more inputs than this pass 32 bits."""
+MOST_MULTIPLE = 15
+"""Of a step: times a code of 4 bits it still fits 8."""
+STEP_ROWS = LINE // BLOCK
+"""Rows of packed scales that hold the steps; as many multiples fill a line."""
+STEPS_AT_ONCE = 1 << 16
+"""Scales that are divided into steps together: what that takes stays in cache."""
 REFERENCE_CODES = 1 << 22
 """Weights that torch widens to float64 at once: 32 MiB."""
 
@@ -69,6 +81,59 @@ def groups_of(inputs: int, group: int | None) -> int:
     return inputs // group
 
 
+def takes_steps(bits: int, group: int | None) -> bool:
+    """Whether scales may be steps: a group's sum of q * x8 fits 16 bits, as kernels take it."""
+    return group is not None and group * 127 << (bits - 1) < 1 << 15
+
+
+def steps_of(scales_NG: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiples int8 [N, G] and steps float32 [N] of scales that are steps: the step of a row is
+    the largest that divides all its scales, 1 where these are 0. Leading dimensions are rows, too.
+
+    Raises:
+      WeightsError: a row's scales are no values of bfloat16, or not -15 to 15 times one step.
+    """
+    *lead, G = scales_NG.shape
+    flat_NG = scales_NG.reshape(-1, G).float()
+    multiples_NG, steps_N = torch.empty_like(flat_NG, dtype=torch.int8), torch.empty(len(flat_NG))
+    rows = max(1, STEPS_AT_ONCE // G)
+    for start in range(0, len(flat_NG), rows):
+        part_nG = flat_NG[start : start + rows]
+        multiples_nG, step_n1 = _divided(part_nG)
+        wrong_n = (multiples_nG.abs() > MOST_MULTIPLE) | (multiples_nG * step_n1 != part_nG)
+        if wrong_n.any():
+            row = start + int(wrong_n.any(-1).nonzero()[0])
+            raise WeightsError(
+                f"scales of row {row} are not whole multiples, up to {MOST_MULTIPLE}, of one step"
+            )
+        multiples_NG[start : start + rows] = multiples_nG
+        steps_N[start : start + rows] = step_n1[:, 0]
+    return multiples_NG.view(*lead, G), steps_N.view(lead)
+
+
+def _divided(scales_NG: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 [N, G] and float32 [N, 1]: what their product is of, if any two numbers are."""
+    there_NG = scales_NG != 0
+    fraction_NG, exponent_NG = torch.frexp(scales_NG.where(scales_NG.isfinite(), 0))
+    least_N1 = exponent_NG.where(there_NG, 1 << 10).amin(-1, keepdim=True)
+    # In units of the last of the smallest's 8 bits; none of the others is 2^4 times the smallest.
+    raised_NG = (exponent_NG - least_N1).clamp(0, 4)
+    whole_NG = torch.ldexp(fraction_NG, 8 + raised_NG).where(there_NG, 0).to(torch.int32)
+    divisor_N1 = _common_divisor(whole_NG)
+    step_N1 = torch.ldexp(divisor_N1.float(), least_N1 - 8)
+    return whole_NG // divisor_N1, step_N1.where(there_NG.any(-1, True), 1)
+
+
+def _common_divisor(values_NG: Tensor) -> Tensor:
+    """The greatest of each row [N, 1]; 1 where all are 0."""
+    while values_NG.shape[1] > 1:
+        half = values_NG.shape[1] // 2
+        rest_NG = values_NG[:, 2 * half :]
+        pairs_NG = torch.gcd(values_NG[:, :half], values_NG[:, half : 2 * half])
+        values_NG = torch.cat([pairs_NG, rest_NG], dim=1)
+    return values_NG.abs().where(values_NG != 0, 1)
+
+
 class PackedWeight:
     """A weight [N, K] as the kernels read it. Checked once, here: products only look at x.
 
@@ -96,14 +161,17 @@ class PackedWeight:
         shape = lines_shape(outputs, inputs, bits)
         native.check(lines, "lines", torch.uint8, shape)
         groups = groups_of(inputs, group)
-        narrow = groups > 1 and scales.dtype == torch.bfloat16
-        dtype = torch.bfloat16 if narrow else torch.float32
-        native.check(scales, "scales", dtype, (shape[0], groups, BLOCK))
+        dtype = torch.float32
+        if groups > 1 and scales.dtype in (torch.bfloat16, torch.int8):
+            dtype = scales.dtype
+        if dtype == torch.int8 and not takes_steps(bits, group):
+            raise WeightsError(f"{bits} bits in groups of {group} cannot have scale steps")
+        native.check(scales, "scales", dtype, scales_shape(shape[0], groups, dtype))
         self.lines, self.scales = lines, scales
         self.outputs, self.inputs, self.bits, self.group = outputs, inputs, bits, group
         self.arguments = (
             lines.data_ptr(), scales.data_ptr(), outputs, inputs, bits, group or 0,
-            16 if narrow else 32,
+            8 * dtype.itemsize,
         )  # fmt: skip
 
     @classmethod
@@ -115,18 +183,25 @@ class PackedWeight:
         inputs: int,
         bits: int,
         group: int | None = None,
+        steps: bool = False,
     ) -> Self:
-        """From codes as `pack_lines` takes them and scales float32 [N, G]."""
+        """From codes as `pack_lines` takes them and scales float32 [N, G], which are to be steps or
+        not."""
         lines = pack_lines(packed, inputs, bits)
         outputs = packed.shape[0]
         native.check(scales_NG, "scales", torch.float32, (outputs, groups_of(inputs, group)))
-        scales = pack_scales(scales_NG)
+        scales = pack_steps(scales_NG) if steps else pack_scales(scales_NG)
         return cls(lines, scales, outputs=outputs, inputs=inputs, bits=bits, group=group)
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product of few rows reads."""
         return self.lines.nbytes + self.scales.nbytes
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return groups_of(self.inputs, self.group)
 
     def rows(self, ids: Tensor) -> Tensor:
         """float32 [n, K]: the rows (outputs) of int64 ids [n], each q * scale.
@@ -203,6 +278,29 @@ def pack_scales(scales_NG: Tensor) -> Tensor:
     return narrow if torch.equal(narrow.float(), ordered) else ordered
 
 
+def pack_steps(scales_NG: Tensor) -> Tensor:
+    """Scales [N, G] that are steps as they lie beside lines: int8, steps first.
+
+    Raises: as `steps_of`.
+    """
+    multiples_NG, steps_N = steps_of(scales_NG)
+    N, G = scales_NG.shape
+    blocks = -(-N // BLOCK)
+    steps = torch.zeros(blocks * BLOCK)
+    steps[:N] = steps_N
+    padded = multiples_NG.new_zeros((blocks * BLOCK, -(-G // STEP_ROWS) * STEP_ROWS))
+    padded[:N, :G] = multiples_NG
+    multiples = padded.view(blocks, BLOCK, -1).transpose(1, 2)
+    return torch.cat([steps.view(torch.int8).view(blocks, STEP_ROWS, BLOCK), multiples], dim=1)
+
+
+def scales_shape(blocks: int, groups: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Of the scales beside lines; int8: steps."""
+    if dtype == torch.int8:
+        groups = STEP_ROWS + -(-groups // STEP_ROWS) * STEP_ROWS
+    return blocks, groups, BLOCK
+
+
 def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """(x8 int8 [M, K], sx float32 [M]) of float32 rows: sx = max|x| / 127, or 1 where that is 0;
     x8 = x / sx rounded half to even. A row that is not finite becomes zeros and sx = NaN."""
@@ -219,7 +317,7 @@ def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gemm(weight: PackedWeight, x8_MK: Tensor, sx_M: Tensor) -> Tensor:
-    """y float32 [M, N] of activations as `quantize_rows` gives them.
+    """y float32 [M, N] of activations as `quantize_rows` gives them: none is -128.
 
     Raises:
       WeightsError: they have another type, shape or layout than the weight asks for.
@@ -388,8 +486,22 @@ def unpack_rows_reference(weight: PackedWeight, ids: Tensor) -> Tensor:
     block, row = ids // BLOCK, ids % BLOCK
     at = (torch.arange(len(ids)) * BLOCK + row).long()
     q_nK = unpack_lines(weight.lines[block], len(ids) * BLOCK, weight.inputs, weight.bits)[at]
-    scales_nG = weight.scales[block].float().transpose(1, 2).flatten(0, 1)[at]
+    scales_nG = _floats(weight)[block].transpose(1, 2).flatten(0, 1)[at]
     return (q_nK.view(len(ids), scales_nG.shape[1], -1) * scales_nG[..., None]).flatten(1)
+
+
+def _stepped(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Multiples [blocks, G, 16] and steps float32 [blocks, 16] of a weight that has them."""
+    steps, multiples = weight.scales.split([STEP_ROWS, weight.scales.shape[1] - STEP_ROWS], dim=1)
+    return multiples[:, : weight.groups], steps.flatten(1).contiguous().view(torch.float32)
+
+
+def _floats(weight: PackedWeight) -> Tensor:
+    """Scales float32 [blocks, G, 16]."""
+    if weight.scales.dtype != torch.int8:
+        return weight.scales.float()
+    multiples, steps = _stepped(weight)
+    return multiples * steps[:, None]
 
 
 def _fields(packed: Tensor, bits: int) -> Tensor:
@@ -411,7 +523,10 @@ def quantize_rows_reference(x_MK: Tensor) -> tuple[Tensor, Tensor]:
 def gemm_reference(weight: PackedWeight, x8_MK: Tensor, sx_M: Tensor) -> Tensor:
     """`gemm` by torch, some blocks of outputs at a time; float64 holds every inner sum exactly."""
     M, K = x8_MK.shape
-    outputs, groups = weight.outputs, weight.scales.shape[1]
+    outputs, groups = weight.outputs, weight.groups
+    by, steps = _floats(weight), None
+    if weight.scales.dtype == torch.int8:
+        by, steps = _stepped(weight)
     x_GMg = x8_MK.double().view(M, groups, K // groups).transpose(0, 1)
     y_MN = torch.empty((M, outputs))
     step = max(1, REFERENCE_CODES // (BLOCK * K))
@@ -419,10 +534,14 @@ def gemm_reference(weight: PackedWeight, x8_MK: Tensor, sx_M: Tensor) -> Tensor:
         start, stop = first * BLOCK, min((first + step) * BLOCK, outputs)
         q_nK = unpack_lines(weight.lines[first : first + step], stop - start, K, weight.bits)
         w_Ggn = q_nK.double().view(stop - start, groups, -1).permute(1, 2, 0)
-        scale_Gn = weight.scales[first : first + step].float().transpose(0, 1).reshape(groups, -1)
-        total_Mn = torch.zeros((M, stop - start))
-        for sums_Mn, scale_n in zip(x_GMg @ w_Ggn, scale_Gn[:, : stop - start], strict=True):
-            total_Mn += sums_Mn.float() * scale_n
+        by_Gn = by[first : first + step].transpose(0, 1).reshape(groups, -1)[:, : stop - start]
+        if steps is None:
+            total_Mn = torch.zeros((M, stop - start))
+            for sums_Mn, scale_n in zip(x_GMg @ w_Ggn, by_Gn, strict=True):
+                total_Mn += sums_Mn.float() * scale_n
+        else:
+            exact_Mn = (x_GMg @ w_Ggn * by_Gn[:, None]).sum(0)
+            total_Mn = exact_Mn.float() * steps[first : first + step].flatten()[: stop - start]
         y_MN[:, start:stop] = total_Mn * sx_M[:, None]
     return y_MN
 
