@@ -28,10 +28,11 @@ from gemsmith import work
 from gemsmith.cache.ring import RingCache
 from gemsmith.config import PRESETS
 from gemsmith.ops import cpu, native
+from gemsmith.quant.formats import Format
 
 INPUTS = 1536
 """hidden_size of E2B: the inputs of most of its weights."""
-KINDS = ((2, None), (4, None), (4, 32), (8, None))
+KINDS = (Format(2), Format(4), Format(4, 32), Format(4, 32, steps=True), Format(8))
 ROWS = (1, 2, 4, 8)
 CHECKED = 4
 """Blocks of 16 outputs that are compared with torch's, at either end."""
@@ -44,14 +45,20 @@ def fill(gib: float) -> Tensor:
     return buffer.random_(0, 256, generator=torch.Generator().manual_seed(0))
 
 
-def weight(buffer: Tensor, bits: int, group: int | None) -> cpu.PackedWeight:
+def weight(buffer: Tensor, format: Format) -> cpu.PackedWeight:
     """The buffer as a weight of INPUTS inputs, as many outputs as fit."""
-    _, count, line = cpu.lines_shape(1, INPUTS, bits)
+    _, count, line = cpu.lines_shape(1, INPUTS, format.bits)
     blocks = buffer.numel() // (count * line)
     lines = buffer[: blocks * count * line].view(blocks, count, line)
     generator = torch.Generator().manual_seed(1)
-    scales = torch.rand(blocks, cpu.groups_of(INPUTS, group), cpu.BLOCK, generator=generator)
-    return packed(lines, scales, bits, group)
+    shape = blocks * cpu.BLOCK, format.groups(INPUTS)
+    if format.steps:
+        multiples = torch.randint(1, 16, shape, generator=generator)
+        steps = torch.randint(8, 16, (shape[0], 1), generator=generator) / 1024
+        scales = cpu.pack_steps(multiples * steps)
+    else:
+        scales = torch.rand(shape, generator=generator).view(blocks, -1, cpu.BLOCK)
+    return packed(lines, scales, format.bits, format.group)
 
 
 def packed(lines: Tensor, scales: Tensor, bits: int, group: int | None) -> cpu.PackedWeight:
@@ -62,7 +69,7 @@ def packed(lines: Tensor, scales: Tensor, bits: int, group: int | None) -> cpu.P
 
 
 def name_of(weight: cpu.PackedWeight) -> str:
-    return f"int{weight.bits}" + (f"-g{weight.group}" if weight.group else "")
+    return str(Format(weight.bits, weight.group, steps=weight.scales.dtype == torch.int8))
 
 
 def check(weight: cpu.PackedWeight, x8: Tensor, sx: Tensor) -> None:
@@ -124,7 +131,7 @@ def main() -> None:
     about = measure.machine()
 
     buffer = fill(options.gib)
-    weights = [weight(buffer, bits, group) for bits, group in KINDS]
+    weights = [weight(buffer, format) for format in KINDS]
     generator = torch.Generator().manual_seed(2)
     runs: dict[str, Callable[[], object]] = {"read": lambda: native.read_memory(buffer)}
     sizes: dict[str, int] = {"read": buffer.nbytes}

@@ -178,7 +178,7 @@ def test_a_small_board_gets_the_smallest_and_is_told_why() -> None:
     ):
         assert words in text
     [change] = [c for c in decision.changes if "speed" in c.what]
-    assert (change.what, change.then[:3]) == ("without the demand on speed", "E4B")
+    assert (change.what, change.then[:3]) == ("without the demand on speed", "12B")
 
 
 def test_what_would_change_the_answer_does_change_it() -> None:

@@ -14,7 +14,7 @@ from gemsmith.model.text import TextModel
 from gemsmith.ops import native
 from gemsmith.quant.formats import Format
 from gemsmith.quant.packed import Packed
-from gemsmith.quant.quantize import quantize
+from gemsmith.quant.quantize import search
 from gemsmith.testing import (
     SIZES,
     random_model,
@@ -227,13 +227,18 @@ def test_weight_bytes_are_those_in_memory(name: str, tmp_path: Path):
 
 @pytest.mark.skipif(not native.available(), reason="sizes are of the extension's layout")
 @pytest.mark.parametrize("shape", [(16, 64), (101, 96), (1, 96), (112, 160), (3, 17, 32)])
+@pytest.mark.parametrize("steps", [False, True])
 @pytest.mark.parametrize("format", [Format(8), Format(4, 32), Format(2, 32), Format(4)])
-def test_a_low_bit_weight_has_the_bytes_of_its_place(shape: tuple[int, ...], format: Format):
-    weight = quantize(torch.randn(shape), format)
+def test_a_low_bit_weight_has_the_bytes_of_its_place(
+    shape: tuple[int, ...], format: Format, steps: bool
+):
+    format = format.stepped(shape[-1]) if steps else format
+    weight = search(torch.randn(shape), format)
     weight = replace(weight, scales=weight.scales.bfloat16().float())  # as a file has them
     assert sizing.held_bytes(shape, format.bits, format.group, "gpu") == weight.nbytes
     packed = Packed.of(weight)
-    assert sizing.held_bytes(shape, format.bits, format.group, "cpu") == packed.nbytes
+    told = shape, format.bits, format.group
+    assert sizing.held_bytes(*told, "cpu", steps=format.steps) == packed.nbytes
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -252,6 +257,8 @@ def test_formats_are_those_of_the_recipe(size: str, format: str):
     }
     recipe = Recipe(BITS[format]).formats(config)
     assert ours == {name: (each.bits, each.group) for name, each in recipe.items()}
+    stepped = {name for name, (bits, group) in ours.items() if bits < 8 and group}
+    assert stepped == {name for name, each in recipe.items() if each.steps}
 
 
 def test_an_unknown_format_or_kv_is_refused():

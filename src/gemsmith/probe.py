@@ -28,7 +28,7 @@ from types import ModuleType
 
 from gemsmith import hardware
 
-VERSION = 3
+VERSION = 4
 READ_BYTES = 128 << 20
 """Beyond what a desktop's caches hold; some servers' hold as much, and look faster."""
 ROWS, WIDTH, OUTPUTS = 256, 1536, 2048
@@ -107,13 +107,14 @@ def measure(cores: int) -> Rates:
         read = buffer.ctypes.data, buffer.nbytes
         bandwidth = buffer.nbytes / _best(lambda: native.read_memory(*read))
         # Codes and scales as ops/cpu.py has them: blocks of 16 rows, lines of 64 bytes, 32 to a
-        # scale.
+        # scale, which is a step.
         lines = np.zeros((OUTPUTS // 16, WIDTH // 4, 64), np.uint8)
-        scales = np.ones((OUTPUTS // 16, WIDTH // 32, 16), np.float32)
+        scales = np.zeros((OUTPUTS // 16, 1 + WIDTH // 128, 64), np.int8)
         y = np.empty((ROWS, OUTPUTS), np.float32)
 
         def low(bits: int, group: int) -> float:
-            weight = (lines.ctypes.data, scales.ctypes.data, OUTPUTS, WIDTH, bits, group, 32)
+            width = 8 if group else 32
+            weight = (lines.ctypes.data, scales.ctypes.data, OUTPUTS, WIDTH, bits, group, width)
             linear = native.linear
             return operations / _best(lambda: linear(*weight, x.ctypes.data, ROWS, y.ctypes.data))
 

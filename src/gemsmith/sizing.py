@@ -11,7 +11,8 @@ Three places where a weight takes room, which differ by up to a fifth:
   gpu     codes as in the file with float32 scales, what stays floats in bfloat16
 
 Formats are those of weights/recipe.py: float32 and bfloat16 as they are, int8, int4, int2 (groups
-of 32 at 4 and 2 bits), and Google's mobile mix.
+of 32 at 4 and 2 bits), and Google's mobile mix. Scales of groups are taken to be steps; a weight
+that steps would spoil keeps free ones (quant/quantize.py), a 17th more for the CPU's kernels.
 
 Sources: exact shapes of the checkpoints (shapes.py); weights/layouts.py and ops/cpu.py for bytes.
 """
@@ -200,7 +201,8 @@ def _weight_bytes(
         elif place == "file":
             nbytes = _in_file(tensor, *bits, mobile=format == "mobile")
         else:
-            nbytes = held_bytes(tensor.shape, *bits, place)
+            steps = bits[0] < 8 and bits[1] is not None
+            nbytes = held_bytes(tensor.shape, *bits, place, steps=steps)
         parts[tensor.part] = parts.get(tensor.part, 0) + nbytes
     return tuple(parts.items())
 
@@ -231,14 +233,18 @@ def _in_file(tensor: Tensor, bits: int, group: int | None, *, mobile: bool) -> i
     return math.prod(rows) * (row + (2 if group else 4) * scales) + 8 * len(tensor.shape)
 
 
-def held_bytes(shape: tuple[int, ...], bits: int, group: int | None, place: Place) -> int:
+def held_bytes(
+    shape: tuple[int, ...], bits: int, group: int | None, place: Place, *, steps: bool = False
+) -> int:
     """Bytes in memory of a low-bit weight [..., N, K]: as ops/cpu.py lays codes and scales out, or
-    on a GPU as they are, scales in float32."""
+    on a GPU as they are, scales in float32. steps: whether scales of several groups are steps."""
     *stack, N, K = shape
     scales = K // group if group else 1
     if place != "cpu":
         return math.prod(stack) * N * (K * bits // 8 + 4 * scales)
     blocks, lines = -(-N // BLOCK), -(-K * bits // 32)
+    if steps and scales > 1:
+        return math.prod(stack) * blocks * LINE * (lines + 1 + -(-scales // 4))
     width = 2 if scales > 1 and blocks * scales % 2 == 0 else 4
     return math.prod(stack) * blocks * (lines * LINE + scales * BLOCK * width)
 

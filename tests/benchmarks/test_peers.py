@@ -107,7 +107,7 @@ def test_a_q4_0_token_of_e2b_reads_what_llama_quantize_makes_it_read() -> None:
 
 
 def test_a_token_of_e2b_reads_every_weight_but_the_table(tmp_path: Path) -> None:
-    # At 4 bits with a bfloat16 scale to 32: 4.5 bits; projections of per-layer inputs 8.
+    # At 4 bits with a byte to 32, and a float32 step a row; projections of per-layer inputs 8.
     folder = random_checkpoint.made("tiny-E2B", "4", tmp_path)
     config = Gemma4Config.load(folder).text_config
     eights = fours = floats = 0
@@ -120,7 +120,7 @@ def test_a_token_of_e2b_reads_every_weight_but_the_table(tmp_path: Path) -> None
         elif "per_layer" in name:
             eights += count + 4 * shape[0]
         else:
-            fours += count * 9 // 16
+            fours += count * 17 // 32 + 4 * shape[0]
     assert decode.weight_bytes(folder) == eights + fours + floats
 
 
@@ -130,8 +130,8 @@ def test_only_the_chosen_experts_are_read(tmp_path: Path, monkeypatch: pytest.Mo
     two_of_six = decode.weight_bytes(folder)
     every = replace(config, text_config=replace(config.text_config, top_k_experts=6))
     monkeypatch.setattr(Gemma4Config, "load", lambda _: every)
-    # Six layers of six; gate and up at 4.5 bits, down of 32 inputs with one float32 scale a row.
-    experts = 6 * 6 * (2 * 64 * 32 * 9 // 16 + 64 * 32 * 5 // 8)
+    # Six layers of six; gate and up at 4.25 bits and a step, down of 32 inputs with a scale a row.
+    experts = 6 * 6 * (2 * 32 * (64 * 17 // 32 + 4) + 64 * 32 * 5 // 8)
     assert decode.weight_bytes(folder) - two_of_six == experts * 4 // 6
 
 

@@ -116,7 +116,7 @@ def test_a_low_bit_folder_says_what_its_parts_take(tmp_path: Path, bits: str):
     layers = sum(row.format is not None for row in rows) - 2
     assert unread == (8 * layers if bits == "mobile" else 0)
     assert sum(told.values()) == wrote - unread
-    assert ("embedding", "int4-g32" if bits == "4" else "int2") in told
+    assert ("embedding", "int4-g32s" if bits == "4" else "int2") in told
     assert ("towers", "int8") in told
     text = info(str(tmp_path / "low"))
     assert "as stored" in text

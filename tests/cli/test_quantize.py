@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from io import StringIO
 from pathlib import Path
 
@@ -215,12 +216,18 @@ def test_calibration_is_reported(exact, tmp_path):
     data = conversations(tmp_path / "talks.jsonl")
     said = gemsmith("quantize", exact, tmp_path / "low", "--data", data)
     assert "calibrated" in said
-    assert "27/27" in said  # three matrices of each of nine MLPs
+    # Three matrices of each of nine MLPs; some keep free scales, as the embedding does.
+    told = re.findall(r"MLP +int4-g32s? .* (\d+)/(\d+)", said)
+    assert [sum(map(int, column)) for column in zip(*told, strict=True)] == [27, 27]
     assert re.search(r"Calibrated on \d\d tokens of", said)
     facts = json.loads(gemsmith("quantize", exact, tmp_path / "x", "--data", data, "--json"))
-    kinds = {kind["kind"]: kind["calibrated"] for kind in facts["weights"]}
+    kinds: dict[str, int] = defaultdict(int)
+    for kind in facts["weights"]:
+        kinds[kind["kind"]] += kind["calibrated"]
     assert kinds["MLP"] == 27
     assert kinds["embedding"] == kinds["PLE projections"] == 0
+    assert "end in s: scales are multiples of a step" in " ".join(said.split())
+    assert {"int4-g32", "int4-g32s"} < {kind["format"] for kind in facts["weights"]}
     assert facts["calibration_tokens"] == sum(map(len, worker.read_tokens(str(data), POCKET)))
 
 

@@ -73,6 +73,7 @@ def test_an_expert_of_a_stack_is_a_matrix():
         (Format(4), "int4", 100 * (32 + 4)),
         (Format(4, 32), "int4-g32", 100 * (32 + 4)),
         (Format(2, 64), "int2-g64", 100 * (16 + 2)),
+        (Format(4, 32, steps=True), "int4-g32s", 100 * (32 + 2 + 4)),
     ],
 )
 def test_a_format_says_its_name_and_size(format, text, size):
@@ -80,7 +81,8 @@ def test_a_format_says_its_name_and_size(format, text, size):
     assert format.bytes(100, 64) == format.bytes(4, 25, 64) == size
     codes = torch.zeros(100, 64, dtype=torch.int8)
     weight = Quantized.from_codes(format, codes, torch.ones(100, format.groups(64)))
-    assert weight.nbytes == size + 2 * weight.scales.numel() * (format.group is not None)
+    if not format.steps:
+        assert weight.nbytes == size + 2 * weight.scales.numel() * (format.group is not None)
 
 
 def test_what_no_format_can_hold_is_refused():
@@ -94,6 +96,24 @@ def test_what_no_format_can_hold_is_refused():
         Format(8, 4).groups(13)
     with pytest.raises(ConfigError, match="rows of 6: at 2 bits not whole bytes"):
         Format(2).groups(6)
+    for bits, group in ((4, None), (4, 64), (8, 32), (2, 256)):
+        with pytest.raises(ConfigError, match=rf"int{bits}.* has no scale steps; 4 bits have them"):
+            Format(bits, group, steps=True)
+    with pytest.raises(ConfigError, match="a weight has rows of 32, one group, whose scale is no"):
+        Format(4, 32, steps=True).groups(32)
+
+
+def test_steps_are_where_they_can_be():
+    assert Format(4, 32).stepped(64) == Format(4, 32, steps=True)
+    assert Format(2, 128).stepped(256) == Format(2, 128, steps=True)
+    for format, K in (
+        (Format(4, 32), 32),
+        (Format(4, 64), 128),
+        (Format(4), 64),
+        (Format(8, 32), 64),
+    ):
+        assert format.stepped(K) == format
+    assert Format(4, 32, steps=True).free == Format(4, 32)
 
 
 def test_codes_and_scales_must_fit_the_shape():

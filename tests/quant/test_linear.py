@@ -1,5 +1,7 @@
 """Quantized modules compute what their codes and scales say, exactly, in the model's place."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from gemsmith.quant.quantize import quantize
 from gemsmith.testing import assert_close, random_model, tiny_config, tolerance
 
 FORMATS = [Format(8), Format(4), Format(2), Format(8, 32), Format(4, 32), Format(2, 64)]
+FORMATS += [Format(4, 32, steps=True), Format(2, 64, steps=True)]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -39,12 +42,17 @@ def by_hand(x8: list[list[int]], sx: Tensor, weight: Quantized) -> Tensor:
     for t, row in enumerate(x8):
         for n in range(N):
             total = torch.tensor(0.0)
+            whole = [int(scale * 2**40) for scale in weight.scales[n].tolist()]
+            divisor, exactly = math.gcd(*whole), 0
             for group, start in enumerate(range(0, K, size)):
                 inputs, fields = row[start : start + size], u[n, start : start + size].tolist()
                 exact = sum(a * b for a, b in zip(inputs, fields, strict=True))
                 exact -= weight.format.offset * sum(inputs)
+                exactly += exact * (whole[group] // divisor)
                 term = weight.scales[n, group] * torch.tensor(float(exact))
                 total = total + term if group else term
+            if weight.format.steps:
+                total = torch.tensor(float(exactly)) * (divisor / 2**40)
             out[t, n] = total * sx[t, 0]
     return out
 
@@ -60,7 +68,12 @@ def test_the_integer_product_is_exact(format):
 def test_kernels_give_the_same_bits(format):
     weight, x = quantize(noise(50, 256), format), 3 * noise(9, 256, seed=1)
     packed = cpu.PackedWeight.pack(
-        weight.packed, weight.scales, inputs=256, bits=format.bits, group=format.group
+        weight.packed,
+        weight.scales,
+        inputs=256,
+        bits=format.bits,
+        group=format.group,
+        steps=format.steps,
     )
     assert torch.equal(integer_product(x, weight), cpu.linear(packed, x))
 

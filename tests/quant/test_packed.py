@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gemsmith.errors import WeightsError
 from gemsmith.ops.linear import linear
-from gemsmith.quant.formats import Format
+from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.linear import (
     QuantEmbedding,
     QuantExperts,
@@ -18,7 +18,8 @@ from gemsmith.quant.linear import (
 from gemsmith.quant.packed import Packed
 from gemsmith.quant.quantize import quantize
 
-FORMATS = [Format(8), Format(4), Format(2), Format(8, 32), Format(4, 32), Format(2, 64)]
+STEPPED = [Format(4, 32, steps=True), Format(2, 64, steps=True)]
+FORMATS = [Format(8), Format(4), Format(2), Format(8, 32), Format(4, 32), Format(2, 64), *STEPPED]
 pytestmark = needs_extension
 
 
@@ -30,6 +31,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 def test_products_and_rows_are_those_of_the_codes(format):
     weight, x = quantize(noise(50, 128), format), 3 * noise(3, 128, seed=1)
     packed = Packed.of(weight)
+    assert weight.format == format
     assert torch.equal(packed.product(x), integer_product(x, weight))
     assert torch.equal(packed.dequantize(), weight.dequantize())
     ids = torch.tensor([[49, 0, 16], [15, 49, 31]])
@@ -45,10 +47,13 @@ def test_a_row_outside_the_table_is_refused(id):
         packed.rows(torch.tensor([3, id]))
 
 
+@pytest.mark.parametrize("format", [Format(4, 32), Format(4, 32, steps=True)], ids=str)
 @pytest.mark.parametrize(("start", "stop"), [(0, 12), (5, 44), (16, 32), (47, 50), (7, 7)])
-def test_parts_of_a_weight_start_anywhere(start, stop):
+def test_parts_of_a_weight_start_anywhere(start, stop, format):
     """Blocks have 16 rows; the model slices by its own sizes."""
-    weight, x = quantize(noise(50, 64), Format(4, 32)), noise(2, 64, seed=1)
+    weight, x = quantize(noise(50, 64), format), noise(2, 64, seed=1)
+    plain = QuantModule(weight, torch.float32).weight[start:stop]
+    assert torch.equal(linear(x, plain), integer_product(x, weight)[:, start:stop])
     matrix = QuantModule(Packed.of(weight), torch.float32).weight
     part = matrix[start:stop]
     assert part.shape == (stop - start, 64)
@@ -83,6 +88,26 @@ def test_stacks_give_their_experts():
     assert wanted.abs().max() > 0
     assert torch.equal(Packed.of(gate_up).dequantize(), gate_up.dequantize())
     assert Packed.of(gate_up).nbytes == 4 * (3 * 8 * 64 + 3 * 16 * 4)
+
+
+def test_experts_with_steps_are_those_of_the_codes():
+    gate_up, down = (quantize(noise(4, 40, 64), each) for each in (STEPPED[0], Format(8)))
+    assert gate_up.format.steps
+    packed = Packed.of(gate_up)
+    assert packed.scales.shape == (4, 3, 8, 16)
+    assert torch.equal(packed.dequantize(), gate_up.dequantize())
+    x = noise(5, 64, seed=1)
+    for expert in range(4):
+        assert torch.equal(packed[expert].product(x), integer_product(x, gate_up[expert]))
+    assert down.format == Format(8)
+
+
+def test_scales_that_are_said_to_be_steps_and_are_none_are_refused():
+    weight = quantize(noise(50, 64), Format(4, 32))
+    lying = Quantized(Format(4, 32, steps=True), weight.shape, weight.packed, weight.scales)
+    for product in (Packed.of, lambda each: integer_product(noise(1, 64), each)):
+        with pytest.raises(WeightsError, match="scales of row 0 are not whole multiples, up to 15"):
+            product(lying)
 
 
 def test_sizes_that_no_kernel_takes_stay_with_torch():

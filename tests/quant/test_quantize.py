@@ -5,9 +5,12 @@ import torch
 from torch import Tensor
 
 from gemsmith.errors import ConfigError, WeightsError
+from gemsmith.ops import cpu
 from gemsmith.quant import quantize as module
 from gemsmith.quant.formats import Format, Quantized
-from gemsmith.quant.quantize import quantize, relative_error, round_to_nearest, search
+from gemsmith.quant.quantize import quantize, relative_error, round_to_nearest, search, settle
+
+STEPPED = Format(4, 32, steps=True)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -35,6 +38,9 @@ def plain_error(weight: Tensor, quantized: Quantized) -> float:
         # Relative squared errors of independent prototypes of the same methods.
         (gauss, Format(4, 32), round_to_nearest, 0.0074),
         (gauss, Format(4, 32), search, 0.0066),
+        (gauss, STEPPED, search, 0.00698),
+        (heavy, STEPPED, search, 0.0117),
+        (gauss, STEPPED, round_to_nearest, 0.0074),
         (gauss, Format(2, 32), round_to_nearest, 0.131),
         (gauss, Format(2, 32), search, 0.115),
         (gauss, Format(2), search, 0.149),
@@ -125,7 +131,63 @@ def test_scales_of_groups_are_values_of_bfloat16_and_the_codes_know():
     assert quantize(gauss(), Format(4)).scales.bfloat16().float().ne(0).all()
 
 
-@pytest.mark.parametrize("format", [Format(8), Format(4, 32), Format(2, 32)])
+@pytest.mark.parametrize("format", [STEPPED, Format(2, 64, steps=True)], ids=str)
+def test_scales_are_multiples_of_a_step_and_values_of_bfloat16(format):
+    weight = heavy(64, 256)
+    weight[5] = 0
+    weight[6, 32:] = 0
+    weight[7] *= 1e-28
+    weight[8, :64] *= 1e-4
+    found = search(weight, format)
+    assert found.format == format
+    assert torch.equal(found.scales, found.scales.bfloat16().float())
+    multiples, steps = cpu.steps_of(found.scales)
+    assert torch.equal(multiples * steps[:, None], found.scales)
+    assert (found.scales != 0).all()
+    assert torch.equal(found.dequantize()[5], torch.zeros(256))
+    assert torch.equal(found.dequantize()[6, 32:], torch.zeros(224))
+    rows = [relative_error(weight[i : i + 1], search(weight[i : i + 1], format)) for i in (6, 7)]
+    assert max(rows) < (0.03 if format.bits == 4 else 0.3)
+
+
+def test_steps_make_up_for_what_counts():
+    """Where one group, and every fourth column of it, counts most, its scale is nearly free."""
+    weight, counts = gauss(64, 256), torch.ones(256)
+    counts[:64:2], counts[:32] = 100, 1000
+    counts[:32:4] *= 1000
+
+    def error(format: Format) -> float:
+        found = search(weight, format, importance_K=counts)
+        return ((found.dequantize() - weight).square() * counts).sum().item()
+
+    assert error(STEPPED) < 1.01 * error(STEPPED.free)
+
+
+def test_a_weight_whose_rows_steps_would_spoil_keeps_free_scales():
+    weight = gauss(64, 1536)
+    assert settle(weight, STEPPED) == (STEPPED, False)
+    assert quantize(weight, STEPPED).format == STEPPED
+    weight[:, 5] *= 100
+    errors = [relative_error(weight, search(weight, f)) for f in (STEPPED, STEPPED.free)]
+    assert errors[0] > 1.1 * errors[1]
+    assert settle(weight, STEPPED) == (STEPPED.free, False)
+    found, wanted = quantize(weight, STEPPED), search(weight, STEPPED.free)
+    assert found.format == STEPPED.free
+    assert torch.equal(found.scales, wanted.scales)
+
+
+def test_a_trained_grid_keeps_its_scales():
+    trained = round_to_nearest(gauss(64, 256), STEPPED)
+    assert trained.format == STEPPED.free
+    weight = trained.dequantize()
+    assert settle(weight, STEPPED) == (STEPPED.free, True)
+    found = quantize(weight, STEPPED)
+    assert found.format == STEPPED.free
+    assert relative_error(weight, found) < 1e-6
+    assert quantize(weight, STEPPED, grid=True).format == STEPPED.free
+
+
+@pytest.mark.parametrize("format", [Format(8), Format(4, 32), Format(2, 32), STEPPED])
 def test_stacks_chunks_and_rows_are_quantized_alike(monkeypatch, format):
     stack = gauss(12, 64).view(3, 4, 64)
     whole = search(stack, format)

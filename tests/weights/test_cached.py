@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import needs_extension
-from tests.weights.test_convert import floats, logits
+from tests.weights.test_convert import SPOILT, floats, logits, with_outliers
 
+from gemsmith.quant.linear import QuantLinear
 from gemsmith.quant.packed import Packed
 from gemsmith.weights import cached, load, rounding
 from gemsmith.weights.convert import Recipe, quantize_checkpoint
@@ -215,7 +216,7 @@ def test_a_damaged_file_is_quantized_anew(source, roundings, damage):
     DAMAGES[damage](file)
     roundings.clear()
     assert torch.equal(logits(load_model(source, quant="int4")[1]), first)
-    assert "int4-g32" in roundings
+    assert "int4-g32s" in roundings
     assert file.read_bytes() == whole
 
 
@@ -238,3 +239,16 @@ def test_without_room_it_is_quantized_at_each_start_and_progress_is_told_once(so
         config, _ = load_model(source, quant="int4", advance=lambda key, n: told.append(n))
     assert sum(told) == quantized_values(config, "int4")
     assert files() == []
+
+
+def test_a_weight_that_kept_free_scales_is_read_back_so(folder, tmp_path):
+    """The recipe alone does not tell: the file does."""
+    source = with_outliers(tmp_path / "outliers")
+    quantize_checkpoint(source, tmp_path / "outliers-low", Recipe("4"))
+    wanted = logits(load_model(tmp_path / "outliers-low")[1])
+    for _ in range(2):
+        model = load_model(source, quant="int4")[1]
+        module = model.get_submodule(SPOILT.removesuffix(".weight"))
+        assert isinstance(module, QuantLinear)
+        assert str(module.format) == "int4-g32"
+        assert torch.equal(logits(model), wanted)

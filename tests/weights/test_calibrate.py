@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.weights.low_bit import floats, low_config
+from tests.weights.test_convert import SPOILT, with_outliers
 from torch import Tensor
 
 from gemsmith.cache.none import NoCache
@@ -139,6 +140,16 @@ def test_grids_of_training_and_8_bit_weights_are_left_alone(tmp_path):
     assert (row.calibrated, row.wrong < 1e-5 * row.whole) == (0, True)
     assert told["layers.1.mlp.gate_proj.weight"].calibrated == 1
     assert told["layers.1.per_layer_projection.weight"].calibrated == 0
+
+
+def test_a_weight_that_steps_would_spoil_keeps_free_scales(tmp_path):
+    source = with_outliers(tmp_path / "floats")
+    rows = quantize_checkpoint(source, tmp_path / "low", Recipe("4"), tokens=sequences())
+    (row,) = (row for row in rows if row.name == SPOILT)
+    assert (str(row.format), row.calibrated) == ("int4-g32", 1)
+    stepped = [row for row in rows if str(row.format) == "int4-g32s" and row.calibrated]
+    assert len(stepped) > 10
+    load_model(tmp_path / "low")
 
 
 @pytest.mark.parametrize("size", ["E2B", "26B-A4B"])

@@ -23,7 +23,13 @@ from gemsmith.quant.linear import QuantLinear, float_product
 from gemsmith.quant.packed import Packed
 from gemsmith.quant.quantize import quantize
 from gemsmith.testing import assert_close, random_model, random_towers, tolerance
-from gemsmith.weights.convert import PROGRESS, Recipe, left_as_floats, quantize_checkpoint
+from gemsmith.weights.convert import (
+    PROGRESS,
+    Recipe,
+    left_as_floats,
+    quantize_checkpoint,
+    stored_weights,
+)
 from gemsmith.weights.load import load_model, load_towers
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE, expected_shapes
 from gemsmith.weights.ple import QuantPLEStore
@@ -142,13 +148,39 @@ def test_the_rows_tell_of_every_weight(tmp_path):
     rows = quantize_checkpoint(floats(tmp_path / "floats"), tmp_path / "low", Recipe("4"))
     assert [row.name for row in rows] == list(expected_shapes(low_config().text_config))
     low = [row for row in rows if row.format]
-    assert {str(row.format) for row in low} == {"int4-g32", "int8", "int8-g32"}
+    assert {str(row.format) for row in low} == {"int4-g32s", "int8", "int8-g32"}
     for row in low:
         bits = row.format.bits if row.format else 0
         assert row.nbytes * 8 >= row.weights * bits
         assert row.wrong / row.whole < (0.01 if bits == 4 else 1e-4)
     stored = read_checkpoint(tmp_path / "low")
     assert all(tensor.dtype in ("BF16", "F32", "I32", "I64") for tensor in stored.values())
+
+
+def with_outliers(folder: Path) -> Path:
+    """A checkpoint one weight of which has few columns far larger than all others."""
+    config = low_config("12B")
+    model = random_model(config, dtype=torch.bfloat16)
+    model.get_parameter(SPOILT).data[:, 5] *= 1000
+    save_model(model, config, folder)
+    return folder
+
+
+SPOILT = "layers.2.mlp.up_proj.weight"
+
+
+def test_a_weight_that_steps_would_spoil_keeps_free_scales_and_the_config_says_so(tmp_path):
+    source, target = with_outliers(tmp_path / "floats"), tmp_path / "low"
+    interrupted(source, target, 60, shard_bytes=20_000)
+    rows = quantize_checkpoint(source, target, Recipe("4"), shard_bytes=20_000)
+    assert [row.name for row in rows if str(row.format) == "int4-g32"] == [SPOILT]
+    _, model = load_model(target)
+    found = {n: str(m.format) for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert [name for name, format in found.items() if format == "int4-g32"] == [SPOILT[:-7]]
+    assert [row for row in stored_weights(target) if str(row.format) == "int4-g32"]
+    once = quantize_checkpoint(source, tmp_path / "once", Recipe("4"), shard_bytes=20_000)
+    assert once == rows
+    assert contents(target) == contents(tmp_path / "once")
 
 
 def test_companions_are_copied_and_leftovers_of_shared_layers_dropped(tmp_path):

@@ -20,7 +20,7 @@ from gemsmith.ops.rotary import KeyRule
 from gemsmith.quant.formats import Format
 from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from gemsmith.quant.packed import Packed
-from gemsmith.quant.quantize import quantize
+from gemsmith.quant.quantize import quantize, search
 from gemsmith.testing import SIZES, assert_close, random_model, tiny_config, tolerance
 from gemsmith.weights.fuse import PackedLayer, fuse
 
@@ -38,7 +38,8 @@ def packed_model(config: Gemma4Config, format: Format) -> TextModel:
     """A random model whose matrices are all packed."""
 
     def packed(weight: Tensor) -> Packed:
-        return Packed.of(quantize(weight, format))
+        its = format.stepped(weight.shape[-1]) if format.steps else format
+        return Packed.of(search(weight, its))
 
     model, dtype = random_model(config).requires_grad_(False), torch.float32
     for name, old in list(model.named_modules()):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.conftest import needs_extension
 from tests.weights.low_bit import floats, low_config
 from torch import Tensor
 
@@ -263,3 +264,65 @@ def test_the_config_says_what_was_written(low):
     section = mobile["quantization_config"]
     assert section["modules_to_not_convert"] == [prefix + "per_layer_model_projection"]
     assert section["module_quant_configs"][r"(^|\.)lm_head$"] == {"num_bits": 2}
+
+
+def formats(folder: Path) -> dict[str, str]:
+    modules = load_model(folder)[1].named_modules()
+    return {name: str(m.format) for name, m in modules if isinstance(m, QuantLinear)}
+
+
+def noted(folder: Path, target: Path, change) -> Path:
+    """A copy of the 4-bit checkpoint whose notes of steps `change` was let at."""
+    changed(folder / "low", target, lambda state: None)
+    config = json.loads((target / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        change(group)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_the_config_says_which_scales_are_steps(low, tmp_path):
+    """Without the note they are read as any others; both give nearly the same products."""
+    found = formats(low / "low")
+    assert found["layers.0.self_attn.q_proj"] == found["layers.7.mlp.down_proj"] == "int4-g32s"
+    assert found["layers.0.per_layer_projection"] == "int8"
+    folder = noted(low, tmp_path / "free", lambda g: g["weights"].update(observer_kwargs={}))
+    assert formats(folder)["layers.0.self_attn.q_proj"] == "int4-g32"
+    layers: list[Any] = [
+        load_model(each)[1].get_submodule("layers.1.mlp.up_proj") for each in (low / "low", folder)
+    ]
+    assert torch.equal(*(layer.stored.dequantize() for layer in layers))
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layers[0](x), layers[1](x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda g: g["weights"].update(observer_kwargs=3),
+        lambda g: g["weights"].update(observer_kwargs={"steps": "yes"}),
+        lambda g: g.update(targets={"a": 1}),
+        lambda g: g.update(targets=[[], None, 3, "re:.*"]),
+        lambda g: g.update(weights=None),
+    ],
+)
+def test_notes_of_nonsense_say_nothing(low, tmp_path, change):
+    assert formats(noted(low, tmp_path / "x", change))["layers.0.self_attn.q_proj"] == "int4-g32"
+
+
+def test_a_note_on_a_format_without_steps_says_nothing(low, tmp_path):
+    folder = noted(
+        low, tmp_path / "x", lambda g: g["weights"].update(observer_kwargs={"steps": True})
+    )
+    assert formats(folder) == formats(low / "low")
+
+
+@needs_extension
+def test_scales_that_are_no_steps_as_the_config_says_are_named(low, tmp_path):
+    def change(state: dict[str, Tensor]) -> None:
+        state[STEM + "_scale"][3, 1] *= 1.0625 * 1.125
+
+    folder = changed(low / "low", tmp_path / "x", change)
+    message = r"layers.1.mlp.up_proj.weight: scales of row 3 are not .* config.json says they are"
+    with pytest.raises(WeightsError, match=message):
+        load_model(folder)

@@ -124,10 +124,15 @@ def check(found: list[Tensor], wanted: list[Tensor]) -> None:
         assert torch.equal(one, other), f"number {number}"
 
 
-@pytest.mark.parametrize("size", ["E2B", "E4B"])
-def test_a_pass_over_several_sequences_gives_the_bits_of_its_parts(size, counted):
+STEPPED = Format(4, 32, steps=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "format"), [("E2B", None), ("E4B", None), ("E2B", STEPPED), ("E4B", STEPPED)]
+)
+def test_a_pass_over_several_sequences_gives_the_bits_of_its_parts(size, format, counted):
     config = config_of(size)
-    model = fused(config)
+    model = fused(config, format)
     found = paged(model, config)
     assert len(counted) == len(PASSES)
     check(found, paged(parts_of(model), config))
@@ -142,10 +147,11 @@ def test_a_token_of_one_sequence_gives_the_bits_of_its_parts(counted):
     check(found, alone(parts_of(model), config))
 
 
+@pytest.mark.parametrize("format", [None, STEPPED])
 @pytest.mark.parametrize("isa", native.isas())
-def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(isa, monkeypatch):
+def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(isa, format, monkeypatch):
     config = config_of()
-    model = fused(config)
+    model = fused(config, format)
     native.force_isa("generic")
     monkeypatch.setattr(native, "threads", lambda: 1)
     wanted = paged(model, config)

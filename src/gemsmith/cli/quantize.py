@@ -292,6 +292,8 @@ def table(kinds: Iterable[Kind]) -> Table:
     out.add_section()
     out.add_row("all", "", "", f"{weights:,}", f"{8 * nbytes / weights:.2f}", size(nbytes), "")
     out.caption = "error: sum of squared differences over sum of squared weights"
+    if any(kind.format.endswith("s") for kind in kinds):
+        out.caption += "; formats that end in s: scales are multiples of a step, for fast products"
     return out
 
 

@@ -5,6 +5,10 @@ Stored is u = q + 2^(bits-1) (offset binary), consecutive k in one byte, the fir
 bits. One scale serves a row, or `group` consecutive k of a row. A scale may be negative: then the
 row's largest weight, whatever its sign, may take the code with the largest magnitude.
 
+Scales of groups are any values of bfloat16; or they are steps, integers from -15 to 15 times one
+step of their row, so that a product adds up nothing but integers (see ops/cpu.py). Who reads scales
+as they are need not know.
+
 The same bytes are in Google's mobile checkpoints and, four to a word, in compressed-tensors'
 `pack-quantized`. Nothing here chooses codes (see quantize.py) or multiplies (see linear.py).
 
@@ -12,7 +16,7 @@ Shapes: N rows (outputs), K columns (inputs), E experts, G scales of a row.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -26,21 +30,38 @@ BITS = (2, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How one weight is stored. Written `int8`, or `int4-g32` with a scale for every 32 k."""
+    """How one weight is stored. Written `int8`, `int4-g32` with a scale for every 32 k, `int4-g32s`
+    with scale steps."""
 
     bits: int
     """2, 4 or 8."""
     group: int | None = None
     """Weights of a row that share a scale; None: all of them."""
+    steps: bool = False
+    """Whether scales are multiples of one step a row."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ConfigError(f"bits {self.bits}: weights are stored in 2, 4 or 8")
         if self.group is not None and self.group < 1:
             raise ConfigError(f"group {self.group}: must be positive, or None for one scale a row")
+        if self.steps and not cpu.takes_steps(self.bits, self.group):
+            raise ConfigError(
+                f"{self.free} has no scale steps; 4 bits have them in groups of up to 32, 2 bits "
+                "in groups of up to 128"
+            )
 
     def __str__(self) -> str:
-        return f"int{self.bits}" + (f"-g{self.group}" if self.group else "")
+        return f"int{self.bits}" + (f"-g{self.group}" if self.group else "") + "s" * self.steps
+
+    @property
+    def free(self) -> "Format":
+        """The same with scales of any value."""
+        return replace(self, steps=False)
+
+    def stepped(self, K: int) -> "Format":
+        """The same with scale steps, if rows of K weights can have them."""
+        return replace(self, steps=cpu.takes_steps(self.bits, self.group) and self.group != K)
 
     @property
     def offset(self) -> int:
@@ -61,12 +82,17 @@ class Format:
             )
         if K * self.bits % 8:
             raise ConfigError(f"{name} has rows of {K}: at {self.bits} bits not whole bytes")
+        if self.steps and self.group == K:
+            raise ConfigError(f"{name} has rows of {K}, one group, whose scale is no step")
         return K // self.group if self.group else 1
 
     def bytes(self, *shape: int) -> int:
-        """Bytes of a weight [..., N, K] as packed: scales of groups bfloat16, of rows float32."""
+        """Bytes of a weight [..., N, K] as packed: scales of groups bfloat16, of rows float32; a
+        step float32, a multiple of it a byte."""
         *rows, K = shape
         scales = 2 * self.groups(K) if self.group else 4
+        if self.steps:
+            scales = self.groups(K) + 4
         return math.prod(rows) * (K * self.bits // 8 + scales)
 
 

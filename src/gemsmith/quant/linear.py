@@ -9,8 +9,13 @@ On a CPU inputs are rounded to int8, each token with its own scale, and products
     y  = sx * sum over groups of scale * (sum of q * x8 within the group)
 
 The integer sums are exact, groups are added in ascending order in float32, each step rounded by
-itself: any implementation that keeps to this gives the same bits. This one is that definition, not
-fast. Elsewhere weights become floats of x's dtype, some rows at a time, and x stays as it is.
+itself: any implementation that keeps to this gives the same bits. Where scales are multiples of a
+step of their row (`Format.steps`) the sum over groups is of integers, too:
+
+    y  = sx * (step * sum over groups of multiple * (sum of q * x8 within the group))
+
+This one is that definition, not fast. Elsewhere weights become floats of x's dtype, some rows at a
+time, and x stays as it is.
 
 Shapes: T tokens, K inputs, N outputs, G groups of a row, g weights of a group, E experts.
 """
@@ -53,7 +58,13 @@ def integer_product(x_TK: Tensor, weight: Quantized) -> Tensor:
     for start in range(0, N, rows):
         part = weight[start : start + rows]
         codes_GgN = part.codes().view(-1, G, K // G).permute(1, 2, 0).to(dtype)
-        sums_GTN = torch.bmm(x_GTg, codes_GgN).float()
+        sums_GTN = torch.bmm(x_GTg, codes_GgN)
+        if weight.format.steps:
+            multiples_NG, steps_N = cpu.steps_of(part.scales)
+            exact_TN = (sums_GTN.double() * multiples_NG.T[:, None]).sum(0)
+            out_TN[:, start : start + rows] = exact_TN.float() * steps_N * sx
+            continue
+        sums_GTN = sums_GTN.float()
         total_TN = part.scales[:, 0] * sums_GTN[0]
         for group in range(1, G):
             total_TN = total_TN + part.scales[:, group] * sums_GTN[group]

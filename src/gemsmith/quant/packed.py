@@ -28,7 +28,7 @@ class Packed:
     lines: Tensor
     """uint8 [B, L, 64] or [E, B, L, 64], on the CPU."""
     scales: Tensor
-    """float32 [B, G, 16] or [E, B, G, 16]."""
+    """[B, G, 16] or [E, B, G, 16], float32 or bfloat16; or steps, see ops/cpu.py."""
 
     @staticmethod
     def takes(format: Format, shape: tuple[int, ...]) -> bool:
@@ -38,16 +38,21 @@ class Packed:
 
     @classmethod
     def of(cls, weight: Quantized) -> Self:
-        """Repack; the codes are read once, one weight of a stack after the other."""
+        """Repack; the codes are read once, one weight of a stack after the other.
+
+        Raises:
+          WeightsError: scales that should be steps are none.
+        """
         bits, (*_, N, K) = weight.format.bits, weight.shape
+        pack_scales = cpu.pack_steps if weight.format.steps else cpu.pack_scales
         if len(weight.shape) == 2:
             lines = cpu.pack_lines(weight.packed.contiguous(), K, bits)
-            return cls(weight.format, weight.shape, lines, cpu.pack_scales(weight.scales))
+            return cls(weight.format, weight.shape, lines, pack_scales(weight.scales))
         lines = torch.empty((weight.shape[0], *cpu.lines_shape(N, K, bits)), dtype=torch.uint8)
         native.advise_hugepages(lines)
         for place, codes in zip(lines, weight.packed, strict=True):
             place.copy_(cpu.pack_lines(codes.contiguous(), K, bits))
-        scales = torch.stack([cpu.pack_scales(scales_NG) for scales_NG in weight.scales])
+        scales = torch.stack([pack_scales(scales_NG) for scales_NG in weight.scales])
         return cls(weight.format, weight.shape, lines, scales)
 
     def __getitem__(self, index: int | slice) -> "Packed":

@@ -35,11 +35,13 @@ from gemsmith.ops import cpu, native
 from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.packed import Packed
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"gemsmith packed\n"
 TRAILER = struct.Struct("<16s32s32sq")
 """MAGIC, fingerprint, digest of the tensors' checksums, bytes of the tensors. Between these and the
 trailer lies a byte for each weight: how wide its scales are."""
+SCALES = {1: torch.int8, 2: torch.bfloat16, 4: torch.float32}
+"""By that width; int8: steps."""
 LEAST_BYTES = 64 << 20
 """Smaller checkpoints are packed in less time than a file takes to check."""
 
@@ -58,13 +60,12 @@ class _Place:
     scales: tuple[int, ...]
     scales_at: int
     scale_bytes: int
-    """2: bfloat16; 4: float32. Known when the weight is packed."""
+    """As in SCALES. Known when the weight is packed."""
 
     def of(self, data: Tensor) -> Packed:
         lines = data[self.lines_at : self.scales_at].view(self.lines)
         stop = self.scales_at + self.scale_bytes * math.prod(self.scales)
-        dtype = torch.bfloat16 if self.scale_bytes == 2 else torch.float32
-        scales = data[self.scales_at : stop].view(dtype).view(self.scales)
+        scales = data[self.scales_at : stop].view(SCALES[self.scale_bytes]).view(self.scales)
         return Packed(self.format, self.shape, lines, scales)
 
 
@@ -83,7 +84,7 @@ def packed_weights(
     """
     _, total = _places(layout, [4] * len(layout))  # at most
     if total < LEAST_BYTES:
-        return {name: Packed.of(weight) for name, weight in weights()}
+        return {name: _packed(name, weight) for name, weight in weights()}
     path = cached_file(folder, part)
     if path is None:
         return _packed_anew("there is no home folder to keep packed weights in", weights)
@@ -110,7 +111,17 @@ def _packed_anew(
         RuntimeWarning,
         stacklevel=3,
     )
-    return {name: Packed.of(weight) for name, weight in weights()}
+    return {name: _packed(name, weight) for name, weight in weights()}
+
+
+def _packed(name: str, weight: Quantized) -> Packed:
+    try:
+        return Packed.of(weight)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{name}: {error}, as config.json says they are (observer_kwargs); the checkpoint is "
+            "damaged, or it was changed and the note has to go"
+        ) from None
 
 
 def cached_file(folder: Path, part: str = "") -> Path | None:
@@ -122,13 +133,16 @@ def cached_file(folder: Path, part: str = "") -> Path | None:
 
 
 def _places(layout: Layout, scale_bytes: Iterable[int]) -> tuple[dict[str, _Place], int]:
-    """Where each weight lies, and the bytes of all."""
+    """Where each weight lies, and the bytes of all. One that was to have steps, and was given free
+    scales when it was rounded, is known by how wide they are."""
     places, at = {}, 0
     for (name, (format, shape)), width in zip(layout.items(), scale_bytes, strict=True):
         *stack, N, K = shape
         lines = (*stack, *cpu.lines_shape(N, K, format.bits))
-        scales = (*lines[:-2], cpu.groups_of(K, format.group), cpu.BLOCK)
+        groups = cpu.groups_of(K, format.group)
+        scales = (*stack, *cpu.scales_shape(lines[-3], groups, SCALES[width]))
         scales_at = at + math.prod(lines)
+        format = format if width == 1 else format.free
         places[name] = _Place(format, shape, lines, at, scales, scales_at, width)
         at = scales_at + width * math.prod(scales)
     return places, at
@@ -155,8 +169,8 @@ def _write(path: Path, fingerprint: bytes, weights: Iterator[tuple[str, Quantize
     total = 0
     try:
         with open(temporary, "wb") as file:
-            for _, weight in weights:
-                packed = Packed.of(weight)
+            for name, weight in weights:
+                packed = _packed(name, weight)
                 widths.append(packed.scales.itemsize)
                 for tensor in (packed.lines, packed.scales):
                     file.write(tensor.view(torch.uint8).numpy().data)
@@ -188,8 +202,11 @@ def _read(path: Path, fingerprint: bytes, layout: Layout) -> dict[str, Packed] |
                 return None
             file.seek(total)
             widths = file.read(len(layout))
+            steps = zip(widths, layout.values(), strict=True)
+            if not set(widths) <= {*SCALES} or any(w == 1 and not f.steps for w, (f, _) in steps):
+                return None
             places, wanted = _places(layout, widths)
-            if not set(widths) <= {2, 4} or wanted != total:
+            if wanted != total:
                 return None
             mapping = mmap.mmap(file.fileno(), total, access=mmap.ACCESS_COPY)
     except (OSError, ValueError, struct.error):

@@ -26,7 +26,7 @@ from gemsmith.model.text import Experts
 from gemsmith.quant.calibrate import gptq, gram
 from gemsmith.quant.formats import Format, Quantized
 from gemsmith.quant.quantize import quantize
-from gemsmith.weights.rounding import lies_on_grid
+from gemsmith.weights.rounding import settled
 from gemsmith.weights.streaming import STAGES, Streamed
 from gemsmith.weights.tensors import StoredTensor
 
@@ -98,11 +98,13 @@ class Calibration(Streamed):
                 if before is not None:
                     self._put(name, before.dequantize())
                     continue
-                if not lies_on_grid(name, self.weights[name], self.formats[name]):
+                format, grid = settled(name, self.weights[name], self.formats[name])
+                self.formats[name] = format
+                if not grid:
                     todo.append(name)
                     self._put(name, self._floats(name))
                     continue
-                self._keep(name, quantize(self._floats(name), self.formats[name], grid=True))
+                self._keep(name, quantize(self._floats(name), format, grid=True))
                 self.calibrated[name] = 0
                 continue
             self._put(name, self._plain(name))

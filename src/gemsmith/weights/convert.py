@@ -48,7 +48,7 @@ from gemsmith.weights.names import (
     written_key,
 )
 from gemsmith.weights.recipe import Recipe
-from gemsmith.weights.rounding import Advance, rounded, silent
+from gemsmith.weights.rounding import Advance, rounded, settled, silent
 from gemsmith.weights.save import (
     ALIGNMENT,
     index_of,
@@ -117,6 +117,7 @@ class _Job:
     key: str
     source: StoredTensor
     format: Format | None
+    """Once its codes are made: the one that it settled on."""
     mobile: bool
     advance: Advance
     calibration: Calibration | None = None
@@ -178,6 +179,17 @@ class _Job:
         told = matrices, self.calibrated, self.choice
         return Row(self.name, self.format, dtype, weights, self.nbytes, *sums, *told)
 
+    def note(self) -> tuple[float, float, int, bool]:
+        """What is kept of a weight whose codes were made."""
+        steps = self.format is not None and self.format.steps
+        return self.wrong, self.whole, self.calibrated, steps
+
+    def take_note(self, noted: Sequence[Any] | None) -> None:
+        if noted is None or self.format is None:
+            return
+        self.wrong, self.whole, self.calibrated, steps = noted
+        self.format = self.format if steps else self.format.free
+
     def _floats(self) -> Iterator[Tensor]:
         for rows in read_rows(self.source):
             yield rows
@@ -191,18 +203,19 @@ class _Job:
             wrong, whole = squares(rows, found)
             self.wrong, self.whole = self.wrong + wrong, self.whole + whole
             self.scales.append(found.scales)
+            self.format = found.format
             if not self.mobile:
                 yield layouts.words(found.packed)
+            elif found.format.bits == 8:
+                yield (found.packed ^ 128).view(torch.int8)
             else:
-                yield (
-                    (found.packed ^ 128).view(torch.int8) if self.format.bits == 8 else found.packed
-                )
+                yield found.packed
             self.advance(self.key, rows.numel())
 
     def _pieces(self, format: Format) -> Iterator[tuple[Tensor, Quantized]]:
         """Rows as they are, and in the format."""
         if self.calibration is None or not self.calibration.covers(self.name):
-            yield from rounded(self.key, self.source, format)
+            yield from rounded(self.key, self.source, *settled(self.key, self.source, format))
             return
         chosen, start = self.calibration.take(self.name).flat(), 0
         self.calibrated = self.calibration.calibrated[self.name]
@@ -269,12 +282,13 @@ def quantize_checkpoint(
                 done["files"] = files
             noted = done["files"][current]["squares"]
             for job in shard:
-                job.wrong, job.whole, job.calibrated = noted.get(job.name, (0.0, 0.0, 0))
+                job.take_note(noted.get(job.name))
         if count > 1:
             parts = [[part for job in shard for part in job.parts] for shard in shards]
             replace_file(target, INDEX, to_json(index_of(names, parts)))
         _copy_companions(source, target)
-        section = _section(recipe, config)
+        formats = {job.name: job.format for job in jobs if job.format}
+        section = _section(recipe, config, formats)
         replace_file(
             target, "config.json", to_json(config.to_dict() | {"quantization_config": section})
         )
@@ -365,10 +379,11 @@ def stored_weights(folder: str | Path) -> list[Row]:
       WeightsError: a file is missing or damaged, or the tensors are not this model's.
     """
     folder = Path(folder)
-    config = Gemma4Config.load(folder)
+    config, section = Gemma4Config.load(folder), layouts.read_section(folder)
     stored, text = read_checkpoint(folder), config.text_config
     towers = tower_shapes(config)
-    shapes, low = layouts.fold(stored, expected_shapes(text) | unused_shapes(text) | towers)
+    expected = expected_shapes(text) | unused_shapes(text) | towers
+    shapes, low = layouts.fold(stored, expected, layouts.stepped_modules(section))
     files = {key: stored[low[key].codes if key in low else key].file.name for key in shapes}
     chosen = match(shapes, text, files, str(folder))
     if towers:
@@ -431,21 +446,21 @@ def _plan(source: Path, recipe: Recipe, advance: Advance) -> tuple[Gemma4Config,
     return config, sorted(jobs, key=lambda job: order[job.name])
 
 
-def _section(recipe: Recipe, config: Gemma4Config) -> dict[str, Any]:
+def _section(recipe: Recipe, config: Gemma4Config, formats: dict[str, Format]) -> dict[str, Any]:
     """quantization_config, with modules under the names they have in transformers."""
 
     def module(name: str) -> str:
         key = f"model.{name}" if is_tower(name) else written_key(name)
         return key.removesuffix(".weight")
 
-    formats = {module(name): format for name, format in recipe.formats(config).items()}
+    named = {module(name): format for name, format in formats.items()}
     shapes = expected_shapes(config.text_config)
     ignored = {
-        module(name) for name in shapes if len(shapes[name]) > 1 and module(name) not in formats
+        module(name) for name in shapes if len(shapes[name]) > 1 and module(name) not in named
     }
     if recipe.mobile:
-        return layouts.gemma_section(formats, ignored)
-    return layouts.compressed_section(formats, {*ignored, "lm_head"})
+        return layouts.gemma_section(named, ignored)
+    return layouts.compressed_section(named, {*ignored, "lm_head"})
 
 
 def _finish(target: Path, name: str, shard: list[_Job]) -> dict[str, Any]:
@@ -463,7 +478,7 @@ def _finish(target: Path, name: str, shard: list[_Job]) -> dict[str, Any]:
     except BaseException:
         temporary[name].unlink(missing_ok=True)
         raise
-    noted = {job.name: (job.wrong, job.whole, job.calibrated) for job in shard if job.format}
+    noted = {job.name: job.note() for job in shard if job.format}
     return {"sha256": hashing.digest.hexdigest(), "squares": noted}
 
 

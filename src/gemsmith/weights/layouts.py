@@ -12,8 +12,11 @@ Two layouts are written and read:
 
 Formats are taken from the tensors: how many bytes a row of K weights has gives its bits, how many
 scales its groups. The patterns in config.json, which are anyone's regular expressions, are written
-for other readers and never run. Scales of activations and caches, trained for static rounding, are
-left aside: activations are rounded by the token's own largest value here, at no loss.
+for other readers and never run. One note of ours is read there: where `observer_kwargs` says
+`steps`, scales of the modules named are multiples of a step (quant/formats.py); packing sees
+whether they are, and of a format that has no steps the note says nothing. Scales of activations and
+caches, trained for static rounding, are left aside: activations are rounded by the token's own
+largest value here, at no loss.
 
 What it is not: asymmetric weights (zero points), reordered columns, floats of 4 or 8 bits; each is
 refused by name.
@@ -124,14 +127,30 @@ def check_section(section: Any) -> None:
             )
 
 
+def stepped_modules(section: Mapping[str, Any] | None) -> frozenset[str]:
+    """The modules whose scales a quantization_config, checked before, says to be steps."""
+    groups = (section or {}).get("config_groups")
+    names: set[str] = set()
+    for group in groups.values() if isinstance(groups, dict) else ():
+        group = group if isinstance(group, dict) else {}
+        weights, targets = group.get("weights"), group.get("targets")
+        noted = weights.get("observer_kwargs") if isinstance(weights, dict) else None
+        if isinstance(noted, dict) and noted.get("steps") is True and isinstance(targets, list):
+            names.update(name for name in targets if isinstance(name, str))
+    return frozenset(names)
+
+
 def fold(
-    found: Mapping[str, Header], expected: Mapping[str, Shape]
+    found: Mapping[str, Header],
+    expected: Mapping[str, Shape],
+    stepped: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, Shape], dict[str, LowBit]]:
     """Join the parts of each low-bit weight into the weight they stand for.
 
     `found` are a checkpoint's tensors by key, `expected` the shapes of the model's by name (the
-    decoder's below its prefix, towers' below `model.`). Returns the shapes by key of a checkpoint
-    as if it were of floats, for `names.match`, and the low-bit weights among these keys.
+    decoder's below its prefix, towers' below `model.`), `stepped` is of `stepped_modules`. Returns
+    the shapes by key of a checkpoint as if it were of floats, for `names.match`, and the low-bit
+    weights among these keys.
 
     Raises:
       WeightsError: codes without scales, or parts whose sizes are of no format; by name.
@@ -158,6 +177,8 @@ def fold(
         for part in (key, scales, stated):
             shapes.pop(part or "", None)
         format = _format(key, tensor, scales, found[scales], shape)
+        if stem in stepped:
+            format = format.stepped(shape[-1])
         shapes[weight] = shape
         low[weight] = LowBit(format, shape, key, scales, stated)
     return shapes, low
@@ -205,7 +226,7 @@ def compressed_section(formats: Mapping[str, Format], ignored: Iterable[str]) ->
                 "group_size": format.group,
                 "num_bits": format.bits,
                 "observer": "mse",
-                "observer_kwargs": {},
+                "observer_kwargs": {"steps": True} if format.steps else {},
                 "strategy": "group" if format.group else "channel",
                 "symmetric": True,
                 "type": "int",

@@ -44,7 +44,7 @@ from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from gemsmith.quant.packed import Packed
 from gemsmith.weights.cached import packed_weights
 from gemsmith.weights.fuse import fuse
-from gemsmith.weights.layouts import LowBit, codes_of, fold, read_section
+from gemsmith.weights.layouts import LowBit, codes_of, fold, read_section, stepped_modules
 from gemsmith.weights.names import (
     EMBEDDING,
     HEAD,
@@ -59,7 +59,7 @@ from gemsmith.weights.names import (
 )
 from gemsmith.weights.ple import PLEStore, QuantPLEStore, RoundingPLEStore
 from gemsmith.weights.recipe import ON_LOAD, recipe_on_load
-from gemsmith.weights.rounding import ROUNDING, Advance, lies_on_grid, quantized, silent
+from gemsmith.weights.rounding import ROUNDING, Advance, quantized, settled, silent
 from gemsmith.weights.tensors import (
     DTYPES,
     Reader,
@@ -112,7 +112,8 @@ def load_model(
     formats = _formats(quant, config)
     section = read_section(folder)
     stored, text = read_checkpoint(folder), config.text_config
-    shapes, low = fold(stored, expected_shapes(text) | unused_shapes(text))
+    expected = expected_shapes(text) | unused_shapes(text)
+    shapes, low = fold(stored, expected, stepped_modules(section))
     files = {key: stored[low[key].codes if key in low else key].file.name for key in shapes}
     chosen = match(shapes, text, files, str(folder))
     if formats and (low or section is not None):
@@ -228,9 +229,7 @@ def table_on_disk(
         )
 
     if format is not None:
-        return RoundingPLEStore(
-            rows(key, None), format, lies_on_grid(key, stored[key], format), dtype
-        )
+        return RoundingPLEStore(rows(key, None), *settled(key, stored[key], format), dtype)
     if key not in low:
         return rows(key, dtype)
     return QuantPLEStore(low[key], rows(low[key].codes, None), rows(low[key].scales, None), dtype)
@@ -481,7 +480,8 @@ def _check_room(
                 continue
             if key in low:
                 format = low[key].format
-                need += sizing.held_bytes(low[key].shape, format.bits, format.group, place)
+                its = low[key].shape, format.bits, format.group, place
+                need += sizing.held_bytes(*its, steps=format.steps)
             else:
                 need += math.prod(stored[key].shape) * dtype.itemsize
                 mapped &= bool(low) or DTYPES[stored[key].dtype] == dtype

@@ -35,7 +35,7 @@ from gemsmith.quant.formats import Format
 from gemsmith.quant.quantize import quantize, squares
 from gemsmith.weights.layouts import compressed_bytes
 from gemsmith.weights.recipe import Recipe
-from gemsmith.weights.rounding import lies_on_grid
+from gemsmith.weights.rounding import settled
 from gemsmith.weights.save import replace_file, to_json
 from gemsmith.weights.sensitivity import Unit, probe_tokens, sensitivities
 from gemsmith.weights.streaming import STAGES
@@ -43,7 +43,7 @@ from gemsmith.weights.tensors import StoredTensor, read_rows
 
 SAMPLED_ROWS = 128
 MEASURED = "sensitivity.json"
-VERSION = 1
+VERSION = 2
 MAX_MEASURED_BYTES = 64 << 20
 
 
@@ -227,7 +227,7 @@ def rounding_error(name: str, stored: StoredTensor, format: Format) -> float:
     Raises:
       WeightsError: a weight is infinite or not a number, or the file is cut short.
     """
-    grid = lies_on_grid(name, stored, format)
+    format, grid = settled(name, stored, format)
     rows = math.prod(stored.shape[:-1])
     wrong = whole = 0.0
     for sample_NK in _sample(stored, -(-rows // SAMPLED_ROWS)):

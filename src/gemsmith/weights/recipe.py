@@ -96,6 +96,8 @@ class Recipe:
             fits = tuple(f for f in MIXED if f.group and K % f.group == 0)
             if name == PLE_TABLE:
                 fits = tuple(f for f in fits if f.bits > 2) or (Format(4, P),)
+            else:
+                fits = tuple(f.stepped(K) for f in fits)
             out[name] = (*(fits or (Format(4),)), wide[name])
         return out
 
@@ -117,7 +119,7 @@ class Recipe:
             format = self._format(name, text.layers, text.hidden_size_per_layer_input)
             if len(shape) > 1 and format is not None:
                 format.groups(shape[-1], written_key(name))
-                out[name] = format
+                out[name] = format.stepped(shape[-1])
         for name, module in Towers(config, device="meta").named_modules():
             if isinstance(module, nn.Linear):
                 out[f"{name}.weight"] = Format(8)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gemsmith.errors import CapacityError, WeightsError
 from gemsmith.quant.formats import Format, Quantized
-from gemsmith.quant.quantize import on_grid, quantize, spread
+from gemsmith.quant.quantize import quantize, settle, spread
 from gemsmith.weights.tensors import StoredTensor, read_rows
 
-ROUNDING = 1
+ROUNDING = 2
 """To be raised when weights of floats are rounded otherwise, so that the cache is made anew."""
 
 Advance = Callable[[str, int], None]
@@ -28,7 +28,7 @@ def silent(key: str, values: int) -> None:
 def quantized(
     key: str, tensor: StoredTensor, format: Format, device: torch.device, advance: Advance
 ) -> Quantized:
-    """A tensor of floats in `format`; it is never in memory as a whole."""
+    """A tensor of floats in `format`, or as it settles; it is never in memory as a whole."""
     *rows, K = tensor.shape
     N, G, done = math.prod(rows), format.groups(K, key), 0
     try:
@@ -38,7 +38,8 @@ def quantized(
         raise CapacityError(
             f"{device}: out of memory at {key}; free memory there, or load on another device"
         ) from None
-    for floats, part in rounded(key, tensor, format):
+    format, grid = settled(key, tensor, format)
+    for floats, part in rounded(key, tensor, format, grid):
         packed[done : done + len(floats)] = part.packed
         scales[done : done + len(floats)] = part.scales
         done += len(floats)
@@ -46,13 +47,15 @@ def quantized(
     return Quantized(format, tensor.shape, packed.view(*rows, -1), scales.view(*rows, G))
 
 
-def rounded(key: str, tensor: StoredTensor, format: Format) -> Iterator[tuple[Tensor, Quantized]]:
-    """The tensor [..., K] some MiB of rows at a time: as it is, and in `format`.
+def rounded(
+    key: str, tensor: StoredTensor, format: Format, grid: bool
+) -> Iterator[tuple[Tensor, Quantized]]:
+    """The tensor [..., K] some MiB of rows at a time: as it is, and in the format in which, with
+    `grid`, it was settled.
 
     Raises:
       WeightsError: a value is infinite or not a number; the file ends within the tensor.
     """
-    grid = lies_on_grid(key, tensor, format)
     for rows in read_rows(tensor):
         try:
             part = quantize(rows, format, grid=grid)
@@ -61,13 +64,13 @@ def rounded(key: str, tensor: StoredTensor, format: Format) -> Iterator[tuple[Te
         yield rows, part
 
 
-def lies_on_grid(key: str, tensor: StoredTensor, format: Format) -> bool:
-    """Whether the weights were trained for `format`, by some of their rows.
+def settled(key: str, tensor: StoredTensor, format: Format) -> tuple[Format, bool]:
+    """`quant.quantize.settle` by some of the tensor's rows.
 
     Raises: as `rounded`.
     """
     sample = torch.cat([*read_rows(tensor, spread(math.prod(tensor.shape[:-1])).step)])
     try:
-        return on_grid(sample, format)
+        return settle(sample, format)
     except WeightsError as error:
         raise WeightsError(f"{tensor.file.name}: {key}: {error}") from None

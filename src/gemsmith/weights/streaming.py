@@ -22,7 +22,7 @@ from gemsmith.quant.formats import Format
 from gemsmith.quant.quantize import quantize
 from gemsmith.weights.load import table_on_disk
 from gemsmith.weights.names import EMBEDDING, PLE_TABLE
-from gemsmith.weights.rounding import lies_on_grid
+from gemsmith.weights.rounding import settled
 from gemsmith.weights.tensors import StoredTensor, read_rows
 
 BATCH_TOKENS = 2048
@@ -110,7 +110,7 @@ class Streamed:
         format = self.formats.get(name)
         if format is None:
             return floats
-        grid = lies_on_grid(name, self.weights[name], format)
+        format, grid = settled(name, self.weights[name], format)
         return quantize(floats, format, grid=grid).dequantize()
 
     def _floats(self, name: str) -> Tensor:
