@@ -128,7 +128,8 @@ def _prefill(peers: Record | None) -> Iterator[Must]:
     for tokens in (512, 2048):
         task = f"prefill {tokens}"
         for theirs, needed in ((TRANSFORMERS, 2.5), (LLAMA, 15.0 if amx else 4.0)):
-            cause = _scaling(peers, task, theirs) if peers and amx else ""
+            unit = "bfloat16 has the unit too; " if theirs == TRANSFORMERS else ""
+            cause = unit + ROWS if amx else ""
             yield _ratio(peers, task, OURS, theirs, needed, cause=cause)
     why, kept = _absent(peers, OURS, "prefill 8192"), None
     if peers and not why:
@@ -139,19 +140,6 @@ def _prefill(peers: Record | None) -> Iterator[Must]:
         why = f"llama.cpp keeps {theirs[0] / theirs[1]:.0%}" if theirs[0] and theirs[1] else ""
     text = "prefill of 8192 over 2048 tokens, gemsmith int4"
     yield Must(text, 0.5, "%", False, kept, why, GROWING)
-
-
-def _scaling(peers: Record, task: str, theirs: str) -> str:
-    """Why a prompt in groups of 32 gains less than it might from AMX."""
-    causes = [
-        "groups of 32 fill half of AMX's tiles, and scaling them takes as long as their products"
-    ]
-    mobile, other = _speed(peers, MOBILE, task), _speed(peers, theirs, task)
-    if mobile and other:
-        causes[0] += f" (mobile, a scale a row: {mobile / other:.2f}x)"
-    if theirs == TRANSFORMERS:
-        causes.append("bfloat16 has the unit too, and no scales")
-    return "; ".join((*causes, ROWS))
 
 
 def _alone(latest: Mapping[tuple[str, str, str], Record]) -> Iterator[Must]:
