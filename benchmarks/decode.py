@@ -50,7 +50,7 @@ def weight_bytes(folder: Path) -> int:
     config = Gemma4Config.load(folder)
     text, stored = config.text_config, read_checkpoint(folder)
     shapes = expected_shapes(text)
-    low = layouts.fold(stored, shapes, layouts.stepped_modules(layouts.read_section(folder)))[1]
+    low = layouts.fold(stored, shapes, layouts.read_section(folder))[1]
     total = 0
     for name, shape in shapes.items():
         if name == PLE_TABLE or (name == EMBEDDING and not text.tie_word_embeddings):

@@ -383,7 +383,7 @@ def stored_weights(folder: str | Path) -> list[Row]:
     stored, text = read_checkpoint(folder), config.text_config
     towers = tower_shapes(config)
     expected = expected_shapes(text) | unused_shapes(text) | towers
-    shapes, low = layouts.fold(stored, expected, layouts.stepped_modules(section))
+    shapes, low = layouts.fold(stored, expected, section)
     files = {key: stored[low[key].codes if key in low else key].file.name for key in shapes}
     chosen = match(shapes, text, files, str(folder))
     if towers:

@@ -127,7 +127,7 @@ def check_section(section: Any) -> None:
             )
 
 
-def stepped_modules(section: Mapping[str, Any] | None) -> frozenset[str]:
+def _stepped(section: Mapping[str, Any] | None) -> frozenset[str]:
     """The modules whose scales a quantization_config, checked before, says to be steps."""
     groups = (section or {}).get("config_groups")
     names: set[str] = set()
@@ -143,20 +143,21 @@ def stepped_modules(section: Mapping[str, Any] | None) -> frozenset[str]:
 def fold(
     found: Mapping[str, Header],
     expected: Mapping[str, Shape],
-    stepped: frozenset[str] = frozenset(),
+    section: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Shape], dict[str, LowBit]]:
     """Join the parts of each low-bit weight into the weight they stand for.
 
     `found` are a checkpoint's tensors by key, `expected` the shapes of the model's by name (the
-    decoder's below its prefix, towers' below `model.`), `stepped` is of `stepped_modules`. Returns
-    the shapes by key of a checkpoint as if it were of floats, for `names.match`, and the low-bit
-    weights among these keys.
+    decoder's below its prefix, towers' below `model.`). Returns the shapes by key of a checkpoint
+    as if it were of floats, for `names.match`, and the low-bit weights among these keys; `section`,
+    of `read_section`, says whose scales are steps (none given: nobody's).
 
     Raises:
       WeightsError: codes without scales, or parts whose sizes are of no format; by name.
     """
     shapes = {key: tensor.shape for key, tensor in found.items() if not ASIDE.search(key)}
     low: dict[str, LowBit] = {}
+    stepped = _stepped(section)
     for key, tensor in found.items():
         end = next((end for end in CODES if key.endswith(end)), None)
         if end is None and key.endswith(".weight") and tensor.dtype in ("U8", "I8"):

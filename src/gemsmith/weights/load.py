@@ -44,7 +44,7 @@ from gemsmith.quant.linear import QuantEmbedding, QuantExperts, QuantLinear
 from gemsmith.quant.packed import Packed
 from gemsmith.weights.cached import packed_weights
 from gemsmith.weights.fuse import fuse
-from gemsmith.weights.layouts import LowBit, codes_of, fold, read_section, stepped_modules
+from gemsmith.weights.layouts import LowBit, codes_of, fold, read_section
 from gemsmith.weights.names import (
     EMBEDDING,
     HEAD,
@@ -113,7 +113,7 @@ def load_model(
     section = read_section(folder)
     stored, text = read_checkpoint(folder), config.text_config
     expected = expected_shapes(text) | unused_shapes(text)
-    shapes, low = fold(stored, expected, stepped_modules(section))
+    shapes, low = fold(stored, expected, section)
     files = {key: stored[low[key].codes if key in low else key].file.name for key in shapes}
     chosen = match(shapes, text, files, str(folder))
     if formats and (low or section is not None):
