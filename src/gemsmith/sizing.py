@@ -12,7 +12,8 @@ Three places where a weight takes room, which differ by up to a fifth:
 
 Formats are those of weights/recipe.py: float32 and bfloat16 as they are, int8, int4, int2 (groups
 of 32 at 4 and 2 bits), and Google's mobile mix. Scales of groups are taken to be steps; a weight
-that steps would spoil keeps free ones (quant/quantize.py), a 17th more for the CPU's kernels.
+that steps would spoil keeps free ones (quant/quantize.py): for the CPU's kernels a 17th more at 4
+bits, a 9th at 2.
 
 Sources: exact shapes of the checkpoints (shapes.py); weights/layouts.py and ops/cpu.py for bytes.
 """

@@ -53,7 +53,7 @@ def test_nothing_that_will_do_is_exit_code_1_with_the_closest_three() -> None:
     assert len(facts["closest"]) == 3
 
 
-def test_a_speed_that_is_a_guess_is_marked_and_says_why() -> None:
+def test_what_is_a_guess_or_depends_on_the_weights_is_said() -> None:
     reasons = {
         "raspberry-pi-5-8gb": "the shares were measured on x86-64, on arm64 none were",
         "rtx-4090": "50% of what the machine allows; on such nothing was measured yet",
@@ -63,6 +63,7 @@ def test_a_speed_that_is_a_guess_is_marked_and_says_why() -> None:
         assert f"~ a guess: {why}" in output
         assert ("that memory bandwidth allows, a guess\n" in output) == (device[:3] == "ras")
         assert re.search(r"GiB +~\d", output)
+        assert ("keeps free ones" in output) == (device[:3] == "ras")
         options = json.loads(run("--device", device, "--json").output)["options"]
         assert all(option["guess"].startswith(why) for option in options)
     said = run("--device", "raspberry-pi-5-8gb", "--speed", "20").output

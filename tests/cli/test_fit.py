@@ -63,6 +63,21 @@ def test_json_has_the_parts_that_sizing_has():
     assert found["speed"]["limit"] == "memory bandwidth"
 
 
+def test_what_free_scales_add_is_said_where_it_counts():
+    for asked, said in (
+        (("--device", "cpu", "--bits", "4"), True),
+        (("--device", "cpu", "--bits", "8"), False),
+        (("--device", "rtx-4090", "--bits", "4"), False),
+    ):
+        assert ("up to 6 % more than counted here at 4 bits" in ask("E2B", *asked)) == said
+    for bits, part in ((4, 1.06), (2, 1.11)):
+        shape = (1536, 12_288)
+        steps, free = (
+            sizing.held_bytes(shape, bits, 32, "cpu", steps=steps) for steps in (True, False)
+        )
+        assert free / steps == pytest.approx(part, abs=0.005)
+
+
 def test_a_speed_that_is_a_guess_is_marked_and_says_why():
     for device, guessed in (("raspberry-pi-5-8gb", True), ("cpu", False), ("rtx-4090", False)):
         text = ask("E2B", "--device", device)

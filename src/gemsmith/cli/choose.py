@@ -13,7 +13,7 @@ from rich.table import Table
 
 from gemsmith import fit
 from gemsmith.choose import BENCHMARKS, Decision, Needs, decide, to_dict, verdict
-from gemsmith.cli.fit import target_of
+from gemsmith.cli.fit import FREE_SCALES, target_of
 from gemsmith.errors import ConfigError
 from gemsmith.fit import gib
 
@@ -88,6 +88,8 @@ def show(decision: Decision, console: Console) -> None:
         if option.size in BENCHMARKS[name].scores
     )
     line(f"scores: {'; '.join(sources)}", "dim")
+    if decision.machine.place == "cpu" and any(o.format == "int4" for o in decision.options):
+        line(FREE_SCALES, "dim")
     if guess := next((option.guess for option in decision.options if option.guess), None):
         line(f"~ a guess: {guess}", "dim")
 
