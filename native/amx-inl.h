@@ -9,16 +9,17 @@
 //     template <int C, int A, int B> void dot();
 //       C[m][n] += sum over j, i of A[m][4j + i] * B[j][4n + i]
 //     Floats multiply_add(a, b, c);           a * b + c; asked for only where a * b is exact
+//     Ints widened(const int8_t*);            16 of them
 // All else here is plain C++ that compilers turn into vectors, so that it is tested on any CPU, with
 // a unit of plain loops.
 //
 // Sixteen unpacked lines are a tile of weights as it is. Codes are signed here, so sums need no start.
 //
 // One scale a row: 2 blocks of outputs times 2 panels of 16 rows make four independent sums, and each
-// tile loaded serves two; while they are computed, the four before them are scaled. Groups: sums leave the unit at each group's end to be scaled in float32, a
-// tile of totals is all that fits into vector registers, and the four sums are of four groups, so that
-// the unit works on two of them while the others are scaled. Scale steps are multiplied into the codes,
-// which then have one scale a row.
+// tile loaded serves two; while they are computed, the four before them are scaled. Groups: sums leave
+// the unit at each group's end to be scaled in float32, a tile of totals is all that fits into vector
+// registers, and the four sums are of four groups, so that the unit works on two of them while the
+// others are scaled. Scale steps are multiplied into the codes, which then have one scale a row.
 //
 // Groups of 32 inputs fill half a tile. Tiles are then configured to be that small: zeros in the
 // other half would cost the same loads and stores, and as much or more time in the unit.
@@ -37,7 +38,6 @@ using Ints = int32_t __attribute__((vector_size(64)));
 using Words = uint64_t __attribute__((vector_size(64)));
 using Bytes = uint8_t __attribute__((vector_size(64)));
 using Shorts = uint16_t __attribute__((vector_size(64)));
-using Multiples = int8_t __attribute__((vector_size(16)));
 
 // q of all fields of a block times its group's multiple, int8 [stride/4][64]; steps [16].
 //
@@ -51,9 +51,8 @@ void unpack_steps(const Product& p, int64_t block, int8_t* codes, float* steps) 
   std::memcpy(steps, scales, LINE);
   int8_t* to = codes;
   for (int64_t g = 0; g < p.groups; g++) {
-    Multiples multiple;
-    std::memcpy(&multiple, scales + LINE + g * BLOCK, BLOCK);
-    const Ints wide = __builtin_convertvector(multiple, Ints), sign = wide < 0;
+    const auto* multiples = reinterpret_cast<const int8_t*>(scales) + LINE + g * BLOCK;
+    const Ints wide = Unit::widened<Ints>(multiples), sign = wide < 0;
     const Ints size = (wide ^ sign) - sign;
     const Shorts by = reinterpret_cast<Shorts>(size * 0x00010001);
     const Bytes flip = reinterpret_cast<Bytes>(sign);
@@ -356,7 +355,7 @@ void gemm(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1, uint
 
 int64_t scratch(const Product& p) { return 2 * (p.stride * BLOCK + p.groups * LINE); }
 
-const Gemm GEMM = {16, PANEL, TILE_BYTES, scratch, gemm};
+const Gemm GEMM = {16, PANEL, TILE_BYTES, false, scratch, gemm};
 
 }  // namespace
 }  // namespace gemsmith

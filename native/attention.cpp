@@ -237,10 +237,11 @@ struct Prepared {
 
 // All tiles of q16, as Job::tile finds them.
 void arrange(const Job& job, int8_t* out) {
-  AttentionTile tile;
-  tile.H = job.a.H;
-  for (int64_t head = 0; head < job.a.K; head++)
-    for (int64_t chunk = 0; chunk < job.chunks; chunk++) {
+  each_row(job.a.K * job.chunks, job.chunk_rows * job.a.H, [&](int64_t first, int64_t end) {
+    AttentionTile tile;
+    tile.H = job.a.H;
+    for (int64_t n = first; n < end; n++) {
+      const int64_t head = n / job.chunks, chunk = n % job.chunks;
       const int64_t i1 = less((chunk + 1) * job.chunk_rows, job.rows);
       for (int64_t i = chunk * job.chunk_rows; i < i1; i += TILE_ROWS) {
         tile.rows = less(TILE_ROWS, i1 - i);
@@ -249,6 +250,7 @@ void arrange(const Job& job, int8_t* out) {
         job.kernels.attention.arrange(tile, out + (job.tile(head, i) - job.arranged));
       }
     }
+  });
 }
 
 // sequences: how many are attended together.
@@ -298,10 +300,14 @@ void prepare(const Attention& given, int64_t sequences, Prepared& made) {
   }
   made.q_scale.reset(new float[size(a.R * a.N)]());
   if (a.k_format == INT8) {
-    made.q16.reset(new int16_t[size(a.R * a.N * stride)]());
-    for (int64_t n = 0; n < a.R * a.N; n++)
-      made.q_scale[size(n)] =
-          kernels.attention.quantize16(a.q + n * a.H, a.H, made.q16.get() + n * stride);
+    made.q16.reset(new int16_t[size(a.R * a.N * stride)]);
+    each_row(a.R * a.N, a.H, [&](int64_t first, int64_t end) {
+      for (int64_t n = first; n < end; n++) {
+        int16_t* codes = made.q16.get() + n * stride;
+        made.q_scale[size(n)] = kernels.attention.quantize16(a.q + n * a.H, a.H, codes);
+        std::memset(codes + a.H, 0, size(stride - a.H) * sizeof(*codes));
+      }
+    });
   }
   const bool arranges = a.k_format == INT8 && kernels.attention.arrange;
   const int64_t tile_bytes = arranges ? kernels.attention.arranged_bytes(a.H) : 0;

@@ -51,6 +51,11 @@ struct Unit {
     return reinterpret_cast<Floats>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
                                                     reinterpret_cast<__m512>(c)));
   }
+  template <class Ints>
+  static Ints widened(const int8_t* from) {
+    const auto* bytes = reinterpret_cast<const __m128i*>(from);
+    return reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes)));
+  }
   template <int C, int A, int B>
   static void dot() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));

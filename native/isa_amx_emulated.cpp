@@ -41,6 +41,12 @@ struct Unit {
   static Floats multiply_add(const Floats& a, const Floats& b, const Floats& c) {
     return a * b + c;
   }
+  template <class Ints>
+  static Ints widened(const int8_t* from) {
+    Ints wide;
+    for (int i = 0; i < 16; i++) wide[i] = from[i];
+    return wide;
+  }
   template <int C, int A, int B>
   static void dot() {
     for (int m = 0; m < tile[A].rows; m++) {

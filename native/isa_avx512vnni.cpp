@@ -372,7 +372,7 @@ void gemm(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m1, uint
   if (block < b1) blocks_gemm<1>(p, block, m0, m1, codes);
 }
 
-const Gemm GEMM = {24, PANEL, 4, scratch, gemm};
+const Gemm GEMM = {24, PANEL, 4, true, scratch, gemm};
 
 bool runs_here() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -19,13 +19,14 @@ namespace {
 constexpr int MOST_ROWS = 4;
 constexpr int PAIR_ABOVE = 0;  // no two blocks at a time
 
-// 4 scales, the at-th and on.
+// 4 of a block's scales, the at-th and on.
 template <int S>
-inline float32x4_t load_scales(const void* scales, int64_t at) {
+inline float32x4_t load_scales(const uint8_t* scales, int64_t at) {
   if constexpr (S == 16)
-    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(static_cast<const uint16_t*>(scales) + at), 16));
+    return vreinterpretq_f32_u32(
+        vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(scales) + at), 16));
   else
-    return vld1q_f32(static_cast<const float*>(scales) + at);
+    return vld1q_f32(reinterpret_cast<const float*>(scales) + at);
 }
 
 template <int B, int M, int S, int NB>
@@ -34,13 +35,12 @@ void tile(const Product& p, int64_t block, int64_t m0) {
   const uint8x16_t mask = vdupq_n_u8(B == 8 ? 0xff : (1 << B) - 1), high = vdupq_n_u8(0x80);
   const uint8_t* w = p.lines + block * p.line_count * LINE;
   const int8_t* x = p.x + m0 * p.stride;
-  int64_t scale = block * p.groups * BLOCK;
-  const uint8_t* its = p.scales_of(block);
+  const uint8_t* scales = p.scales_of(block);
   float32x4_t total[M][QUARTERS];
   int32x4_t exact[M][QUARTERS];  // with steps
   for (int m = 0; m < M; m++)
     for (int i = 0; i < QUARTERS; i++) total[m][i] = vdupq_n_f32(0), exact[m][i] = vdupq_n_s32(0);
-  for (int64_t g = 0; g < p.groups; g++, scale += BLOCK) {
+  for (int64_t g = 0; g < p.groups; g++) {
     int32x4_t sum[M][QUARTERS];
     for (int m = 0; m < M; m++) {
       const int32_t start = B == 8 ? 0 : p.sums[(m0 + m) * p.groups + g];
@@ -65,7 +65,7 @@ void tile(const Product& p, int64_t block, int64_t m0) {
       }
     }
     if constexpr (S == 8) {
-      const int8x16_t bytes = vld1q_s8(reinterpret_cast<const int8_t*>(its) + LINE + g * BLOCK);
+      const int8x16_t bytes = vld1q_s8(reinterpret_cast<const int8_t*>(scales) + LINE + g * BLOCK);
       const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
       const int32x4_t by[QUARTERS] = {vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)),
                                       vmovl_s16(vget_low_s16(high)), vmovl_s16(vget_high_s16(high))};
@@ -73,7 +73,7 @@ void tile(const Product& p, int64_t block, int64_t m0) {
         for (int m = 0; m < M; m++) exact[m][i] = vmlaq_s32(exact[m][i], sum[m][i], by[i]);
     } else {
       for (int i = 0; i < QUARTERS; i++) {
-        const float32x4_t by = load_scales<S>(p.scales, scale + 4 * i);
+        const float32x4_t by = load_scales<S>(scales, g * BLOCK + 4 * i);
         for (int m = 0; m < M; m++)
           total[m][i] = vaddq_f32(total[m][i], vmulq_f32(vcvtq_f32_s32(sum[m][i]), by));
       }
@@ -81,7 +81,7 @@ void tile(const Product& p, int64_t block, int64_t m0) {
   }
   if constexpr (S == 8)
     for (int i = 0; i < QUARTERS; i++) {
-      const float32x4_t step = vld1q_f32(reinterpret_cast<const float*>(its) + 4 * i);
+      const float32x4_t step = vld1q_f32(reinterpret_cast<const float*>(scales) + 4 * i);
       for (int m = 0; m < M; m++) total[m][i] = vmulq_f32(vcvtq_f32_s32(exact[m][i]), step);
     }
   const int64_t n0 = block * BLOCK, left = p.N - n0 < BLOCK ? p.N - n0 : BLOCK;

@@ -4,8 +4,9 @@
 // Plain C++ on pointers and sizes: no Python, no torch, no exceptions. Callers check every length
 // (src/gemsmith/ops); here sizes are trusted.
 //
-// Letters, all at least 1 but M, which may be 0: N outputs (rows of the weight), K inputs, M rows of activations (tokens), G groups
-//   along K that share a scale (1 = one scale per output), b bits, f = 8 / b fields in a byte.
+// Letters, all at least 1 but M, which may be 0: N outputs (rows of the weight), K inputs, M rows of
+// activations (tokens), G groups along K that share a scale (1 = one scale per output), b bits,
+// f = 8 / b fields in a byte.
 //
 // Weights lie in lines of 64 bytes, 16 outputs x 4 bytes, so that one vector register holds
 // consecutive inputs of 16 outputs. lines is [ceil(N/16)][ceil(K/4f)][64]: in line l of block r,
@@ -193,11 +194,12 @@ struct AttentionKernels {
 
 // A product of many rows, which unpacks weights once for all of them. It reads activations in
 // panels: x is [ceil(M/rows)][stride/bytes][rows][bytes], rows beyond M and inputs beyond K are 0,
-// and stride is a multiple of bytes. sums has as many rows as the panels; of scale steps they are
-// [M][1], -128 * sum of x: for codes multiplied, offset as those of 8 bits are.
+// and stride is a multiple of bytes. sums, where it needs some, has as many rows as the panels; of
+// scale steps they are [M][1], -128 * sum of x: for codes multiplied, offset as those of 8 bits are.
 struct Gemm {
   int64_t least;  // from so many rows on it is faster than Kernels::product
-  int64_t rows, bytes;
+  int64_t rows, bytes;  // bytes: 4 or 64
+  bool sums;  // whether it multiplies codes without a sign, for which sums make up
   // Bytes that a run needs beside, aligned to 64.
   int64_t (*scratch)(const Product&);
   // Rows m0..m1 of y for blocks b0..b1 of outputs; m0 is a multiple of rows.

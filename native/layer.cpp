@@ -16,7 +16,7 @@ namespace {
 // Rows that go through the MLP together: enough that reading the weights costs little beside the
 // products, few enough that what lies between them stays in cache. The last may be half as many more:
 // for a few rows of their own weights would be read once more.
-constexpr int64_t ROWS = 128, MOST_ROWS = ROWS + ROWS / 2;
+constexpr int64_t ROWS = 256, MOST_ROWS = ROWS + ROWS / 2;
 
 using Floats = Room<float>;
 
@@ -32,6 +32,17 @@ struct Rounded {
   Rounded(const float* x, int64_t M, int64_t K)
       : Rounded(M, K) {
     quantize_rows(x, M, K, x8.get(), sx.get());
+  }
+  // make(m) puts row m at x, which is rounded at once, while it is in the nearest cache.
+  template <class Make>
+  Rounded(const float* x, int64_t M, int64_t K, const Make& make) : Rounded(M, K) {
+    const Kernels& isa = kernels();
+    each_row(M, K, [&](int64_t m0, int64_t m1) {
+      for (int64_t m = m0; m < m1; m++) {
+        make(m);
+        isa.quantize(x, K, m, m + 1, x8.get(), sx.get());
+      }
+    });
   }
   void times(const Weight& w, float* y) const { times({{&w, y}}); }
   // Those that the layer has, in one job: threads wait for each other once.
@@ -103,10 +114,10 @@ void Layer::mix(const float* x, int64_t M, float* y) const {
     }
     const Floats both = floats(count * 2 * F), hidden = floats(count * F), out = floats(count * D);
     some.times(experts.gate_up[e], both.get());
-    each_row(count, 2 * F, [&](int64_t m0, int64_t m1) {
-      isa.floats.geglu(both.get(), 2 * F, both.get() + F, 2 * F, F, m0, m1, hidden.get());
+    const Rounded units(hidden.get(), count, F, [&](int64_t m) {
+      isa.floats.geglu(both.get(), 2 * F, both.get() + F, 2 * F, F, m, m + 1, hidden.get());
     });
-    Rounded(hidden.get(), count, F).times(experts.down[e], out.get());
+    units.times(experts.down[e], out.get());
     for (int64_t i = 0; i < count; i++)
       for (int64_t d = 0; d < D; d++)
         y[its[i].row * D + d] += out[i * D + d] * its[i].weight;
@@ -117,18 +128,19 @@ void Layer::before(const float* x, int64_t M, const float* cosine, const float* 
                    float* q, float* k, float* v) const {
   const Kernels& isa = kernels();
   const Floats normed = floats(M * D);
-  each_row(M, D, [&](int64_t m0, int64_t m1) {
-    isa.floats.norm(x, input_norm, D, eps, m0, m1, normed.get());
+  const Rounded rows(normed.get(), M, D, [&](int64_t m) {
+    isa.floats.norm(x, input_norm, D, eps, m, m + 1, normed.get());
   });
-  const Rounded rows(normed.get(), M, D);
   rows.times({{&this->q, q}, {&this->k, k}, {&this->v, v}});
   each_row(M, heads * H, [&](int64_t m0, int64_t m1) {
-    isa.floats.norm(q, q_norm, H, eps, m0 * heads, m1 * heads, q);
-    isa.floats.rotate(q, heads, H, pairs, cosine, sine, m0, m1);
-    if (!kv_heads) return;
-    isa.floats.norm(this->v.lines ? v : k, nullptr, H, eps, m0 * kv_heads, m1 * kv_heads, v);
-    isa.floats.norm(k, k_norm, H, eps, m0 * kv_heads, m1 * kv_heads, k);
-    isa.floats.rotate(k, kv_heads, H, pairs, cosine, sine, m0, m1);
+    for (int64_t m = m0; m < m1; m++) {
+      isa.floats.norm(q, q_norm, H, eps, m * heads, (m + 1) * heads, q);
+      isa.floats.rotate(q, heads, H, pairs, cosine, sine, m, m + 1);
+      if (!kv_heads) continue;
+      isa.floats.norm(this->v.lines ? v : k, nullptr, H, eps, m * kv_heads, (m + 1) * kv_heads, v);
+      isa.floats.norm(k, k_norm, H, eps, m * kv_heads, (m + 1) * kv_heads, k);
+      isa.floats.rotate(k, kv_heads, H, pairs, cosine, sine, m, m + 1);
+    }
   });
 }
 
@@ -143,15 +155,15 @@ void Layer::after(const float* x, const float* o, const float* ple, int64_t ple_
     const float* in = x + start * D;
     float* out = y + start * D;
     Rounded(o + start * heads * H, rows, heads * H).times(this->o, branch.get());
-    each_row(rows, D, [&](int64_t m0, int64_t m1) {
-      isa.floats.add_norm(in, branch.get(), attention_norm, D, eps, 1.0f, m0, m1, out);
-      isa.floats.norm(out, before_mlp_norm, D, eps, m0, m1, normed.get());
+    const Rounded given(normed.get(), rows, D, [&](int64_t m) {
+      isa.floats.add_norm(in, branch.get(), attention_norm, D, eps, 1.0f, m, m + 1, out);
+      isa.floats.norm(out, before_mlp_norm, D, eps, m, m + 1, normed.get());
     });
-    Rounded(normed.get(), rows, D).times({{&gate, gate_out.get()}, {&up, up_out.get()}});
-    each_row(rows, F, [&](int64_t m0, int64_t m1) {
-      isa.floats.geglu(gate_out.get(), F, up_out.get(), F, F, m0, m1, gate_out.get());
+    given.times({{&gate, gate_out.get()}, {&up, up_out.get()}});
+    const Rounded units(gate_out.get(), rows, F, [&](int64_t m) {
+      isa.floats.geglu(gate_out.get(), F, up_out.get(), F, F, m, m + 1, gate_out.get());
     });
-    Rounded(gate_out.get(), rows, F).times(down, branch.get());
+    units.times(down, branch.get());
     if (!experts.gate_up.empty()) {
       mix(out, rows, normed.get());
       each_row(rows, D, [&](int64_t m0, int64_t m1) {
@@ -160,15 +172,21 @@ void Layer::after(const float* x, const float* o, const float* ple, int64_t ple_
         for (int64_t i = m0 * D; i < m1 * D; i++) branch[i] += normed[i];
       });
     }
-    each_row(rows, D, [&](int64_t m0, int64_t m1) {
-      isa.floats.add_norm(out, branch.get(), after_mlp_norm, D, eps, P ? 1.0f : scalar, m0, m1, out);
+    if (!P) {
+      each_row(rows, D, [&](int64_t m0, int64_t m1) {
+        isa.floats.add_norm(out, branch.get(), after_mlp_norm, D, eps, scalar, m0, m1, out);
+      });
+      continue;
+    }
+    const Rounded gated(out, rows, D, [&](int64_t m) {
+      isa.floats.add_norm(out, branch.get(), after_mlp_norm, D, eps, 1.0f, m, m + 1, out);
     });
-    if (!P) continue;
-    Rounded(out, rows, D).times(ple_gate, gate_out.get());
-    each_row(rows, P, [&](int64_t m0, int64_t m1) {
-      isa.floats.geglu(gate_out.get(), P, ple + start * ple_stride, ple_stride, P, m0, m1, gate_out.get());
+    gated.times(ple_gate, gate_out.get());
+    const float* ples = ple + start * ple_stride;
+    const Rounded inputs(gate_out.get(), rows, P, [&](int64_t m) {
+      isa.floats.geglu(gate_out.get(), P, ples, ple_stride, P, m, m + 1, gate_out.get());
     });
-    Rounded(gate_out.get(), rows, P).times(ple_projection, branch.get());
+    inputs.times(ple_projection, branch.get());
     each_row(rows, D, [&](int64_t m0, int64_t m1) {
       isa.floats.add_norm(out, branch.get(), ple_norm, D, eps, scalar, m0, m1, out);
     });

@@ -110,9 +110,14 @@ struct ArrangeJob {
   int64_t M, K, stride, groups;
   int32_t factor;
   int8_t* x;      // [ceil(M/rows)] panels
-  int32_t* sums;  // [panels * rows][groups]
+  int32_t* sums;  // [panels * rows][groups], or null where the product needs none
   Slices panels;
 };
+
+template <int64_t BYTES>
+inline void copy_apart(const int8_t* from, int64_t count, int8_t* to, int64_t rows) {
+  for (int64_t i = 0; i < count; i++) std::memcpy(to + i * rows * BYTES, from + i * BYTES, BYTES);
+}
 
 void run_arrange(const void* data, int64_t piece) {
   const auto& job = *static_cast<const ArrangeJob*>(data);
@@ -121,20 +126,19 @@ void run_arrange(const void* data, int64_t piece) {
     int8_t* to = job.x + panel * rows * job.stride;
     const int64_t m0 = panel * rows, there = clamp(job.M - m0, 0, rows);
     const int8_t* from = job.x8 + m0 * job.K;
-    int32_t* sums = job.sums + m0 * job.groups;
-    job.kernels.sums(from, there * job.groups, job.K / job.groups, job.factor, sums);
-    std::memset(sums + there * job.groups, 0,
-                static_cast<size_t>((rows - there) * job.groups) * sizeof(int32_t));
+    if (job.sums) {
+      int32_t* sums = job.sums + m0 * job.groups;
+      job.kernels.sums(from, there * job.groups, job.K / job.groups, job.factor, sums);
+      std::memset(sums + there * job.groups, 0,
+                  static_cast<size_t>((rows - there) * job.groups) * sizeof(int32_t));
+    }
     if (there < rows || job.stride != job.K)
       std::memset(to, 0, static_cast<size_t>(rows * job.stride));
     for (int64_t r = 0; r < there; r++, from += job.K) {
       const int64_t whole = job.K / bytes;
       int8_t* at = to + r * bytes;
-      if (bytes == 4)  // a constant, for the compiler
-        for (int64_t i = 0; i < whole; i++) std::memcpy(at + i * rows * 4, from + i * 4, 4);
-      else
-        for (int64_t i = 0; i < whole; i++)
-          std::memcpy(at + i * rows * bytes, from + i * bytes, static_cast<size_t>(bytes));
+      // Constants, for the compiler.
+      bytes == 4 ? copy_apart<4>(from, whole, at, rows) : copy_apart<LINE>(from, whole, at, rows);
       std::memcpy(at + whole * rows * bytes, from + whole * bytes,
                   static_cast<size_t>(job.K - whole * bytes));
     }
@@ -158,21 +162,25 @@ struct FewRows {
   }
 };
 
-// Activations of many rows as Gemm::run reads them. groups, bits: of the codes as it multiplies them.
+// Activations of many rows as Gemm::run reads them, given to the product that they are for.
 struct ManyRows {
-  int64_t stride;
   Room<int8_t> x;
   std::unique_ptr<int32_t[]> sums;
 
-  ManyRows(const Kernels& k, const int8_t* x8, int64_t M, int64_t K, int64_t inputs, int64_t groups,
-           int bits)
-      : stride(ceil_div(inputs, k.gemm->bytes) * k.gemm->bytes) {
+  ManyRows(const Kernels& k, const int8_t* x8, int64_t M, int64_t K, Product* p) {
+    // Multiplied by their steps, codes are those of 8 bits with one scale a row.
+    const int64_t groups = p->steps() ? 1 : p->groups;
+    const int bits = p->steps() ? 8 : p->bits;
+    const int64_t stride = ceil_div(p->stride, k.gemm->bytes) * k.gemm->bytes;
     const int64_t panels = ceil_div(M, k.gemm->rows), rows = panels * k.gemm->rows;
-    sums.reset(new int32_t[static_cast<size_t>(rows * groups)]);
+    if (k.gemm->sums) sums.reset(new int32_t[static_cast<size_t>(rows * groups)]);
     x = room<int8_t>(rows * stride);
     const ArrangeJob arrange{k, x8, M, K, stride, groups, -(1 << (bits - 1)), x.get(), sums.get(),
                              {panels, piece_size(panels, k.gemm->rows * stride)}};
     parallel(arrange.panels.count(), run_arrange, &arrange);
+    p->x = x.get();
+    p->stride = stride;
+    p->sums = sums.get();
   }
 };
 
@@ -198,11 +206,7 @@ struct Head {
     product = {lines,  scales, N,          count, group ? group / inputs : count,
                groups, bits,   scale_bits, x8.get(), stride, nullptr, sx.get(), nullptr};
     if (kernels.gemm && M >= kernels.gemm->least) {
-      const bool steps = product.steps();
-      many.reset(new ManyRows(kernels, x8.get(), M, K, stride, steps ? 1 : groups, steps ? 8 : bits));
-      product.x = many->x.get();
-      product.stride = many->stride;
-      product.sums = many->sums.get();
+      many.reset(new ManyRows(kernels, x8.get(), M, K, &product));
     } else {
       few.reset(new FewRows(kernels, x8.get(), M, K, stride, groups, bits));
       if (few->padded) product.x = few->padded.get();
@@ -427,10 +431,9 @@ void multiply_many(const Kernels& k, const Factor& w, int64_t K, const int8_t* x
                    int64_t M) {
   const int64_t inputs = line_inputs(w.bits), count = ceil_div(K, inputs);
   const int64_t groups = w.group ? K / w.group : 1, blocks = ceil_div(w.N, BLOCK);
-  const bool steps = w.scale_bits == 8;
-  const ManyRows given(k, x8, M, K, count * inputs, steps ? 1 : groups, steps ? 8 : w.bits);
-  const Product product{w.lines, w.scales, w.N, count, w.group ? w.group / inputs : count, groups,
-                        w.bits, w.scale_bits, given.x.get(), given.stride, given.sums.get(), sx, w.y};
+  Product product{w.lines, w.scales,     w.N, count,          w.group ? w.group / inputs : count, groups,
+                  w.bits,  w.scale_bits, x8,  count * inputs, nullptr, sx, w.y};
+  const ManyRows given(k, x8, M, K, &product);
   // Each further row is about as much work again as a 16th of the bytes.
   int64_t size = piece_size(blocks, count * LINE * (1 + M / 16));
   if (size < blocks) size += size % 2;  // kernels take blocks by twos
