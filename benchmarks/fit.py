@@ -277,6 +277,7 @@ def shares(rows: list[Row], arch: str, source: str) -> list[Row]:
 
         seconds of a token = (bound - K/V) / share + K/V / kv_share + layers * layer_seconds
         seconds of a prompt = (bound - last) / share + tokens * layers that own K/V * row_seconds
+                              + passes * layers that own K/V * layer_seconds
                               + what its last token takes in the others, as a token does.
 
     They are those of the least squares of relative errors; the error bar is the worst of them.
@@ -329,9 +330,10 @@ def _token(row: Row) -> tuple[float, float, int, float]:
 
 def _prompt(row: Row, token: tuple[float, float, float]) -> tuple[float, int, float]:
     """Seconds of a prompt's bound without what its last token alone takes, rows that run through
-    layers, seconds measured without what that token takes by `token`, see `least_squares`."""
+    layers, seconds measured without what that token and calling layers take by `token`, see
+    `least_squares`."""
     bounds, prompt = row["predicted"]["bounds"], row["prompt"]
-    last = bounds["last"] * token[0] + (row["layers"] - row["owned"]) * token[2]
+    last = bounds["last"] * token[0] + row["layers"] * token[2]  # no prompt here has two passes
     rest = max(prompt / row["measured"]["prefill"] - last, 1e-9)
     return prompt / bounds["prefill"] - bounds["last"], prompt * row["owned"], rest
 

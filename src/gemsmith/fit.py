@@ -326,6 +326,8 @@ def speed_of(
     text, scheme = config.text_config, scheme_of(format)
     rate, bandwidth = target.rates.get(scheme), target.bandwidth
     step = attending = every = last = None
+    chunk = min(prompt, sizing.CHUNK_TOKENS)
+    passes = math.ceil(prompt / chunk)
     limit = "not known"
     if bandwidth:
         attending = users * work.decode_kv_bytes(text, context, sizing.KV_VALUES[kv]) / bandwidth
@@ -338,9 +340,8 @@ def speed_of(
             # Attention multiplies floats, whatever the weights are.
             products, scores = work.prompt_flops(text, prompt)
             working = products / rate + scores / (target.rates.get("float32") or rate)
-            chunk = min(prompt, sizing.CHUNK_TOKENS)
             read, read_last = work.prompt_weight_bytes(text, weights, chunk)
-            every = max(working, math.ceil(prompt / chunk) * read / bandwidth)
+            every = max(working, passes * read / bandwidth)
             last = read_last / bandwidth
     ttft = None if every is None or last is None else every + last
     kinds = format, "float" if format in sizing.FLOATS else scheme
@@ -355,7 +356,7 @@ def speed_of(
         ttft_bound=ttft,
         last_bound=last,
         ttft=_sum(
-            _expected_prompt(every, prefilling, owned * prompt),
+            _expected_prompt(every, prefilling, decoding, owned * prompt, owned * passes),
             _expected_step(last, decoding, layers - owned),
         ),
         limit=limit,
@@ -394,11 +395,15 @@ def _expected_step(
     return _shared(bound - attending, record, fixed)
 
 
-def _expected_prompt(bound: float | None, record: Record | None, rows: int) -> Range | None:
-    """Likewise of all of a prompt's tokens; rows: how many run through layers, in all."""
-    if not bound or record is None:
+def _expected_prompt(
+    bound: float | None, record: Record | None, token: Record | None, rows: int, layers: int
+) -> Range | None:
+    """Likewise of all of a prompt's tokens. token: the record of one; rows: how many run through
+    layers, in all; layers: how many its passes do."""
+    if not bound or record is None or token is None:
         return None
-    return _shared(bound, record, rows * record["row_seconds"])
+    fixed = rows * record["row_seconds"] + layers * token["layer_seconds"]
+    return _shared(bound, record, fixed)
 
 
 def _shared(bound: float, record: Record, fixed: float) -> Range:
@@ -432,8 +437,9 @@ def calibration() -> tuple[Record, ...]:
     float, rows, groups), what (decode, prefill), share of the bound as [least, usual, most],
     source. Of decode kv_share of the part that is reading of K/V, and layer_seconds that each layer
     takes besides; of prefill row_seconds that a token takes besides in each layer that owns K/V,
-    for norms, rounding and all else that is not multiplied. The other layers take a prompt's last
-    token as they do one that is generated."""
+    for norms, rounding and all else that is not multiplied; a pass of a prompt takes layer_seconds
+    in these layers as a token does. The other layers take a prompt's last token as they do one that
+    is generated."""
     path = resources.files("gemsmith") / "calibration.json"
     return tuple(json.loads(path.read_text(encoding="utf-8")))
 

@@ -81,10 +81,10 @@ def test_shares_and_layer_seconds_are_found_again():
     assert bench.least_squares([(0.01, 0.0, 9, 0.01), (0.05, 0.0, 35, 0.03)])[2] == 0
 
 
-def test_a_prompt_s_last_token_takes_the_layers_without_k_v_as_any_token():
+def test_a_prompt_takes_layer_seconds_in_all_layers_and_its_last_token_alone_as_any():
     each = row("int4", decode=1.0, prefill=256.0) | {"layers": 35, "owned": 15}
     each["predicted"] = {"bounds": {"prefill": 512.0, "last": 0.1}}
-    assert bench._prompt(each, (2.0, 9.0, 0.01)) == pytest.approx((0.4, 256 * 15, 1 - 0.2 - 0.2))
+    assert bench._prompt(each, (2.0, 9.0, 0.01)) == pytest.approx((0.4, 256 * 15, 1 - 0.2 - 0.35))
 
 
 def test_what_a_prompt_takes_is_found_again_and_no_bound_is_beaten():
