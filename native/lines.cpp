@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace gemsmith {
 namespace {
@@ -61,7 +62,7 @@ void pack_lines(const uint8_t* packed, int64_t N, int64_t K, int bits, uint8_t* 
 void unpack_rows(const uint8_t* lines, const void* scales, int64_t K, int bits, int64_t group,
                  int scale_bits, const int64_t* rows, int64_t count, float* out) {
   const int64_t line_count = ceil_div(K, 32 / bits), groups = group ? K / group : 1;
-  for (int64_t r = 0; r < count; r++, out += K) {
+  const auto one = [&](int64_t r) {
     const int64_t block = rows[r] / BLOCK, row = rows[r] % BLOCK;
     const uint8_t* from = lines + block * line_count * LINE + 4 * row;
     const uint8_t* its = static_cast<const uint8_t*>(scales) + block * scale_bytes(groups, scale_bits);
@@ -72,21 +73,29 @@ void unpack_rows(const uint8_t* lines, const void* scales, int64_t K, int bits, 
       return scale_bits == 8 ? static_cast<float>(static_cast<int8_t>(its[LINE + at])) * floats[row]
                              : floats[at];
     };
-    if (bits == 2) unpack_row<2>(from, K, group, scale_of, out);
-    else if (bits == 4) unpack_row<4>(from, K, group, scale_of, out);
-    else unpack_row<8>(from, K, group, scale_of, out);
-  }
+    if (bits == 2) unpack_row<2>(from, K, group, scale_of, out + r * K);
+    else if (bits == 4) unpack_row<4>(from, K, group, scale_of, out + r * K);
+    else unpack_row<8>(from, K, group, scale_of, out + r * K);
+  };
+  each_row(count, K, [&](int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; r++) one(r);
+  });
 }
 
 void dequantize(const uint8_t* packed, const float* scales, int64_t N, int64_t K, int bits,
                 int64_t group, float* out) {
-  const int64_t bytes = K * bits / 8;
+  const int64_t bytes = K * bits / 8, groups = K / group;
   const auto widen = bits == 2 ? widen_codes<2> : bits == 4 ? widen_codes<4> : widen_codes<8>;
-  for (int64_t n = 0; n < N; n++, packed += bytes) {
-    widen(packed, bytes, out);
-    for (const float* end = out + K; out < end; out += group, scales++)
-      for (int64_t k = 0; k < group; k++) out[k] *= *scales;
-  }
+  each_row(N, K, [&](int64_t n0, int64_t n1) {
+    for (int64_t n = n0; n < n1; n++) {
+      float* row = out + n * K;
+      widen(packed + n * bytes, bytes, row);
+      for (int64_t g = 0; g < groups; g++, row += group) {
+        const float scale = scales[n * groups + g];
+        for (int64_t k = 0; k < group; k++) row[k] *= scale;
+      }
+    }
+  });
 }
 
 }  // namespace gemsmith

@@ -214,7 +214,7 @@ class PackedWeight:
             raise WeightsError(
                 f"row {wrong} of a table of {self.outputs}; the tokenizer belongs to another model"
             )
-        kernels = native.extension()
+        kernels = native.ready()
         if kernels is None:
             return unpack_rows_reference(self, ids)
         out = torch.empty((len(ids), self.inputs))
@@ -240,7 +240,7 @@ def dequantize(packed: Tensor, scales_NG: Tensor, bits: int) -> Tensor:
     native.check(scales_NG, "scales", torch.float32, (N, G))
     if not G or K % G:
         raise WeightsError(f"{G} groups do not divide rows of {K} codes")
-    kernels = native.extension()
+    kernels = native.ready()
     assert kernels is not None, "ask `native.available` first"
     out_NK = torch.empty((N, K))
     kernels.dequantize(
