@@ -14,7 +14,10 @@ OURS, MOBILE = "gemsmith int4", "gemsmith mobile"
 SCHEMAS = 10_000
 LLAMA, TRANSFORMERS = "llama.cpp Q4_0", "Transformers bf16"
 SERVERS = ("gemsmith serve", "llama-server")
-ROWS = "norms, rounding and per-layer rows go with tokens, and gain nothing from the matrix unit"
+ROWS = (
+    "two fifths of the processor time are products on the matrix unit, the rest unpacking, "
+    "attention, gated units, norms and rounding (docs/log.md)"
+)
 CAUSES = {
     ("pocket", "1", "tokens_per_s"): "a token's pass takes under a millisecond; the rest is Python "
     "around it",
