@@ -232,8 +232,8 @@ def test_a_shortfall_has_its_cause_on_this_cpu_and_a_pass_none() -> None:
     found = judged([kernels, made])
     assert "; products alone read at 90% (benchmarks.kernels); a token" in found[reads].verdict
     transformers, llama = (found[name].verdict for name in prompts)
-    assert "bfloat16 has the unit too; norms, rounding" in transformers
-    assert "% short: norms, rounding" in llama
+    assert "bfloat16 has the unit too; two fifths" in transformers
+    assert "% short: two fifths" in llama
     for run in made["programs"][musts.OURS]["speeds"].values():
         run["median"] *= 100
     found = judged([kernels, made])
