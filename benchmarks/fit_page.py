@@ -26,9 +26,9 @@ Made by `python -m benchmarks.fit_page` from `gemsmith fit`; do not edit. Nothin
 it and no torch imported: parts, shapes and layers are in the config, and the engine allocates by
 the same functions (`sizing.py`). Weights and K/V are exact to the byte, in files and in memory, for
 every checkpoint gemsmith writes, but for weights of 4 and 2 bits whose scales could not be steps:
-those take up to 6 and 11 % more in a CPU's memory. Workspace and runtime are estimates. Speeds are bounds: what the
-machine could do at best. Where gemsmith's share of it was measured, what is expected stands below;
-`~` marks a share that was measured on another kind of processor.
+those take up to 6 and 11 % more in a CPU's memory. Workspace and runtime are estimates. Speeds are
+bounds: what the machine could do at best. Where gemsmith's share of it was measured, what is
+expected stands below; `~` marks a share that was measured on another kind of processor.
 """
 KV = """## Keys and values
 
