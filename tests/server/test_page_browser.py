@@ -461,6 +461,7 @@ def test_the_keyboard_stays_in_settings_that_cover_the_page(visit):
 
 def test_the_keyboard_gets_everywhere_in_order(visit):
     page = visit("Hm.")
+    expect(page.locator("#input")).to_be_focused()  # once the page knows its model
     order = []
     for _ in range(5):
         order.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
