@@ -253,7 +253,7 @@ void groups_gemm(const Product& p, int64_t b0, int64_t b1, int64_t m0, int64_t m
   }
 }
 
-// -- one scale a row, or steps --------------------------------------------------------------------------
+// -- one scale a row, or steps --------------------------------------------------------------------
 
 // Four sums that have left the unit and are not yet y; that happens row by row, while the next four are
 // computed. Sum 2i + j is of panel i and block j.

@@ -209,6 +209,8 @@ def test_rows_of_a_weight_with_steps_are_codes_times_scales(isa: str):
     expected = (w.q[ids].float().view(5, 7, 32) * w.scales_NG[ids][..., None]).flatten(1)
     assert torch.equal(w.packed.rows(ids), expected)
     assert torch.equal(cpu.unpack_rows_reference(w.packed, ids), expected)
+    many = ids.repeat(40)  # more than one thread takes alone
+    assert torch.equal(w.packed.rows(many), expected.repeat(40, 1))
 
 
 @pytest.mark.parametrize("rows", [2, 40])
@@ -677,6 +679,18 @@ def test_a_head_asked_for_what_it_lacks_is_refused():
     for id in (-1, 20):
         with pytest.raises(WeightsError, match=f"output {id} of a weight of 20"):
             cpu.linear_of(w, x, torch.tensor([0, id]))
+
+
+@needs_extension
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_many_rows_become_floats_on_all_threads(bits: int):
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, (201, 512), generator=generator, dtype=torch.uint8)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    packed = (codes.view(201, -1, 8 // bits) << shifts).sum(-1, dtype=torch.uint8)
+    scales = torch.rand(201, 16, generator=generator)
+    expected = (codes.float() - (1 << (bits - 1))).view(201, 16, 32) * scales[..., None]
+    assert torch.equal(cpu.dequantize(packed, scales, bits), expected.flatten(1))
 
 
 @needs_extension
