@@ -166,8 +166,10 @@ def test_the_budget_is_per_request_and_per_part(seeing):
     assert lm.generate(asked(part), image_budget=70, **options).usage.image_tokens == 130
     url = {"type": "image_url", "image_url": {"url": image, "detail": "low"}}
     assert lm.generate(asked(url), **options).usage.image_tokens < 140
-    with pytest.raises(MediaError, match=r"message 0: image budget 100.*70, 140, 280, 560 or 1120"):
+    with pytest.raises(MediaError, match=r"^image budget 100.*70, 140, 280, 560 or 1120"):
         lm.generate(asked(image), image_budget=100)
+    with pytest.raises(MediaError, match=r"^message 0: image budget 71: an image may cost 70"):
+        lm.generate(asked(part | {"budget": 71}))
 
 
 def test_the_budget_is_the_checkpoint_s_where_nobody_says_another(seeing):

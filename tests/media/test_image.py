@@ -23,6 +23,7 @@ from gemsmith.errors import MediaError
 from gemsmith.media import image
 from gemsmith.media.image import (
     BUDGETS,
+    check_budget,
     choose_budget,
     load_image,
     merged_patches,
@@ -203,7 +204,7 @@ def test_sizes_equal_transformers_and_never_exceed_the_budget(w: int, h: int, bu
 @pytest.mark.parametrize("budget", [0, 100, -70, 2240, "high", None])
 def test_a_budget_outside_the_list_is_refused(budget: Any) -> None:
     with pytest.raises(MediaError, match=r"budget .*: an image may cost 70, 140, 280, 560 or 1120"):
-        patches(Image.new("RGB", (10, 10)), budget)
+        check_budget(budget)
 
 
 def test_white_is_one_and_black_is_zero() -> None:

@@ -30,6 +30,7 @@ from gemsmith.engine.single import SingleEngine
 from gemsmith.engine.soft import SoftTokens
 from gemsmith.engine.speculative import Speculation, check_speculation
 from gemsmith.errors import MediaError, RequestError, TokenizerError
+from gemsmith.media.image import check_budget
 from gemsmith.model.drafter import MTPDrafter, TargetKV
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
@@ -323,6 +324,8 @@ class LM:
             preserve_thinking=preserve_thinking,
             add_generation_prompt=reply_follows,
         )
+        if image_budget not in (None, "auto"):
+            check_budget(image_budget)
         media = collect_media(messages, self.config, image_budget=image_budget)
         if media and self.soft.load_towers is None:
             raise MediaError(

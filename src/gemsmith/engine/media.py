@@ -108,7 +108,8 @@ def collect(
 ) -> list[list[Run]]:
     """The runs of each medium of the messages, in the order in which the prompt names them.
 
-    image_budget: of images whose part says nothing else; None leaves it to the config.
+    image_budget: of images whose part says nothing else, "auto" or any number of soft tokens;
+      None leaves it to the config.
 
     Raises:
       MediaError: a medium that cannot be read, or that this model has no input for.
@@ -200,10 +201,13 @@ def _image(part: Mapping[str, Any], config: Gemma4Config, budget: int | str | No
     if isinstance(source, Mapping):
         source, detail = _source(source, "url"), source.get("detail")
     picture = image.load_image(source)
-    chosen = part.get("budget", budget)
-    if detail is not None or chosen == "auto":
-        chosen = image.choose_budget(picture, detail or "auto")
-    return [_seen("image", picture, chosen, config)]
+    if "budget" in part:
+        budget = part["budget"]
+        if budget != "auto":
+            image.check_budget(budget)
+    if detail is not None or budget == "auto":
+        budget = image.choose_budget(picture, detail or "auto")
+    return [_seen("image", picture, budget, config)]
 
 
 def _seen(kind: Kind, picture: Any, budget: int, config: Gemma4Config, before: str = "") -> Run:

@@ -120,6 +120,15 @@ def load_image(source: Source) -> Image.Image:
         return _upright(_open(data, name), name)
 
 
+def check_budget(budget: object) -> None:
+    """Raises: MediaError: not one of BUDGETS."""
+    if budget not in BUDGETS:
+        raise MediaError(
+            f"image budget {budget!r}: an image may cost {', '.join(map(str, BUDGETS[:-1]))} or "
+            f"{BUDGETS[-1]} soft tokens; {DEFAULT_BUDGET} is the default"
+        )
+
+
 def target_size(
     width: int, height: int, budget: int, *, patch: int = 16, pool: int = 3
 ) -> tuple[int, int]:
@@ -128,14 +137,11 @@ def target_size(
     At most `budget` cells of patch * pool pixels. Small images are scaled up. A strip so thin that
     its cells would have no height (or width) gets one row (or column), of its length in heights.
 
+    budget: one that `check_budget` lets pass, or any other whole number over 0.
+
     Raises:
-      MediaError: a budget that is not one of BUDGETS, or a side without pixels.
+      MediaError: a side without pixels.
     """
-    if budget not in BUDGETS:
-        raise MediaError(
-            f"image budget {budget!r}: an image may cost {', '.join(map(str, BUDGETS[:-1]))} or "
-            f"{BUDGETS[-1]} soft tokens; {DEFAULT_BUDGET} is the default"
-        )
     _check_sides(width, height, "the image")
     cell = patch * pool
     scale = math.sqrt(budget * cell**2 / (width * height))

@@ -40,7 +40,7 @@ from gemsmith.media.audio import (
     reason,
     soft_tokens,
 )
-from gemsmith.media.image import load_image, target_size
+from gemsmith.media.image import check_budget, load_image, target_size
 from gemsmith.media.source import locate
 
 DEFAULT_FRAMES = 32
@@ -256,6 +256,7 @@ def plan(
         if not 0 < value < math.inf or (key != "fps" and value != int(value)):
             number = "number" if key == "fps" else "whole number"
             raise MediaError(f"{key}={value}: give a {number} over 0")
+    check_budget(budget)
     width, height = target_size(reel.width, reel.height, budget)
     frame_tokens = width * height // 48**2
     heard = sound and reel.audio_seconds is not None
