@@ -2,10 +2,10 @@
 
 Files: see gemsmith.train.data and gemsmith.train.media. Prints tokens and media per kind.
 
-Run: python -m recipes.pocket.build_data TOKENIZER_FOLDER OUT_FOLDER --count 60000 [--media]
+Run: python -m recipes.pocket.build_data TOKENIZER_FOLDER OUT_FOLDER --count 60000 [--of media]
 
-With --media a part of the conversations, see SHARES, is about pictures and films, or heard (this
-needs espeak-ng); without it all are text.
+What the conversations are of is said by MIXTURES: text alone, unless --of names another. Speech
+needs espeak-ng.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from recipes.pocket import films, generator, pictures, speech
+from recipes.pocket import films, generator, letters, pictures, speech
 from recipes.pocket.generator import Conversation
 from recipes.pocket.train import POCKET
 from recipes.pocket.words import Draw, Split
@@ -42,16 +42,25 @@ GENERATORS: dict[str, Callable[[Split, int, int], Conversation]] = {
     "picture": pictures.generate,
     "speech": speech.generate,
     "film": films.generate,
+    "look": pictures.look,
+    "sheet": letters.generate,
 }
-SHARES = {"text": 0.34, "picture": 0.39, "speech": 0.24, "film": 0.03}
-"""Of conversations in a data set with media. By tokens, the text that the decoder knows already is
-about half, so that it is not forgotten."""
+MIXTURES = {
+    "text": {"text": 1.0},
+    "media": {"text": 0.34, "picture": 0.39, "speech": 0.24, "film": 0.03},
+    "pictures": {"look": 0.4, "sheet": 0.6},
+}
+"""Shares of conversations. By tokens, the text that the decoder knows already is about half of
+"media", so that it is not forgotten."""
 DECISION_WEIGHT = 10
 """Of the token that begins a reply where tools are declared. Each reply has one such and about 30
 others, most of them copied. Held out, a call had probability 0.55 where no tool fits and 0.69 where
 one does after 17 million tokens at weight 1; 0.19 and 0.83 after 2.6 million more at 10."""
 VALUE_WEIGHT = 4
 """Of the token that begins an argument's value: which part of the request belongs there."""
+PLACED = ("picture/detect", "picture/buttons")
+PLACE_WEIGHT = 8
+"""Of a digit of a box or point: brackets, quotes and labels around it are soon known."""
 _tokenizer: Tokenizer
 
 
@@ -139,6 +148,12 @@ def weigh_decisions(tokenizer: Tokenizer, ids: Sequence[int], mask: np.ndarray) 
             _weigh_call(tokenizer, ids, mask, i + 1)
 
 
+def weigh_places(tokenizer: Tokenizer, ids: Sequence[int], mask: np.ndarray) -> None:
+    """Raise, in place, the weight of digits in replies that say where things are."""
+    digits = [tokenizer.encode(digit)[-1] for digit in "0123456789"]
+    mask[np.isin(ids, digits)] *= PLACE_WEIGHT
+
+
 def _weigh_call(tokenizer: Tokenizer, ids: Sequence[int], mask: np.ndarray, start: int) -> None:
     """The same inside one call, whose `call:` begins at token `start`."""
     special = tokenizer.special
@@ -177,6 +192,8 @@ def _make(
             mask = loss_mask(_tokenizer, ids)
             if talk.tools:
                 weigh_decisions(_tokenizer, ids, mask)
+            if talk.kind in PLACED:
+                weigh_places(_tokenizer, ids, mask)
             made.append(Encoded(talk.kind, np.array(ids, np.uint16), mask, found))
     return len(range(*job)) - len(made), made
 
@@ -189,13 +206,13 @@ def build(
     count: int,
     workers: int,
     split: Split = "train",
-    shares: dict[str, float] | None = None,
+    shares: dict[str, float],
 ) -> None:
     """Writes conversations start..start+count-1 of a split and prints their statistics.
 
-    shares: as SHARES; by default all are text.
+    shares: of sources, as in MIXTURES.
     """
-    make = partial(_make, split=split, shares=shares or {"text": 1.0})
+    make = partial(_make, split=split, shares=shares)
     stop = start + count
     jobs = [(i, min(i + 200, stop)) for i in range(start, stop, 200)]
     out.mkdir(parents=True, exist_ok=True)
@@ -244,7 +261,7 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=60_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
-    parser.add_argument("--media", action="store_true", help="with pictures and speech")
+    parser.add_argument("--of", choices=tuple(MIXTURES), default="text")
     options = parser.parse_args()
     build(
         options.tokenizer,
@@ -253,5 +270,5 @@ if __name__ == "__main__":
         count=options.count,
         workers=options.workers,
         split=options.split,
-        shares=SHARES if options.media else None,
+        shares=MIXTURES[options.of],
     )

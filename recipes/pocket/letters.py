@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 from recipes.pocket import drawing, pictures
-from recipes.pocket.words import Draw
+from recipes.pocket.words import Draw, Split
 
 LETTERS = " 0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.,:-'$/"
 """Number 0 is no letter: paper, and in CTC the blank; a letter's number is its place here + 1."""
@@ -38,6 +38,8 @@ CLOSE = 3
 """Pixels from a border within which a letter may belong to either side."""
 SIDE = 4
 """Soft tokens a side of a sheet. Letters need no more around them, and attention is cheap."""
+BUDGET = 20
+"""Soft tokens of a sheet that a decoder is shown: room for SIDE x SIDE and a side of one more."""
 SIZES = (16, 46)
 """Letter sizes in pixels, each power as likely: those of `pictures`, and some more."""
 
@@ -134,13 +136,28 @@ def _settle(
     return labels
 
 
-def sheet(seed: int, index: int) -> Image.Image:
+def generate(split: Split, seed: int, index: int) -> pictures.Picture:
+    """A sheet and all of its lines, of few soft tokens: how a decoder learns to read.
+
+    Of a picture made for 70 or more it learns as much from each letter, and waits for more rows.
+    """
+    image = sheet(seed, index, split)
+    lines: dict[float, str] = {}
+    for letter, _, y in image.info["letters"]:
+        lines[y] = lines.get(y, "") + letter
+    text = "\n".join(line.strip() for line in lines.values() if line.strip())
+    question = Draw(split, f"sheetq/{seed}/{index}").pick(pictures.READ_ALL)
+    turn = pictures.answer(question, text, "picture_lines", text)
+    return pictures.talk("sheet", image, [turn], BUDGET)
+
+
+def sheet(seed: int, index: int, split: Split = "train") -> Image.Image:
     """A small picture full of text, to be resized to SIDE x SIDE soft tokens.
 
     Each line has a font and a size of its own. One sheet in five is shrunk, one in three has
     colors of any kind, the others those of pages.
     """
-    d = Draw("train", f"sheet/{seed}/{index}")
+    d = Draw(split, f"sheet/{seed}/{index}")
     shrink = d.rng.uniform(0.5, 1) if d.chance(0.2) else 1.0
     # Pictures are drawn a little too small for their budget and stretched to whole cells.
     across, down = (1.085 * shrink * math.exp(d.rng.uniform(-0.05, 0.05)) for _ in range(2))

@@ -57,6 +57,19 @@ KINDS = {
 }
 BUDGETS = {70: 0.76, 140: 0.14, 280: 0.08, 560: 0.015, 1120: 0.005}
 """Share of soft-token budgets among pictures to read; the others are made for 70."""
+LOOKED_AT = {
+    "read": 0.34,
+    "detect": 0.28,
+    "buttons": 0.10,
+    "page": 0.10,
+    "table": 0.07,
+    "count": 0.04,
+    "note": 0.04,
+    "scene": 0.03,
+}
+LOOKED_BUDGETS = {70: 0.5, 140: 0.18, 280: 0.14, 560: 0.08, 1120: 0.1}
+"""The same of `look`: more to read and to find, and more of the pictures whose text is small in
+them."""
 TOKEN = 48
 """Side in pixels of what becomes one soft token."""
 CANVASES = ((400, 300), (400, 300), (300, 400), (300, 300), (300, 200), (200, 300))
@@ -84,6 +97,7 @@ NOTES: dict[str, tuple[str, str]] = {
     "complete_task": ("Task {task_id}", "This one is done."),
 }
 """Tools that a note can fill: what stands on it, line by line, and what the user says."""
+READ_ALL = ("Read the text.", "What does it say?", "What is written here?")
 PAGE_LINES = 8
 COUNTED = ("name", "color", "all")
 NOTE_WIDTH = 17
@@ -139,8 +153,15 @@ def generate(
         return _note(d)
     if kind == "read":
         budget = budget or d.weighted(BUDGETS)
-        return _talk(kind, *_read(d, budget), budget)
-    return _talk(kind, *MAKERS[kind](d), 70)
+        return talk(kind, *_read(d, budget), budget)
+    return talk(kind, *MAKERS[kind](d), 70)
+
+
+def look(split: Split, seed: int, index: int) -> Picture:
+    """As `generate`, by LOOKED_AT."""
+    d = Draw(split, f"look/{split}/{seed}/{index}")
+    kind, budget = d.weighted(LOOKED_AT), d.weighted(LOOKED_BUDGETS)
+    return generate(split, seed, index, kind=kind, budget=budget)
 
 
 def conversations(split: Split, seed: int, start: int, stop: int) -> Iterator[Picture]:
@@ -149,7 +170,7 @@ def conversations(split: Split, seed: int, start: int, stop: int) -> Iterator[Pi
         yield generate(split, seed, index)
 
 
-def _talk(kind: str, image: Image.Image, turns: list[Turn], budget: int) -> Picture:
+def talk(kind: str, image: Image.Image, turns: list[Turn], budget: int) -> Picture:
     messages: list[dict[str, Any]] = []
     checks: list[Check] = []
     for question, reply, check in turns:
@@ -168,7 +189,7 @@ def shown(image: Image.Image, text: str) -> list[dict[str, Any]]:
     return [{"type": "image", "image": image}, {"type": "text", "text": text}]
 
 
-def _answer(question: str, reply: str, category: str, value: str | int) -> Turn:
+def answer(question: str, reply: str, category: str, value: str | int) -> Turn:
     return question, reply, Check(0, category, {"type": "answer", "value": value})
 
 
@@ -268,7 +289,7 @@ def _shapes(d: Draw) -> Made:
             form, given = d.pick(forms)
             value = thing.name if given == thing.color else thing.color
             reply = f"The {thing.name} is {thing.color}."
-            turns.append(_answer(form.format(given), reply, "picture_shape", value))
+            turns.append(answer(form.format(given), reply, "picture_shape", value))
     d.rng.shuffle(turns)
     if not turns or d.chance(0.4):
         turns.append(_count(d, things, d.pick(COUNTED)))
@@ -282,7 +303,7 @@ def _description(d: Draw, things: list[Thing]) -> Turn:
     text = listed([f"{'an' if t.color[0] == 'o' else 'a'} {t.label}" for t in things])
     question = d.pick(("Describe the picture.", "What do you see?", "What is in the picture?"))
     reply = text[0].upper() + text[1:] + "."
-    return _answer(question, reply, "picture_description", text.split(" ", 1)[1])
+    return answer(question, reply, "picture_description", text.split(" ", 1)[1])
 
 
 def _count(d: Draw, things: list[Thing], by: str) -> Turn:
@@ -297,7 +318,7 @@ def _count(d: Draw, things: list[Thing], by: str) -> Turn:
     many = plural(singular)
     reply = f"There is 1 {singular}." if number == 1 else f"There are {number} {many}."
     question = d.pick(("How many {} are there?", "Count the {}.", "How many {} do you see?"))
-    return _answer(question.format(many), reply, "picture_count", number)
+    return answer(question.format(many), reply, "picture_count", number)
 
 
 def plural(noun: str) -> str:
@@ -430,9 +451,9 @@ def _read(d: Draw, budget: int) -> Made:
     top = d.between(4, max(4, height - 4 - step * len(lines)))
     for row, text in enumerate(lines):
         drawing.write(image, text, left, top + row * step, name, size, ink)
-    question = d.pick(("Read the text.", "What does it say?", "What is written here?"))
+    question = d.pick(READ_ALL)
     category = "picture_read" if len(lines) == 1 else "picture_lines"
-    return image, [_answer(question, "\n".join(lines), category, "\n".join(lines))]
+    return image, [answer(question, "\n".join(lines), category, "\n".join(lines))]
 
 
 def _page(d: Draw) -> Made:
@@ -457,9 +478,9 @@ def _page(d: Draw) -> Made:
     top = d.between(4, max(4, height - 4 - step * len(lines)))
     for row, text in enumerate(lines):
         drawing.write(image, text, left, top + row * step, name, size, ink)
-    question = d.pick(("Read the text.", "What does it say?", "What is written here?"))
+    question = d.pick(READ_ALL)
     text = "\n".join(lines)
-    return image, [_answer(question, text, "picture_lines", text)]
+    return image, [answer(question, text, "picture_lines", text)]
 
 
 def _table(d: Draw) -> Made:
@@ -493,12 +514,12 @@ def _table(d: Draw) -> Made:
     if d.chance(0.2):
         r = d.between(0, rows - 1)
         value = ", ".join(cells[r])
-        return image, [_answer(f"Read row {'ABCD'[r]}.", value, "picture_row", value)]
+        return image, [answer(f"Read row {'ABCD'[r]}.", value, "picture_row", value)]
     turns: list[Turn] = []
     form = d.pick(("What is in row {}, column {}?", "Read row {}, column {}."))
     for r, c in d.some([(r, c) for r in range(rows) for c in range(columns)], d.between(2, 4)):
         value = cells[r][c]
-        turns.append(_answer(form.format("ABCD"[r], c + 1), value, "picture_table", value))
+        turns.append(answer(form.format("ABCD"[r], c + 1), value, "picture_table", value))
     return image, turns
 
 
@@ -569,9 +590,9 @@ def _buttons(d: Draw) -> Made:
             turns.append((f"Detect the {label} button.", fenced(one), check))
         elif colors.count(color) == 1:
             question = f"What does the {color} button say?"
-            turns.append(_answer(question, label, "picture_button", label))
+            turns.append(answer(question, label, "picture_button", label))
     if not turns:
-        turns.append(_answer("What is the title?", title, "picture_button", title))
+        turns.append(answer("What is the title?", title, "picture_button", title))
     return image, d.some(turns, min(len(turns), 3))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recipes.pocket import build_data, build_heldout, films, pictures, speech, tokenizer
+from recipes.pocket import build_data, build_heldout, films, letters, pictures, speech, tokenizer
 from recipes.pocket.domains import HELDOUT_TOOLS, TOOLS
 from recipes.pocket.generator import KINDS, Conversation, conversations, generate, tool_conversation
 from recipes.pocket.schemas import POOLS
@@ -379,7 +379,7 @@ def test_a_needle_lies_four_windows_before_the_question(words: Tokenizer) -> Non
         assert len(words.encode(after)) >= 4 * build_heldout.WINDOW
 
 
-def built(folder: Path, out: Path, shares: dict[str, float] | None) -> TokenSet:
+def built(folder: Path, out: Path, shares: dict[str, float]) -> TokenSet:
     build_data.build(folder, out, start=0, count=6, workers=1, shares=shares)
     return TokenSet(out, "train")
 
@@ -390,10 +390,10 @@ def prompt(words: Tokenizer, talk: Conversation, budget: int) -> media.Prompt:
     return media.expand(build_data.encode(words, talk), runs, POCKET, words)
 
 
-def test_a_set_is_text_unless_media_are_asked_for(
+def test_a_set_of_text_is_what_the_tokenizer_makes(
     folder: Path, words: Tokenizer, train: list[Conversation], tmp_path: Path
 ) -> None:
-    data = built(folder, tmp_path, None)
+    data = built(folder, tmp_path, build_data.MIXTURES["text"])
     assert data.media is None
     assert data.ids.tolist() == [i for talk in train[:6] for i in build_data.encode(words, talk)]
 
@@ -413,6 +413,36 @@ def test_pictures_of_a_set_are_what_inference_makes(
         assert soft.at_S.tolist() == list(range(span.start, span.stop))
         assert np.array_equal(soft.values_PC, span.run.features)
         assert np.array_equal(soft.positions_P2, span.run.places)
+
+
+def test_sheets_are_read_whole_at_few_soft_tokens(
+    folder: Path, words: Tokenizer, tmp_path: Path
+) -> None:
+    data = built(folder, tmp_path, {"sheet": 1.0})
+    for c in range(6):
+        talk = letters.generate("train", 0, c)
+        wanted = prompt(words, talk, talk.budget)
+        soft = make_batch(data, [c], batch_tokens=len(wanted.ids)).soft
+        assert soft is not None
+        assert len(soft.at_S) <= letters.BUDGET
+        assert np.array_equal(soft.values_PC, wanted.spans[0].run.features)
+        written = "".join(letter for letter, *_ in talk.image.info["letters"])
+        reply = talk.messages[-1]["content"]
+        assert reply.replace("\n", "").replace(" ", "") == written.replace(" ", "")
+
+
+def test_digits_of_places_weigh_more(folder: Path, words: Tokenizer, tmp_path: Path) -> None:
+    data = built(folder, tmp_path, {"look": 1.0})
+    assert data.media is not None
+    heavy = data.mask == build_data.PLACE_WEIGHT
+    assert set(data.mask.tolist()) == {0, 1, build_data.PLACE_WEIGHT}
+    placed = {i for i, name in enumerate(data.kind_names) if name in build_data.PLACED}
+    assert set(np.repeat(data.kinds, data.lengths)[heavy].tolist()) <= placed
+    assert set(words.decode(data.ids[heavy].tolist())) <= set("0123456789")
+    for image in ("sheet", "look"):
+        assert build_data.GENERATORS[image]("heldout", 0, 1) == build_data.GENERATORS[image](
+            "heldout", 0, 1
+        )
 
 
 def test_frames_of_a_set_are_what_inference_makes(
@@ -463,7 +493,9 @@ def test_sounds_of_a_set_are_what_inference_makes(
 
 @pytest.mark.skipif(not speech.available(), reason="espeak-ng is not installed")
 def test_a_mixed_set_has_every_kind(folder: Path, tmp_path: Path) -> None:
-    build_data.build(folder, tmp_path, start=0, count=40, workers=1, shares=build_data.SHARES)
+    build_data.build(
+        folder, tmp_path, start=0, count=40, workers=1, shares=build_data.MIXTURES["media"]
+    )
     data = TokenSet(tmp_path, "train")
     groups = [name.split("/")[0] for name in data.kind_names]
     assert {"picture", "speech"} < set(groups)

@@ -40,7 +40,7 @@ def data(tmp_path: Path) -> TokenSet:
 
 
 def chosen(data: TokenSet, out: Path, stage: Stage) -> TokenSet:
-    choose(data, out, stage)
+    choose([data], out, stage)
     return TokenSet(out, "train")
 
 
@@ -70,15 +70,38 @@ def test_a_kind_may_be_all_there_is_and_weigh_more(data: TokenSet, tmp_path: Pat
     assert set(part.mask.tolist()) == {10, HEAVIEST}
 
 
+def test_a_stage_of_several_sets_has_them_one_after_another(data: TokenSet, tmp_path: Path) -> None:
+    sounds = chosen(data, tmp_path / "sounds", Stage({"sound": 1.0}, 0.0, {}))
+    choose([sounds, data], tmp_path / "both", Stage({"text": 1.0}, 1.0, {"text": 2}))
+    both = TokenSet(tmp_path / "both", "train")
+    half = TALKS // 2
+    assert len(both) == half + TALKS
+    assert both.media is not None
+    assert sounds.media is not None
+    assert data.media is not None
+    for c in range(len(both)):
+        there, old = (sounds, c) if c < half else (data, c - half)
+        assert there.media is not None
+        assert list(both.media.of(c)) == list(there.media.of(old))
+        assert both.kind_names[both.kinds[c]] == there.kind_names[there.kinds[old]]
+        ids, mask = (
+            part[both.offsets[c] : both.offsets[c + 1]].tolist() for part in (both.ids, both.mask)
+        )
+        assert ids == there.ids[there.offsets[old] : there.offsets[old + 1]].tolist()
+        assert set(mask) == {10 if len(ids) == 5 else 20}
+
+
 def test_what_a_set_has_not_cannot_be_chosen(data: TokenSet, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match=r"train has no conversations of the kinds \['smell'\]"):
-        choose(data, tmp_path / "part", Stage({"smell": 1.0}, 1.0, {}))
-    with pytest.raises(TrainError, match=f"train: nothing is kept of {TALKS} conversations"):
-        choose(data, tmp_path / "part", Stage({}, 0.0, {}))
+    with pytest.raises(TrainError, match=r"train: no conversations of the kinds \['smell'\]"):
+        choose([data], tmp_path / "part", Stage({"smell": 1.0}, 1.0, {}))
+    with pytest.raises(TrainError, match=f"^nothing is kept of {2 * TALKS} conversations"):
+        choose([data, data], tmp_path / "part", Stage({}, 0.0, {}))
 
 
 def test_stages_name_kinds_that_are_made() -> None:
-    made = {f"picture/{kind}" for kind in pictures.KINDS} | {f"speech/{k}" for k in speech.KINDS}
+    made = {f"picture/{kind}" for kind in (*pictures.KINDS, "sheet")} | {
+        f"speech/{k}" for k in speech.KINDS
+    }
     made |= {"film", *generator.KINDS}
     for stage in STAGES.values():
         assert stage.shares.keys() | stage.weights.keys() <= made
