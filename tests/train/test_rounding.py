@@ -12,10 +12,11 @@ from gemsmith.cache.none import NoCache
 from gemsmith.config import TextConfig
 from gemsmith.errors import ConfigError
 from gemsmith.model.text import TextModel
+from gemsmith.quant.formats import Format
 from gemsmith.quant.quantize import on_grid, quantize, relative_error, round_to_nearest
 from gemsmith.testing import tiny_config, whole_groups
 from gemsmith.train.data import TokenSet
-from gemsmith.train.rounding import decoder_formats, rounded
+from gemsmith.train.rounding import decoder_formats, nearest, rounded
 from gemsmith.train.trainer import Trainer
 
 __all__ = ["one_thread"]
@@ -49,6 +50,17 @@ def test_inside_the_weights_lie_on_the_grid_and_after_they_are_as_before(config)
             torch.testing.assert_close(weight, before[name], rtol=0, atol=0)
     for name, weight in weights(model).items():
         torch.testing.assert_close(weight, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", [Format(2, 32), Format(4, 32), Format(8, 64), Format(4)])
+def test_nearest_are_the_values_of_the_codes_that_quantize_writes(format, dtype) -> None:
+    weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
+    weight[1], weight[2, :32], weight[3] = 0, 0, weight[3] * 1e-38
+    weight[4, :2], weight[5, :2] = torch.tensor([9.0, -9.0]), torch.tensor([-9.0, 9.0])
+    weight = weight.to(dtype)
+    wanted = round_to_nearest(weight, format).dequantize()
+    torch.testing.assert_close(nearest(weight, format), wanted, rtol=0, atol=0)
 
 
 def test_gradients_are_those_at_the_rounded_weights(config) -> None:

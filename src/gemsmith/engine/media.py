@@ -201,13 +201,12 @@ def _image(part: Mapping[str, Any], config: Gemma4Config, budget: int | str | No
     if isinstance(source, Mapping):
         source, detail = _source(source, "url"), source.get("detail")
     picture = image.load_image(source)
-    if "budget" in part:
-        budget = part["budget"]
-        if budget != "auto":
-            image.check_budget(budget)
-    if detail is not None or budget == "auto":
-        budget = image.choose_budget(picture, detail or "auto")
-    return [_seen("image", picture, budget, config)]
+    chosen: Any = part.get("budget", budget)
+    if "budget" in part and chosen != "auto":
+        image.check_budget(chosen)
+    if detail is not None or chosen == "auto":
+        chosen = image.choose_budget(picture, detail or "auto")
+    return [_seen("image", picture, chosen, config)]
 
 
 def _seen(kind: Kind, picture: Any, budget: int, config: Gemma4Config, before: str = "") -> Run:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from gemsmith.config import Gemma4Config
 from gemsmith.model.text import TextModel
 from gemsmith.quant.formats import Format
-from gemsmith.quant.quantize import round_to_nearest
 from gemsmith.weights.recipe import Recipe
 
 
@@ -38,9 +38,26 @@ def rounded(model: TextModel, formats: Mapping[str, Format]) -> Iterator[None]:
     try:
         with torch.no_grad():
             for name, format in formats.items():
-                weights[name].copy_(round_to_nearest(exact[name], format).dequantize())
+                weights[name].copy_(nearest(exact[name], format))
         yield
     finally:
         with torch.no_grad():
             for name, weight in exact.items():
                 weights[name].copy_(weight)
+
+
+def nearest(weight: Tensor, format: Format) -> Tensor:
+    """The float32 values of `quantize.round_to_nearest`, without their codes: a third of its time.
+
+    Raises:
+      ConfigError: the format's groups do not divide a row.
+    """
+    K = weight.shape[-1]
+    groups = weight.float().reshape(-1, K // format.groups(K))
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    inverse = torch.where(largest.abs() > 1e-30, 1 / largest, 0.0)
+    codes = (groups * (inverse * -format.offset)).round_().clamp_(-format.offset, format.offset - 1)
+    scale = largest / -format.offset
+    if format.group:
+        scale = scale.bfloat16().float()
+    return codes.mul_(scale).view(weight.shape)
