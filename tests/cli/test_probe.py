@@ -25,6 +25,11 @@ def test_a_failure_is_shown_with_its_bytes_and_ends_with_1():
     assert "\x1b" not in done.stdout
 
 
+def test_the_bytes_of_a_failure_are_not_changed():
+    done = probed("--only", "chat-clean", body=reply("{a:x:b}<turn|>"))
+    assert "{a:x:b}<turn|>" in done.stdout
+
+
 def test_a_good_endpoint_ends_with_0_and_names_no_probe():
     done = probed("--only", "chat-shape", "--only", "usage-cached")
     assert done.exit_code == 0

@@ -113,12 +113,20 @@ def test_table_shows_targets_and_failures() -> None:
     lm = ScriptedModel(Generation("7"), Generation("[8]"), Generation("9"))
     report = evaluate(lm, [item("answer", 7, name=str(n)) for n in range(3)])
     text = io.StringIO()
-    pocket.show(report, Console(file=text, width=100), failures=1)
+    pocket.show(report, Console(file=text, width=100))
+    cli_evaluate.show_failures(report.failures(1), Console(file=text, width=100))
     assert "33.3%" in text.getvalue()
     assert "90% ✗" in text.getvalue()
     assert "no_tool 1: other answer" in text.getvalue()
     assert "[8]" in text.getvalue()
     assert "no_tool 2" not in text.getvalue()
+
+
+def test_a_wrong_reply_is_shown_as_it_was_given() -> None:
+    report = evaluate(ScriptedModel(Generation("{a:x:b}\tc")), [item("answer", 7)])
+    text = io.StringIO()
+    cli_evaluate.show_failures(report.failures(1), Console(file=text, width=100))
+    assert "{a:x:b}\tc\n" in text.getvalue()
 
 
 @pytest.mark.slow
@@ -218,7 +226,8 @@ def test_what_was_left_out_and_what_was_shown_are_said() -> None:
     report = evaluate(ScriptedModel(Generation("The circle is red.")), [one])
     report.left_out = {"audio": 3}
     text = io.StringIO()
-    pocket.show(report, Console(file=text, width=100), failures=1)
+    pocket.show(report, Console(file=text, width=100))
+    cli_evaluate.show_failures(report.failures(1), Console(file=text, width=100))
     assert "not asked, as this model has no tower for it: 3 with audio" in text.getvalue()
     assert "[image] What shape is red?" in text.getvalue()
     assert report.to_dict()["left_out"] == {"audio": 3}

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from gemsmith import fit
 from gemsmith.choose import BENCHMARKS, Decision, Needs, decide, to_dict, verdict
+from gemsmith.cli.console import write
 from gemsmith.cli.fit import FREE_SCALES, target_of
 from gemsmith.errors import ConfigError
 from gemsmith.fit import gib
@@ -61,7 +62,7 @@ def show(decision: Decision, console: Console) -> None:
     """Print the decision, its reasons, what would change it, and every size beside."""
 
     def line(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        write(console, text + "\n", style)
 
     choice, runner_up = decision.choice, decision.runner_up
     line(f"on {decision.machine.name}: {gib(decision.machine.memory)} to use")

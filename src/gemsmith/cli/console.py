@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from rich.console import Console
+from rich.segment import Segment, Segments
 
 from gemsmith.text.calls import ToolCall
 
@@ -13,10 +14,14 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def write(console: Console, text: str, style: str | None = None) -> None:
-    """Text as it is: no markup, no wrapping, and on a terminal nothing that could steer it."""
+    """Text as it is: every character, and on a terminal nothing that could steer it.
+
+    As a finished segment, because rich's own text has emoji in place of :x: and spaces in place of
+    tabs, off a terminal, too.
+    """
     if console.is_terminal:
         text = harmless(text)
-    console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(Segments([Segment(text)]), style=style, soft_wrap=True)
 
 
 def harmless(text: str) -> str:

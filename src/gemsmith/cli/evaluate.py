@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from rich.console import Console
 from rich.progress import Progress
 
+from gemsmith.cli.console import write
 from gemsmith.config import Gemma4Config
 from gemsmith.evals import pocket
 from gemsmith.evals.items import held_out
@@ -35,6 +36,25 @@ def run(
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
-        pocket.show(report, Console(), failures=failures)
+        console = Console()
+        pocket.show(report, console)
+        show_failures(report.failures(failures), console)
     if not report.complete:
         raise KeyboardInterrupt
+
+
+def show_failures(outcomes: list[pocket.Outcome], console: Console) -> None:
+    """Print wrong replies beside what was asked and expected."""
+    for outcome in outcomes:
+        item, reply = outcome.item, outcome.reply
+        last = next((m["content"] for m in reversed(item.messages) if m["role"] == "user"), "")
+        parts = [{"type": "text", "text": last}] if isinstance(last, str) else last
+        asked = " ".join(
+            part["text"] if part["type"] == "text" else f"[{part['type']}]" for part in parts
+        )
+        got = [{"name": name, "arguments": values} for name, values in reply.calls] or reply.text
+        write(console, f"\n{item.category} {item.id}: {outcome.wrong}\n", style="bold")
+        for label, value in (("asked", asked), ("wanted", item.expected), ("got", got)):
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            shown = text if len(text) <= 600 else f"{text[:200]} ... {text[-400:]}"
+            write(console, f"  {label:7}{shown}\n")

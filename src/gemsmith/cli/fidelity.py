@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gemsmith import __version__
+from gemsmith.cli.console import write
 from gemsmith.cli.plot import drawable
 from gemsmith.engine.engine import LM
 from gemsmith.errors import RequestError
@@ -147,7 +148,7 @@ def show(report: Report, console: Console) -> None:
     count = len(report.outcomes)
     whole = "" if report.complete else f", PARTIAL: stopped after {count}"
     line = f"{report.build} beside {report.reference}, {report.data}: {count} conversations{whole}"
-    console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
+    write(console, line + "\n", style="bold")
     replies = report.replies()
     if replies is None:
         console.print("nothing was compared", highlight=False)
@@ -207,7 +208,7 @@ def show(report: Report, console: Console) -> None:
     few = [category for category, found in rows if found.texts < FEW]
     if few:
         text = f"fewer than {FEW} conversations, so hardly more than a hint: {', '.join(few)}"
-        console.print(text, markup=False, highlight=False)
+        write(console, text + "\n")
 
 
 def _show_tools(report: Report, console: Console) -> None:

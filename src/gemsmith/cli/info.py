@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemsmith import sizing
+from gemsmith.cli.console import write
 from gemsmith.config import Gemma4Config, LayerPlan, TextConfig, preset
 from gemsmith.errors import ConfigError, GemsmithError
 from gemsmith.weights import hub
@@ -147,12 +148,12 @@ def show(facts: dict[str, Any], console: Console) -> None:
     console.print(_features(text), highlight=False, soft_wrap=True)
     if "fidelity" in facts:
         line = f"fidelity {facts['fidelity']}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        write(console, line + "\n")
     console.print(layer_table(facts))
     console.print(parameter_table(facts))
     if isinstance(facts.get("stored"), str):
         line = f"stored weights cannot be read: {facts['stored']}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        write(console, line + "\n")
     elif "stored" in facts:
         console.print(stored_table(facts["stored"]))
     console.print(memory_table(facts))

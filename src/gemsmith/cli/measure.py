@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gemsmith import __version__
-from gemsmith.cli.console import harmless
+from gemsmith.cli.console import harmless, write
 from gemsmith.errors import RequestError
 from gemsmith.evals.measure import Candidate, Kept, Report, candidate, measure, read_tasks
 from gemsmith.fit import gib
@@ -37,10 +37,8 @@ def run(path: str, models: list[str], *, max_tokens: int, as_json: bool) -> bool
     asides = Console(stderr=True)
     before = sum(kept.get(each, task) is not None for each in candidates for task in tasks)
     if before:
-        asides.print(
-            f"{before} of {len(candidates) * len(tasks)} answers are in {kept.path} already",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        found = f"{before} of {len(candidates) * len(tasks)} answers are in {kept.path} already"
+        write(asides, found + "\n")
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -100,7 +98,7 @@ def show(report: Report, console: Console) -> None:
     for one in report.measured:
         if one.failure:
             text = f"{one.candidate.label}: asked {len(one.rows)} of {report.tasks}: {one.failure}"
-            console.print(harmless(text), markup=False, highlight=False, soft_wrap=True)
+            write(console, harmless(text) + "\n")
 
 
 def _size(count: int) -> str:

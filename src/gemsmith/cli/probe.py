@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from gemsmith.cli.console import harmless
+from gemsmith.cli.console import harmless, write
 from gemsmith.errors import RequestError
 from gemsmith.evals.conformance import GROUPS, Outcome, Probe, Report, run, select
 from gemsmith.evals.endpoint import Endpoint, read_key
@@ -102,5 +102,4 @@ def show(report: Report, console: Console, *, every: bool = False) -> None:
 
 
 def _line(console: Console, text: str, style: str | None = None, end: str = "\n") -> None:
-    text = harmless(text.replace("\n", "\\n"))
-    console.print(text, style=style, end=end, markup=False, highlight=False, soft_wrap=True)
+    write(console, harmless(text.replace("\n", "\\n")) + end, style)

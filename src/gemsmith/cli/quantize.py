@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gemsmith.cli.console import write
 from gemsmith.cli.info import size
 from gemsmith.config import Gemma4Config
 from gemsmith.errors import GemsmithError, RequestError, WeightsError
@@ -136,8 +137,9 @@ def run(
             "8 bits, experts that saw too few tokens, grids of training) was searched without.",
             markup=False,
             highlight=False,
+            emoji=False,
         )
-    console.print(f"{target}: {verdict}", markup=False, highlight=False, soft_wrap=True)
+    write(console, f"{target}: {verdict}\n")
 
 
 def parse_bytes(text: str, what: str = "budget") -> int:

@@ -210,7 +210,7 @@ class Tour:
             self.events = desk.events
             right = [self.errand(text, named, desk) for text, named in ERRANDS.items()]
         events = ", ".join(f"{e.title!r} on {e.date} at {e.time}" for e in desk.events)
-        self.console.print(f"In the calendar now: {events or 'nothing'}", markup=False)
+        write(self.console, f"In the calendar now: {events or 'nothing'}\n")
         return all(right) and desk.events == WANTED
 
     def errand(

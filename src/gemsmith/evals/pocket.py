@@ -11,7 +11,6 @@ Not a general benchmark: items come from the same generator as the training data
 values, schemas, texts and voices that training never met.
 """
 
-import json
 import os
 import signal
 from collections import Counter
@@ -287,8 +286,8 @@ def _collect(
 # -- showing ----------------------------------------------------------------------------------
 
 
-def show(report: Report, console: Console, *, failures: int = 0) -> None:
-    """Print the tables, then the first `failures` wrong replies beside what was expected."""
+def show(report: Report, console: Console) -> None:
+    """Print the tables."""
     whole = "" if report.complete else f" (stopped after {len(report.outcomes)} items)"
     table = Table(title=f"pocket, held-out items{whole}", title_justify="left")
     table.add_column("category")
@@ -314,8 +313,6 @@ def show(report: Report, console: Console, *, failures: int = 0) -> None:
     if report.left_out:
         counts = ", ".join(f"{count} with {kind}" for kind, count in report.left_out.items())
         console.print(f"not asked, as this model has no tower for it: {counts}", highlight=False)
-    for outcome in report.failures(failures):
-        _show_failure(outcome, console)
 
 
 def _show_words(report: Report, console: Console) -> None:
@@ -331,18 +328,3 @@ def _show_words(report: Report, console: Console) -> None:
         reached = "" if most is None else f"at most {most:.0%} {'✓' if score.rate <= most else '✗'}"
         table.add_row(name, str(score.errors), str(score.count), f"{score.rate:.1%}", reached)
     console.print(table)
-
-
-def _show_failure(outcome: Outcome, console: Console) -> None:
-    item, reply = outcome.item, outcome.reply
-    last = next((m["content"] for m in reversed(item.messages) if m["role"] == "user"), "")
-    parts = [{"type": "text", "text": last}] if isinstance(last, str) else last
-    asked = " ".join(
-        part["text"] if part["type"] == "text" else f"[{part['type']}]" for part in parts
-    )
-    got = [{"name": name, "arguments": values} for name, values in reply.calls] or reply.text
-    console.print(f"\n{item.category} {item.id}: {outcome.wrong}", style="bold", markup=False)
-    for label, value in (("asked", asked), ("wanted", item.expected), ("got", got)):
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        shown = text if len(text) <= 600 else f"{text[:200]} ... {text[-400:]}"
-        console.print(f"  {label:7}{shown}", markup=False, highlight=False, soft_wrap=True)
