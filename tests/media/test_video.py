@@ -6,6 +6,8 @@ Every frame drawn here tells its number in eight bars, so that a test sees which
 import base64
 import io
 import json
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.media.damage import damaged
 
 from gemsmith.errors import MediaError
 from gemsmith.media import audio, video
+from gemsmith.media.image import patches
 from gemsmith.media.video import Plan, Video, load_video, plan, survey
 
 DATA = Path(__file__).parents[1] / "data"
@@ -235,7 +238,7 @@ def test_frames_that_no_other_needs_are_left_out_and_the_rest_is_the_same(
         whole = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
     reel, problems = survey(path), []
     for number in range(0, 60, 7):
-        film = video._decoded(reel, [number], problems)
+        film = video._decoded(reel, [number], 70, problems)
         assert np.array_equal(np.asarray(film[number]), whole[number])
     runs, number_of = video._runs(reel, [58])
     with av.open(str(path)) as file:
@@ -373,14 +376,40 @@ def test_frames_that_are_too_large_are_refused_before_they_are_decoded(
     assert "frames of 64 x 48, more than the 1,000 pixels" in error_of(animated("WEBP"))
 
 
-def test_frames_that_need_too_much_memory_are_refused(
+def test_frames_that_need_too_much_memory_with_their_patches_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(video, "MAX_MEMORY", 5 * 64 * 48 * 3)
+    whole = patches(Image.new("RGB", (480, 336)), 70)  # 10 x 7 cells
+    monkeypatch.setattr(video, "MAX_MEMORY", 5 * (64 * 48 * 3 + whole.values.nbytes))
     data = encoded(tmp_path / "film", 8)
     assert len(load_video(data, frames=5).frames) == 5
-    with pytest.raises(MediaError, match=r"6 frames of 64 x 48 need .* ask for 5 frames at most"):
-        load_video(data, frames=6)
+    message = error_of(data, frames=6)
+    assert re.match(r"6 frames of 64 x 48 at 70 soft tokens need .* GiB with their patch", message)
+    assert "ask for 5 frames at most, lower their budget, or scale the video down" in message
+    assert "ask for 2 frames at most" in error_of(data, frames=5, budget=140)
+
+
+def test_frames_larger_than_the_header_says_are_refused_where_they_need_too_much_memory(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuvj420p"
+        for index in range(40):
+            picture = io.BytesIO()
+            Image.new("RGB", (16, 16) if index < 20 else (500, 400)).save(picture, "JPEG")
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.time_base = stream, Fraction(1, 25)
+            packet.pts = packet.dts = index
+            packet.is_keyframe = True
+            container.mux(packet)
+    data = file.getvalue()
+    assert (survey(data).width, survey(data).height) == (16, 16)
+    assert load_video(data, frames=4).frames[-1].size == (500, 400)
+    monkeypatch.setattr(video, "MAX_MEMORY", 80_000_000)
+    with pytest.raises(MediaError, match=r"^40 frames of 500 x 400 .* ask for 31 frames at most"):
+        load_video(data, frames=40)
 
 
 def test_a_video_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -50,8 +50,11 @@ DEFAULT_FPS = 24
 """Where a file does not say."""
 MAX_PACKETS = 2_000_000
 """Of a file: 4 hours at 120 frames a second are 1.7 million. Their times take 80 MB."""
-MAX_MEMORY = 2 * 2**30
-"""Bytes of the frames chosen, as RGB: 345 of 1920 x 1080."""
+TOKEN_BYTES = 48 * 48 * 3 * 4
+"""Of the patches of a soft token, float32: see `image.Patches`."""
+MAX_MEMORY = 3 * 2**30
+"""Bytes of the frames chosen, as RGB, and of their patches: 394 of 1920 x 1080 at 70 soft tokens,
+1,663 of 16 x 16."""
 TURNS = {
     90: Image.Transpose.ROTATE_90,
     180: Image.Transpose.ROTATE_180,
@@ -152,16 +155,9 @@ def load_video(
     """
     reel = survey(source)
     planned = plan(reel, frames=frames, fps=fps, tokens=tokens, budget=budget, sound=sound)
-    size = reel.width * reel.height * 3
-    if planned.frames * size > MAX_MEMORY:
-        raise MediaError(
-            f"{planned.frames} frames of {reel.width} x {reel.height} need "
-            f"{planned.frames * size / 2**30:.1f} GiB and {MAX_MEMORY / 2**30:g} may be used; ask "
-            f"for {MAX_MEMORY // size} frames at most, or scale the video down"
-        )
     wanted = _spread(reel.total, planned.frames)
     problems = list(reel.problems)
-    decoded = _decoded(reel, wanted, problems)
+    decoded = _decoded(reel, wanted, budget, problems)
     heard = None
     if sound and reel.audio_seconds is not None:
         heard = _heard(reel, problems)
@@ -273,7 +269,9 @@ def plan(
         count = max(1, int(reel.total / reel.fps * fps))
     else:
         count = DEFAULT_FRAMES if frames is None else int(frames)
-    return Plan(min(count, reel.total), frame_tokens, audio_tokens)
+    count = min(count, reel.total)
+    _check_memory(count, reel.width, reel.height, budget)
+    return Plan(count, frame_tokens, audio_tokens)
 
 
 def _spread(total: int, count: int) -> list[int]:
@@ -281,7 +279,9 @@ def _spread(total: int, count: int) -> list[int]:
     return [k * total // count for k in range(count)]
 
 
-def _decoded(reel: Survey, wanted: list[int], problems: list[str]) -> dict[int, Image.Image]:
+def _decoded(
+    reel: Survey, wanted: list[int], budget: int, problems: list[str]
+) -> dict[int, Image.Image]:
     """The frames of these numbers, as far as they can be decoded."""
     if reel.by_pillow:
         return _from_animation(reel, wanted, problems)
@@ -296,6 +296,8 @@ def _decoded(reel: Survey, wanted: list[int], problems: list[str]) -> dict[int, 
             for order, frame in enumerate(_frames(container, stream, runs, needed, problems)):
                 number = number_of.get(frame.pts if reel.trusted else order)
                 if number is not None and number not in made:
+                    # A frame may be larger than the header says.
+                    _check_memory(len(wanted), frame.width, frame.height, budget)
                     made[number] = _upright(frame, reel.name)
                     if len(made) == len(wanted):
                         break
@@ -470,6 +472,17 @@ def _check_size(width: int, height: int, name: str) -> None:
         raise MediaError(
             f"{name} has frames without a size, or of more than the {MAX_PIXELS:,} pixels that are "
             "read; scale it down"
+        )
+
+
+def _check_memory(count: int, width: int, height: int, budget: int) -> None:
+    size = width * height * 3 + budget * TOKEN_BYTES
+    if count * size > MAX_MEMORY:
+        raise MediaError(
+            f"{count} frames of {width} x {height} at {budget} soft tokens need "
+            f"{count * size / 2**30:.1f} GiB with their patches and {MAX_MEMORY / 2**30:g} may be "
+            f"used; ask for {MAX_MEMORY // size} frames at most, lower their budget, or scale the "
+            "video down"
         )
 
 
