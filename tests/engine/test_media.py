@@ -166,6 +166,13 @@ def test_the_budget_is_per_request_and_per_part(seeing):
     assert lm.generate(asked(part), image_budget=70, **options).usage.image_tokens == 130
     url = {"type": "image_url", "image_url": {"url": image, "detail": "low"}}
     assert lm.generate(asked(url), **options).usage.image_tokens < 140
+    # "auto" is what clients send where nobody chose; a word that was chosen wins
+    loose = {"type": "image_url", "image_url": {"url": image, "detail": "auto"}}
+    assert lm.generate(asked(loose), **options).usage.image_tokens == 266
+    assert lm.generate(asked(loose), image_budget=70, **options).usage.image_tokens == 63
+    assert lm.generate(asked(url), image_budget=1120, **options).usage.image_tokens < 140
+    for part in (loose | {"budget": 140}, url | {"budget": 140}):
+        assert lm.generate(asked(part), image_budget=70, **options).usage.image_tokens == 130
     with pytest.raises(MediaError, match=r"^image budget 100.*70, 140, 280, 560 or 1120"):
         lm.generate(asked(image), image_budget=100)
     with pytest.raises(MediaError, match=r"^message 0: image budget 71: an image may cost 70"):

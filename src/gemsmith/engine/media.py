@@ -114,8 +114,6 @@ def collect(
     Raises:
       MediaError: a medium that cannot be read, or that this model has no input for.
     """
-    if image_budget is None and config.vision_config is not None:
-        image_budget = config.vision_config.default_output_length
     media: list[list[Run]] = []
     for index, message in enumerate(messages):
         content = message.get("content")
@@ -196,16 +194,24 @@ def _markers(run: Run, config: Gemma4Config) -> tuple[int, int, int]:
 
 
 def _image(part: Mapping[str, Any], config: Gemma4Config, budget: int | str | None) -> list[Run]:
-    require(config.vision_config, "images")
-    source, detail = _source(part, "image"), None
+    """A budget of the part says most, then a detail, but for "auto", which clients send unasked."""
+    vision = config.vision_config
+    require(vision, "images")
+    assert vision is not None
+    source = _source(part, "image")
+    detail: Any = None
     if isinstance(source, Mapping):
         source, detail = _source(source, "url"), source.get("detail")
     picture = image.load_image(source)
-    chosen: Any = part.get("budget", budget)
-    if "budget" in part and chosen != "auto":
+    chosen: Any = part.get("budget")
+    if chosen not in (None, "auto"):
         image.check_budget(chosen)
-    if detail is not None or chosen == "auto":
-        chosen = image.choose_budget(picture, detail or "auto")
+    if chosen is None and detail in (None, "auto"):
+        chosen = budget
+    if chosen is None and detail is None:
+        chosen = vision.default_output_length
+    if chosen in (None, "auto"):
+        chosen = image.choose_budget(picture, chosen or detail or "auto")
     return [_seen("image", picture, chosen, config)]
 
 
