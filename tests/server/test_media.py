@@ -1,7 +1,9 @@
 """The gate for media: bytes pass, paths never, addresses of the network only if public."""
 
 import asyncio
+import contextlib
 import http.server
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +52,7 @@ def test_parts_are_rebuilt_from_what_is_known():
         image("/etc/passwd"),
         image("file:///etc/passwd"),
         image("ftp://example.org/x"),
+        image("http://["),
         image(None),
         image(["x"]),
         {"type": "input_audio", "input_audio": {"data": "eA==", "format": "../x"}},
@@ -155,3 +158,29 @@ def test_what_is_fetched_is_bounded_and_stays_where_it_was_resolved(monkeypatch)
             passed(image(f"{url}/x"), replace(REMOTE, remote_media=False))
     with pytest.raises(ApiError, match="could not be fetched"):
         passed(image(f"{url}/x"))
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 200 OK\r\nx: ", b"HTTP/1.0 200 OK\r\n\r\n"])
+def test_an_answer_that_drips_ends_when_its_time_is_up(monkeypatch, answer):
+    monkeypatch.setattr(media, "is_public", lambda _: True)
+    over = threading.Event()
+
+    def drip() -> None:
+        with listening.accept()[0] as peer, contextlib.suppress(OSError):
+            peer.sendall(answer)
+            for _ in range(200):  # ten seconds, and then a whole answer
+                if over.wait(0.05):
+                    return
+                peer.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/x"
+        try:
+            with pytest.raises(ApiError, match=r"took more than 0\.3 s"):
+                media.fetch(url, replace(REMOTE, remote_s=0.3))
+            assert thread.is_alive(), "it was ended, not waited for"
+        finally:
+            over.set()
+            thread.join()

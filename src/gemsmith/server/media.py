@@ -7,11 +7,13 @@ resolved; no redirect is followed; bytes and seconds are bounded.
 """
 
 import asyncio
+import contextlib
 import http.client
 import ipaddress
 import re
 import socket
 import ssl
+import threading
 import time
 import urllib.parse
 from collections.abc import Mapping
@@ -88,8 +90,7 @@ async def _source(given: Any, where: str, limits: Limits) -> str | bytes:
         raise refused(where, "must be an object with a url")
     if url[:5].lower() == "data:":
         return url
-    scheme = urllib.parse.urlsplit(url).scheme.lower() if url.isascii() else ""
-    if scheme not in ("http", "https"):
+    if not url.isascii() or url.partition(":")[0].lower() not in ("http", "https"):
         raise refused(where, "must be a data URL with base64, such as data:image/png;base64,...")
     if not limits.remote_media:
         raise refused(
@@ -135,16 +136,28 @@ def fetch(url: str, limits: Limits) -> bytes:
     if not addresses or not all(is_public(address) for address in addresses):
         raise refused("url", f"{host} is not a public address")
     connection = _To(addresses[0], host, port, parts.scheme.lower() == "https", limits.remote_s)
+    # A socket's timeout is that of one read: headers that come a byte at a time would never end.
+    watch = threading.Timer(until - time.monotonic(), connection.cut)
+    watch.daemon = True
+    watch.start()
+    body = b""
     try:
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         connection.request("GET", path, headers={"User-Agent": "gemsmith", "Accept": "*/*"})
         with connection.getresponse() as answer:
-            return _body(answer, host, until, limits)
+            body = _body(answer, host, limits)
+    except (OSError, http.client.HTTPException):
+        if time.monotonic() < until:
+            raise
     finally:
+        watch.cancel()
         connection.close()
+    if time.monotonic() >= until:
+        raise refused("url", f"took more than {limits.remote_s:g} s")
+    return body
 
 
-def _body(answer: http.client.HTTPResponse, host: str, until: float, limits: Limits) -> bytes:
+def _body(answer: http.client.HTTPResponse, host: str, limits: Limits) -> bytes:
     if 300 <= answer.status < 400:
         raise refused("url", "redirects are not followed; give the final address")
     if answer.status != 200:
@@ -154,8 +167,6 @@ def _body(answer: http.client.HTTPResponse, host: str, until: float, limits: Lim
         body += chunk
         if len(body) > limits.remote_bytes:
             raise refused("url", f"more than the {limits.remote_bytes} bytes that are fetched")
-        if time.monotonic() > until:
-            raise refused("url", f"took more than {limits.remote_s:g} s")
     return bytes(body)
 
 
@@ -165,9 +176,18 @@ class _To(http.client.HTTPConnection):
     def __init__(self, address: str, host: str, port: int, tls: bool, timeout: float) -> None:
         super().__init__(host, port, timeout=timeout)
         self._address, self._tls = address, tls
+        self._open: socket.socket | None = None  # `sock` is forgotten while the body comes
 
     def connect(self) -> None:
-        self.sock = socket.create_connection((self._address, self.port), self.timeout)
+        self.sock = self._open = socket.create_connection((self._address, self.port), self.timeout)
         if self._tls:
-            context = ssl.create_default_context()
-            self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+            self.sock = self._open = ssl.create_default_context().wrap_socket(
+                self.sock, server_hostname=self.host, do_handshake_on_connect=False
+            )
+            self.sock.do_handshake()
+
+    def cut(self) -> None:
+        """End whatever another thread waits for."""
+        if self._open is not None:
+            with contextlib.suppress(OSError):
+                self._open.shutdown(socket.SHUT_RDWR)
