@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from tests.server.conftest import CALL, COLD, THOUGHT, WEATHER, events, run, serving
 
+from gemsmith.engine.media import Prompt
+
 URL = "/v1/responses"
 TOOL = {"type": "function", **WEATHER["function"]}
 
@@ -130,5 +132,17 @@ def test_a_reply_that_fails_midway_ends_its_stream_with_an_event(says):
             told = events((await client.post(URL, json=asked(stream=True))).text)
             assert told[-1]["type"] == "response.failed"
             assert told[-1]["response"]["error"]["code"] == "server_error"
+
+    run(scenario)
+
+
+def test_what_of_the_media_could_not_be_read_is_said(says, monkeypatch):
+    monkeypatch.setattr(Prompt, "notes", lambda _: ("the film ends at 3 s",))
+
+    async def scenario():
+        async with serving(says("Well.<turn|>"), config=COLD) as (client, _):
+            whole = (await client.post(URL, json=asked())).json()
+            told = events((await client.post(URL, json=asked(stream=True))).text)
+        assert whole["notes"] == told[-1]["response"]["notes"] == ["the film ends at 3 s"]
 
     run(scenario)

@@ -7,6 +7,10 @@ import pytest
 from PIL import Image
 from tests.server.conftest import ScriptedLM, recording, run, serving, user
 
+from gemsmith.engine.transcribe import Transcript
+from gemsmith.media.transcript import Segment
+from gemsmith.server.transcription import spell
+
 URL = "/v1/audio/transcriptions"
 
 
@@ -74,3 +78,10 @@ def test_sound_and_pictures_in_a_conversation_are_counted(hearing):
             assert costs[70]["audio_tokens"] == costs[280]["audio_tokens"] == 25
 
     run(scenario)
+
+
+def test_what_went_wrong_is_said_in_json_too():
+    made = Transcript((Segment(0.0, 1.0, "hello"),), ("0.0-1.0 s: it repeats itself",))
+    problems = ["0.0-1.0 s: it repeats itself"]
+    assert spell(made, "json") == {"text": "hello", "problems": problems}
+    assert spell(made, "verbose_json")["problems"] == problems

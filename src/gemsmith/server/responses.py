@@ -294,6 +294,8 @@ class Writer:
         self.response["status"] = "incomplete" if cut else "completed"
         if cut:
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
+        if finished.notes:
+            self.response["notes"] = list(finished.notes)
 
     @property
     def _item(self) -> Json:

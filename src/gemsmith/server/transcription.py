@@ -92,7 +92,9 @@ def spell(made: Transcript, form: Format) -> dict[str, Any] | str:
     """A transcript as it was asked for."""
     match form:
         case "json":
-            return {"text": made.text}
+            return {"text": made.text} | (
+                {"problems": list(made.problems)} if made.problems else {}
+            )
         case "text":
             return made.text + "\n"
         case "srt":
