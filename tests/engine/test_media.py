@@ -224,12 +224,21 @@ def test_models_without_towers_refuse_media_and_say_why(size, seeing, tokenizer)
         lm.generate(asked(picture()))
 
 
-def film(path, seconds: int, *, sound: bool = True, width: int = 64, height: int = 48):
-    """Eight frames a second, each of one grey that says its number; sound: a hum."""
+def film(
+    path, seconds: int, *, sound: bool = True, samples: int = 0, width: int = 64, height: int = 48
+):
+    """Eight frames a second, each of one grey that says its number.
+
+    sound: a hum as long as the film, or of so many samples.
+    """
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         shown = container.add_stream("mpeg4", rate=8)
         shown.width, shown.height, shown.pix_fmt = width, height, "yuv420p"
-        heard = container.add_stream("aac", rate=16000, layout="mono") if sound else None
+        heard = (
+            container.add_stream("pcm_s16le" if samples else "aac", rate=16000, layout="mono")
+            if sound
+            else None
+        )
         for n in range(8 * seconds):
             pixels = np.full((height, width, 3), n * 3, np.uint8)
             for packet in shown.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
@@ -237,7 +246,7 @@ def film(path, seconds: int, *, sound: bool = True, width: int = 64, height: int
         for packet in shown.encode():
             container.mux(packet)
         if heard is not None:
-            hum = (0.3 * np.sin(np.arange(16000 * seconds) / 20)).astype(np.float32)
+            hum = (0.3 * np.sin(np.arange(samples or 16000 * seconds) / 20)).astype(np.float32)
             frame = av.AudioFrame.from_ndarray(hum[None], format="fltp", layout="mono")
             frame.sample_rate = 16000
             for packet in [*heard.encode(frame), *heard.encode()]:
@@ -275,6 +284,21 @@ def test_damage_in_a_video_is_told_with_the_reply(seeing, tmp_path):
     assert reply.notes
     whole = seeing("31B").generate(asked(part | {"video": data}), temperature=0, max_tokens=1)
     assert whole.notes == ()
+
+
+def test_sound_of_a_video_that_is_too_short_to_hear_is_told_with_the_reply(seeing, tmp_path):
+    part = {"type": "video", "video": film(tmp_path / "film.mov", 1, samples=160), "frames": 2}
+    reply = seeing("E2B").generate(asked(part), temperature=0, max_tokens=1)
+    assert (reply.usage.video_tokens, reply.usage.audio_tokens) == (2 * 63, 0)
+    assert len(reply.notes) == 1
+    assert reply.notes[0].startswith("no sound: a sound of 160 samples is too short to hear")
+
+
+def test_sound_of_a_video_a_hair_longer_than_two_clips_is_heard(seeing, tmp_path):
+    part = {"type": "video", "video": film(tmp_path / "film.mov", 1, samples=480_003), "frames": 2}
+    reply = seeing("E2B").generate(asked(part), temperature=0, max_tokens=1)
+    assert reply.usage.audio_tokens in (750, 751)
+    assert reply.notes == ()
 
 
 def test_a_clip_is_heard_and_counted(seeing):

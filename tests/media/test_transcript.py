@@ -76,11 +76,12 @@ def test_a_short_recording_is_one_window():
     assert split_windows(speech(30)) == [(0, 30 * SAMPLE_RATE)]
 
 
-def test_the_last_window_has_a_second():
-    sound = speech(29.2, 1.2)
-    windows = split_windows(sound)
-    assert len(windows) == 2
-    assert windows[1][1] - windows[1][0] >= MIN_TAIL
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("stretches", [(29.2, 1.2), (30 + 3 / SAMPLE_RATE,), (60.1,)])
+def test_the_last_window_has_a_second(stretches: tuple[float, ...], overlap: float):
+    windows = split_windows(speech(*stretches), overlap_seconds=overlap)
+    assert len(windows) == 2 + (stretches == (60.1,))
+    assert windows[-1][1] - windows[-1][0] >= MIN_TAIL
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,6 +99,7 @@ def test_windows_cover_every_sample(
     assert windows[0][0] == 0
     assert windows[-1][1] == len(sound)
     assert all(0 < stop - start <= longest * SAMPLE_RATE for start, stop in windows)
+    assert all(stop - start >= min(MIN_TAIL, len(sound)) for start, stop in windows)
     for (start, stop), (after, _) in pairwise(windows):
         assert start < after <= stop
         assert stop - after in (0, round(overlap * SAMPLE_RATE))

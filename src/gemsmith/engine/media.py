@@ -260,11 +260,15 @@ def _video(part: Mapping[str, Any], config: Gemma4Config, budget: int | str | No
         _seen("video", frame, film.budget, config, before=f"{' ' * bool(i)}{stamp} ")
         for i, (stamp, frame) in enumerate(zip(film.stamps, film.frames, strict=True))
     ]
-    runs[0] = replace(runs[0], notes=tuple(film.problems))
+    problems = list(film.problems)
     if hears and film.audio is not None and len(film.audio):
         # In pauses where there are any: a word is in one clip or the other.
         windows = split_windows(film.audio, max_seconds=MAX_CLIP_SECONDS, overlap_seconds=0)
-        runs += [_heard(film.audio[start:stop], config) for start, stop in windows]
+        try:
+            runs += [_heard(film.audio[start:stop], config) for start, stop in windows]
+        except MediaError as error:  # too short; the frames can be seen all the same
+            problems.append(f"no sound: {error}")
+    runs[0] = replace(runs[0], notes=tuple(problems))
     return runs
 
 

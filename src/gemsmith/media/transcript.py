@@ -54,7 +54,8 @@ def split_windows(
 
     A window ends in the middle of the quietest 300 ms of its second half, where that is a pause:
     300 ms near the noise floor of this window, however loud the noise. The next begins right there.
-    Without a pause it is max_seconds long, and the next begins overlap_seconds before its end.
+    Without a pause it is max_seconds long, or less where the last would have no second (MIN_TAIL),
+    and the next begins overlap_seconds before its end.
 
     Raises:
       MediaError: no samples, or an overlap that is not in 0..max_seconds / 2.
@@ -71,7 +72,8 @@ def split_windows(
     start = 0
     while len(samples) - start > longest:
         pause = _pause(samples[start : start + longest], len(samples) - start)
-        stop = start + (longest if pause is None else pause)
+        whole = min(longest, len(samples) - start - MIN_TAIL + overlap)
+        stop = start + (whole if pause is None else pause)
         windows.append((start, stop))
         start = stop - (overlap if pause is None else 0)
     windows.append((start, len(samples)))
