@@ -4,6 +4,7 @@ Every frame drawn here tells its number in eight bars, so that a test sees which
 """
 
 import base64
+import errno
 import io
 import json
 import re
@@ -19,7 +20,7 @@ from tests.media.damage import damaged
 
 from gemsmith.errors import MediaError
 from gemsmith.media import audio, video
-from gemsmith.media.image import patches
+from gemsmith.media.image import load_image, patches
 from gemsmith.media.video import Plan, Video, load_video, plan, survey
 
 DATA = Path(__file__).parents[1] / "data"
@@ -303,6 +304,24 @@ def test_what_is_no_file_is_refused():
     assert "or a data URL, not as ndarray" in error_of(np.zeros((4, 8, 8, 3), np.uint8))
     assert "is empty: 0 bytes" in error_of(b"")
     assert "the video bytes cannot be decoded (" in error_of(b"no video at all")
+
+
+@pytest.mark.parametrize("data", [animated("WEBP", 2), b"no animation"], ids=["WEBP", "other"])
+def test_a_file_that_may_not_be_read_says_so(
+    data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "film"
+    path.write_bytes(data)
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert error_of(path) == f"{path} cannot be read: Permission denied"
+    with pytest.raises(MediaError, match=r"film cannot be read: Permission denied$"):
+        audio.load_audio(path)
+    with pytest.raises(MediaError, match=r"film cannot be read: Permission denied$"):
+        load_image(path)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ Source: transformers 5.23, models gemma4 and gemma4_unified. Different from it: 
 here whatever the file's type, and nothing is cut off at 30 s.
 """
 
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from av.audio.resampler import AudioResampler
 from av.container import InputContainer
 
 from gemsmith.errors import MediaError
-from gemsmith.media.source import locate, short
+from gemsmith.media.source import locate, reader, short
 
 SAMPLE_RATE = 16_000
 """Samples in a second, of everything that leaves `load_audio`."""
@@ -135,7 +134,7 @@ def opened(found: bytes | Path, name: str) -> Iterator[InputContainer]:
     try:
         with (
             # Never a name: FFmpeg would take it for a protocol, a device or a list of files.
-            io.BytesIO(found) if isinstance(found, bytes) else found.open("rb") as file,
+            reader(found, name) as file,
             av.open(
                 file,
                 "r",

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from gemsmith.errors import MediaError
-from gemsmith.media.source import locate
+from gemsmith.media.source import locate, reader
 
 BUDGETS = (70, 140, 280, 560, 1120)
 """Soft tokens that the models were trained to spend on an image, at most."""
@@ -254,10 +254,8 @@ def _cut(image: Image.Image, budget: int, *, patch: int, pool: int, side: int) -
 def _read(source: object) -> tuple[bytes, str]:
     """Bytes of a file, and what to call it in an error."""
     found, name = locate(source, "image", max_bytes=MAX_BYTES)
-    try:
-        return found if isinstance(found, bytes) else found.read_bytes(), name
-    except OSError as error:
-        raise MediaError(f"{name} cannot be read: {error.strerror}") from error
+    with reader(found, name) as file:
+        return file.read(), name
 
 
 def _open(data: bytes, name: str) -> Image.Image:

@@ -4,12 +4,13 @@ Nothing is fetched from the network, and what stands at a path is looked at befo
 """
 
 import base64
+import io
 import os
 import re
 import stat
 import urllib.parse
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from gemsmith.errors import MediaError
 
@@ -52,6 +53,18 @@ def locate(source: object, kind: Kind, *, max_bytes: int | None = None) -> tuple
         raise MediaError(f"{NAMES[kind]} is given as {FORMS[kind]}, not as {type(source).__name__}")
     _check_size(len(found), name, max_bytes)
     return found, name
+
+
+def reader(found: bytes | Path, name: str) -> BinaryIO:
+    """The file that `locate` found, open.
+
+    Raises:
+      MediaError: it cannot be opened, as for lack of permission.
+    """
+    try:
+        return io.BytesIO(found) if isinstance(found, bytes) else found.open("rb")
+    except OSError as error:
+        raise MediaError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def _from_data_url(url: str, kind: Kind, max_bytes: int | None) -> bytes:

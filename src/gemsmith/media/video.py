@@ -15,7 +15,6 @@ than asked for is no error, and there is sound.
 """
 
 import bisect
-import io
 import math
 import os
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ from gemsmith.media.audio import (
     soft_tokens,
 )
 from gemsmith.media.image import check_budget, load_image, target_size
-from gemsmith.media.source import locate
+from gemsmith.media.source import locate, reader
 
 DEFAULT_FRAMES = 32
 DEFAULT_BUDGET = 70
@@ -401,7 +400,7 @@ def _audio_seconds(container: InputContainer, otherwise: float) -> float | None:
 
 def _animation(found: bytes | Path, name: str) -> Survey | None:
     """WebP, AVIF and PNG, of which FFmpeg decodes one frame or none; None for anything else."""
-    with io.BytesIO(found) if isinstance(found, bytes) else found.open("rb") as file:
+    with reader(found, name) as file:
         head = file.read(16)
     if not (
         head[8:12] == b"WEBP"
@@ -448,10 +447,10 @@ def _from_animation(reel: Survey, wanted: list[int], problems: list[str]) -> dic
 @contextmanager
 def _by_pillow(found: bytes | Path, name: str) -> Iterator[Image.Image]:
     try:
-        with Image.open(
-            io.BytesIO(found) if isinstance(found, bytes) else found,
-            formats=["WEBP", "AVIF", "PNG"],
-        ) as image:
+        with (
+            reader(found, name) as file,
+            Image.open(file, formats=["WEBP", "AVIF", "PNG"]) as image,
+        ):
             yield image
     except MediaError:
         raise
