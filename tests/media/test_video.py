@@ -75,7 +75,7 @@ def encoded(
     return path.read_bytes()
 
 
-def animated(format: str, count: int = 10, milliseconds: int = 200) -> bytes:
+def animated(format: str, count: int = 10, milliseconds: int | list[int] = 200) -> bytes:
     first, *others = [Image.fromarray(drawn(index)) for index in range(count)]
     file = io.BytesIO()
     first.save(file, format, save_all=True, append_images=others, duration=milliseconds)
@@ -161,6 +161,22 @@ def test_an_animation_is_a_video(format: str):
     assert film.seconds == [0, 0.4, 1.0, 1.4]
     assert film.audio is None
     assert film.problems == []
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "AVIF"])
+def test_the_rate_of_an_animation_is_that_of_all_its_frames(format: str):
+    film = load_video(animated(format, 30, [3000] + [100] * 29), frames=4)
+    assert film.stamps == ["00:00", "00:01", "00:02", "00:04"]
+    assert film.seconds == pytest.approx([number * 5.9 / 30 for number in (0, 7, 15, 22)])
+
+
+def test_without_avif_in_pillow_the_other_animations_are_read(monkeypatch: pytest.MonkeyPatch):
+    avif = animated("AVIF", 2)
+    assert survey(avif).by_pillow
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    monkeypatch.setattr(video, "ANIMATIONS", [each for each in video.ANIMATIONS if each != "AVIF"])
+    assert survey(animated("PNG")).by_pillow
+    assert not survey(avif).by_pillow  # FFmpeg may decode one frame of it
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])

@@ -18,7 +18,7 @@ import bisect
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from gemsmith.media.audio import (
     reason,
     soft_tokens,
 )
-from gemsmith.media.image import check_budget, load_image, target_size
+from gemsmith.media.image import FORMATS, check_budget, load_image, target_size
 from gemsmith.media.source import locate, reader
 
 DEFAULT_FRAMES = 32
@@ -54,6 +54,8 @@ TOKEN_BYTES = 48 * 48 * 3 * 4
 MAX_MEMORY = 3 * 2**30
 """Bytes of the frames chosen, as RGB, and of their patches: 394 of 1920 x 1080 at 70 soft tokens,
 1,663 of 16 x 16."""
+ANIMATIONS = [each for each in FORMATS if each in ("WEBP", "AVIF", "PNG")]
+"""Formats of which FFmpeg decodes one frame or none."""
 TURNS = {
     90: Image.Transpose.ROTATE_90,
     180: Image.Transpose.ROTATE_180,
@@ -178,7 +180,7 @@ def load_video(
 
 
 def survey(source: Source) -> Survey:
-    """Numbers the frames without decoding them; raises as `load_video`."""
+    """Numbers the frames without decoding them (but for ANIMATIONS); raises as `load_video`."""
     if isinstance(source, Survey):
         return source
     found, name = locate(source, "video")
@@ -399,12 +401,12 @@ def _audio_seconds(container: InputContainer, otherwise: float) -> float | None:
 
 
 def _animation(found: bytes | Path, name: str) -> Survey | None:
-    """WebP, AVIF and PNG, of which FFmpeg decodes one frame or none; None for anything else."""
+    """What is known of a file of ANIMATIONS; None for anything else."""
     with reader(found, name) as file:
         head = file.read(16)
     if not (
         head[8:12] == b"WEBP"
-        or head[4:12] in (b"ftypavis", b"ftypavif")
+        or ("AVIF" in ANIMATIONS and head[4:12] in (b"ftypavis", b"ftypavif"))
         or head[:8] == b"\x89PNG\r\n\x1a\n"
     ):
         return None
@@ -412,8 +414,8 @@ def _animation(found: bytes | Path, name: str) -> Survey | None:
         _check_size(image.width, image.height, name)
         total = getattr(image, "n_frames", 1)
         image.load()
-        milliseconds = image.info.get("duration") or 0
-        fps = 1000 / milliseconds if total > 1 and milliseconds > 0 else DEFAULT_FPS
+        milliseconds = _milliseconds(image, total) if total > 1 else 0
+        fps = 1000 / milliseconds if milliseconds > 0 else DEFAULT_FPS
         _check_length(total / fps, name)
         return Survey(
             found=found,
@@ -429,6 +431,20 @@ def _animation(found: bytes | Path, name: str) -> Survey | None:
             trusted=False,
             by_pillow=True,
         )
+
+
+def _milliseconds(image: Image.Image, total: int) -> float:
+    """How long a frame is shown, on average over those that can be decoded.
+
+    Pillow knows a frame's time only when it has decoded it.
+    """
+    times: list[float] = []
+    with suppress(Exception):  # of damaged frames; those that are asked for are named later
+        for number in range(total):
+            image.seek(number)
+            image.load()
+            times.append(image.info.get("duration") or 0)
+    return sum(times) / max(len(times), 1)
 
 
 def _from_animation(reel: Survey, wanted: list[int], problems: list[str]) -> dict[int, Image.Image]:
@@ -447,10 +463,7 @@ def _from_animation(reel: Survey, wanted: list[int], problems: list[str]) -> dic
 @contextmanager
 def _by_pillow(found: bytes | Path, name: str) -> Iterator[Image.Image]:
     try:
-        with (
-            reader(found, name) as file,
-            Image.open(file, formats=["WEBP", "AVIF", "PNG"]) as image,
-        ):
+        with reader(found, name) as file, Image.open(file, formats=ANIMATIONS) as image:
             yield image
     except MediaError:
         raise
