@@ -328,6 +328,17 @@ def test_16_bits_are_scaled_and_not_cut_off(format: str) -> None:
     assert (pixels(values) == expected).all()
 
 
+@pytest.mark.parametrize("brightest", [100, 65_535])
+def test_16_bits_in_either_byte_order_are_the_same_picture(brightest: int) -> None:
+    values = np.linspace(0, brightest, 12).reshape(3, 4).astype(np.uint16)
+    swapped = values.astype(">u2")
+    big = Image.frombytes("I;16B", (4, 3), swapped.tobytes())
+    data = encoded(big, "TIFF")
+    assert Image.open(io.BytesIO(data)).mode == "I;16B"
+    for source in (swapped, big, data):
+        assert (pixels(source) == pixels(values)).all()
+
+
 def test_32_bit_files_are_read_where_their_range_is_known() -> None:
     values = np.array([[0.0, 0.5, 1.0]], dtype=np.float32)
     assert pixels(encoded(values, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]

@@ -348,7 +348,7 @@ def _levels(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == np.bool_:
         return array * np.uint8(255)
-    if array.dtype == np.uint16:
+    if (array.dtype.kind, array.dtype.itemsize) == ("u", 2):  # np.uint16 is of one byte order
         return ((array.astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8)
     most = {"f": 1, "i": 255, "u": 255}.get(array.dtype.kind)
     if most is None:
