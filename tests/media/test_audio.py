@@ -337,9 +337,12 @@ def test_floats_that_are_integers_in_disguise_are_refused():
     assert "divide them by their full scale" in error_of(tone() * 32768, sample_rate=16_000)
 
 
-@pytest.mark.parametrize("rate", [0, -1, 100, 10**7, 16_000.5, float("nan"), float("inf")])
-def test_absurd_rates_are_refused(rate: float):
+@pytest.mark.parametrize(
+    "rate", [0, -1, 100, 10**7, 16_000.5, float("nan"), float("inf"), "16000", [16_000], True]
+)
+def test_absurd_rates_are_refused(rate: Any):
     found = error_of(tone(), sample_rate=rate)
+    assert found.startswith(f"the array has {rate!r} ")
     assert found.endswith("samples a second; whole numbers from 4,000 to 768,000 are read")
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import time
 import warnings
@@ -637,8 +638,10 @@ def test_detail_of_openai_is_a_budget() -> None:
     assert choose_budget(picture, "low") == 140
     assert choose_budget(picture, "high") == 1120
     assert choose_budget(picture, "auto") == choose_budget(picture)
-    with pytest.raises(MediaError, match="image detail 'medium' is not one of auto, low, high"):
-        choose_budget(picture, "medium")
+    for wrong in ("medium", ["low"], 7, None):
+        words = f"^image detail {re.escape(repr(wrong))} is not one of auto, low, high$"
+        with pytest.raises(MediaError, match=words):
+            choose_budget(picture, wrong)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

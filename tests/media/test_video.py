@@ -204,7 +204,9 @@ def test_frames_are_chosen_by_rate_and_by_tokens(tmp_path: Path):
     data = encoded(tmp_path / "film", 40, rate=8)  # 5 s, 63 tokens a frame
     assert numbers(load_video(data, fps=2)) == every(40, 10)
     assert numbers(load_video(data, fps=0.01)) == [0]
-    assert numbers(load_video(data, fps=100)) == list(range(40))
+    for fps in (8, 100, 1e308, 10**400):
+        assert numbers(load_video(data, fps=fps)) == list(range(40))
+    assert numbers(load_video(data, frames=np.int64(4))) == every(40, 4)
     assert numbers(load_video(data, tokens=63 * 5 + 62)) == every(40, 5)
     assert plan(data, tokens=10**9).frames == 40
 
@@ -345,6 +347,11 @@ def test_a_file_that_may_not_be_read_says_so(
     [
         ({"frames": 0}, "frames=0: give a whole number over 0"),
         ({"frames": 2.5}, "frames=2.5: give a whole number over 0"),
+        ({"frames": [1]}, "frames=[1]: give a whole number over 0"),
+        ({"frames": True}, "frames=True: give a whole number over 0"),
+        ({"tokens": "many"}, "tokens='many': give a whole number over 0"),
+        ({"fps": "2"}, "fps='2': give a number over 0"),
+        ({"fps": 2 + 1j}, "fps=(2+1j): give a number over 0"),
         ({"fps": 0}, "fps=0: give a number over 0"),
         ({"fps": float("nan")}, "fps=nan: give a number over 0"),
         ({"fps": float("inf")}, "fps=inf: give a number over 0"),

@@ -14,8 +14,9 @@ here whatever the file's type, and nothing is cut off at 30 s.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 import av
 import av.error
@@ -188,6 +189,11 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number, of Python or NumPy; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 class _Mono:
     """Collects sound as it comes, in any format, as 16 kHz mono."""
 
@@ -304,10 +310,10 @@ def _checked(samples: np.ndarray, name: str) -> np.ndarray:
     return samples
 
 
-def _check_rate(rate: int, name: str) -> None:
-    if not (MIN_RATE <= rate <= MAX_RATE and rate == int(rate)):
+def _check_rate(rate: object, name: str) -> None:
+    if not (is_number(rate) and MIN_RATE <= rate <= MAX_RATE and rate == int(rate)):
         raise MediaError(
-            f"{name} has {rate} samples a second; whole numbers from {MIN_RATE:,} to "
+            f"{name} has {rate!r} samples a second; whole numbers from {MIN_RATE:,} to "
             f"{MAX_RATE:,} are read"
         )
 

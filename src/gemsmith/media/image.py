@@ -174,7 +174,7 @@ def choose_budget(image: Image.Image, detail: str = "auto") -> int:
     Raises:
       MediaError: another detail.
     """
-    if detail in DETAILS:
+    if isinstance(detail, str) and detail in DETAILS:
         return DETAILS[detail]
     if detail != "auto":
         raise MediaError(f"image detail {detail!r} is not one of auto, {', '.join(DETAILS)}")

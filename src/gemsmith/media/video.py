@@ -35,6 +35,7 @@ from gemsmith.media.audio import (
     MAX_PIXELS,
     SAMPLE_RATE,
     decode,
+    is_number,
     opened,
     reason,
     soft_tokens,
@@ -250,9 +251,10 @@ def plan(
     if len(asked) > 1:
         raise MediaError(f"{' and '.join(asked)}: give one of frames, fps and tokens")
     for key, value in asked.items():
-        if not 0 < value < math.inf or (key != "fps" and value != int(value)):
+        known = is_number(value) and 0 < value < math.inf
+        if not (known and (key == "fps" or value == int(value))):
             number = "number" if key == "fps" else "whole number"
-            raise MediaError(f"{key}={value}: give a {number} over 0")
+            raise MediaError(f"{key}={value!r}: give a {number} over 0")
     check_budget(budget)
     width, height = target_size(reel.width, reel.height, budget)
     frame_tokens = width * height // 48**2
@@ -267,7 +269,7 @@ def plan(
                 "or leave the sound out"
             )
     elif fps is not None:
-        count = max(1, int(reel.total / reel.fps * fps))
+        count = reel.total if fps >= reel.fps else max(1, int(reel.total / reel.fps * fps))
     else:
         count = DEFAULT_FRAMES if frames is None else int(frames)
     count = min(count, reel.total)
