@@ -212,6 +212,19 @@ def test_media_that_cannot_be_taken_are_refused(size, part, what, seeing):
         seeing(size).generate(asked(part))
 
 
+def test_media_that_the_context_cannot_hold_are_refused_before_the_rest_is_read(seeing):
+    config = seeing("E2B").config
+    config = replace(config, text_config=replace(config.text_config, max_position_embeddings=150))
+    messages = asked(picture()) + asked(picture(), picture())
+    assert len(collect(messages[:1], config, image_budget=70)) == 1
+    unread = asked({"type": "image", "image": b"damaged"})
+    with pytest.raises(
+        MediaError,
+        match=r"^message 1: the media up to here have 180 soft tokens, .* holds 150; give fewer",
+    ):
+        collect(messages + unread, config, image_budget=70)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_models_without_towers_refuse_media_and_say_why(size, seeing, tokenizer):
     with pytest.raises(

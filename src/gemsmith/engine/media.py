@@ -112,9 +112,11 @@ def collect(
       None leaves it to the config.
 
     Raises:
-      MediaError: a medium that cannot be read, or that this model has no input for.
+      MediaError: a medium that cannot be read, or that this model has no input for; more soft
+        tokens than its context holds.
     """
     media: list[list[Run]] = []
+    tokens, limit = 0, config.text_config.max_position_embeddings
     for index, message in enumerate(messages):
         content = message.get("content")
         if not isinstance(content, Sequence) or isinstance(content, str):
@@ -125,6 +127,12 @@ def collect(
                 continue
             try:
                 media.append(_READERS[kind](part, config, image_budget))
+                tokens += sum(run.tokens for run in media[-1])
+                if tokens > limit:  # at once: what is read takes 28 KB a token
+                    raise MediaError(
+                        f"the media up to here have {tokens} soft tokens, but the model's context "
+                        f"holds {limit}; give fewer, or lower their budgets"
+                    )
             except MediaError as error:
                 raise MediaError(f"message {index}: {error}") from None
     return media
