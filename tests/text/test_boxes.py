@@ -189,9 +189,17 @@ def test_something_beside_the_places_of_a_list_is_told():
 
 @pytest.mark.parametrize(
     "text",
-    ["[1,2" + " " * 300_000, "[1,2," * 60_000, "{a" * 150_000, '[{"a":"' * 40_000,
-     "[1,2 x" * 50_000, '{"a":[1,{"a"' * 25_000, "[{'" * 100_000, '{"point":"' + "1 " * 150_000 + 'x"}'],
-)  # fmt: skip
+    [
+        "[1,2" + " " * 300_000,
+        "[1,2," * 60_000,
+        "{a" * 150_000,
+        '[{"a":"' * 40_000,
+        "[1,2 x" * 50_000,
+        '{"a":[1,{"a"' * 25_000,
+        "[{'" * 100_000,
+        '{"point":"' + "1 " * 150_000 + 'x"}',
+    ],
+)
 def test_no_answer_takes_long(text):
     began = time.process_time()
     assert parse_boxes(text).problems
