@@ -3,8 +3,10 @@
 import io
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -129,13 +131,74 @@ def test_sounds_stand_behind_the_text_and_a_lone_file_has_none(tmp_path):
     sound, film = tmp_path / "a.mp3", tmp_path / "b.mp4"
     sound.write_bytes(b"")
     film.write_bytes(b"")
-    parts = with_dropped_files(f"{sound} {film} Compare")
+    parts: Any = with_dropped_files(f"{sound} {film} Compare")
     assert [part["type"] for part in parts] == ["video", "text", "audio"]
     assert with_dropped_files(f" {film} ") == [{"type": "video", "video": str(film)}]
 
 
 @pytest.mark.parametrize(
-    "line", ["see gone.png", "it's \"odd", "notes.txt", "/think on", "a\0.png"]
+    ("line", "said"),
+    [
+        ("what is in a.png?", "what is in?"),
+        ("Describe a.png, please", "Describe, please"),
+        ("(a.png)", ""),
+        ("What is this? (a.png)", "What is this?"),
+        ("What is this [a.png]?", "What is this?"),
+        ("a.png: what is it?", "what is it?"),
+        ("What's in a.png and what's it for?", "What's in and what's it for?"),
+        ("'tis in a.png, isn't it", "'tis in, isn't it"),
+        ("What is in 'a.png'?", "What is in?"),
+        ("What is this ('a.png')?", "What is this?"),
+        ("Is a.png, a.pngs or ba.png the a.png?!", None),
+    ],
+)
+def test_a_file_is_found_beside_marks_and_apostrophes(line, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"")
+    image = {"type": "image", "image": "a.png"}
+    if said is None:
+        assert with_dropped_files(line) == [
+            image, image, {"type": "text", "text": "Is, a.pngs or ba.png the?!"}
+        ]  # fmt: skip
+    else:
+        text = [{"type": "text", "text": said}] if said else []
+        assert with_dropped_files(line) == [image, *text]
+
+
+def test_a_name_that_begins_with_a_bracket_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "(1).png").write_bytes(b"")
+    image = {"type": "image", "image": "(1).png"}
+    assert with_dropped_files("((1).png)") == [image]
+    assert with_dropped_files("see (1).png.") == [image, {"type": "text", "text": "see."}]
+
+
+def test_long_lines_are_read_once():
+    began = time.process_time()
+    for line in (
+        "'" * 50_000,
+        " '" * 50_000,
+        "a" * 50_000,
+        "a" + "!" * 50_000 + "x",
+        "!" * 50_000,
+        "('" * 50_000,
+        "a.png!" * 9000,
+    ):
+        assert with_dropped_files(line) == line
+    assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "open ~nosuchuser/a.png",
+        "x" * 5000 + ".png",
+        "see gone.png",
+        "it's \"odd",
+        "notes.txt",
+        "/think on",
+        "a\0.png",
+    ],
 )
 def test_words_that_are_no_media_files_stay_words(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,11 @@ _SUFFIXES = {
     "video": ".mp4 .mov .mkv .webm .avi .m4v",
 }
 _MEDIA = {suffix: kind for kind, row in _SUFFIXES.items() for suffix in row.split()}
-_WORD = re.compile(r"""'[^']+'|"[^"]+"|(?:\\.|[^\s'"\\])+""")
+_START = re.compile(r"(?<!\S)(?<!\\\s)(?=\S)")
+_AFTER = r"(?P<after>[.,;:!?)\]]*)(?!\S)"
+_QUOTED = re.compile(rf"""(?:'(?P<name>[^']+)'|"(?P<also>[^"]+)"){_AFTER}""")
+_WORD = re.compile(rf"(?P<name>(?:\\.|[^\s\\])*[^\s\\.,;:!?)\]]){_AFTER}")
+_BRACKETS = {"(": ")", "[": "]"}
 
 
 def read_messages(prompt: str | None, file: str | None, system: str | None) -> list[dict[str, Any]]:
@@ -70,19 +74,46 @@ def with_dropped_files(text: str) -> str | list[dict[str, Any]]:
     """A typed line; as content parts if it names picture, sound or video files that are there.
 
     A file dragged onto a terminal is typed as its path, in quotes or with backslashes where it
-    holds spaces.
+    holds spaces. One that is typed by hand may stand in brackets, or before a comma or full stop,
+    which stay.
     """
     parts: list[dict[str, str]] = []
-    rest = text
-    for match in _WORD.finditer(text):
-        word = match[0]
-        name = word[1:-1] if word[0] in "'\"" else re.sub(r"\\(.)", r"\1", word)
+    rest, position = "", 0
+    for start in _START.finditer(text):
+        begin = start.end()
+        if begin < position:
+            continue  # inside of the last name
+        bracket = _BRACKETS.get(text[begin])
+        found = _named_file(text, begin)
+        if found is None and bracket:
+            found = _named_file(text, begin + 1)
+        if found is None:
+            continue
+        match, part = found
+        parts.append(part)
+        rest += text[position:begin]
+        after = match["after"]
+        if bracket and match.start() > begin:
+            after = after.replace(bracket, "", 1)
+        rest = rest.rstrip() + after if after and rest.strip() else rest
+        position = match.end()
+    return _beside(" ".join((rest + text[position:]).split()), parts) if parts else text
+
+
+def _named_file(text: str, begin: int) -> tuple[re.Match[str], dict[str, str]] | None:
+    """The name that begins here, in quotes or not, and its content part; None if no such file."""
+    for form in (_QUOTED, _WORD):
+        match = form.match(text, begin)
+        if match is None:
+            continue
+        quoted = match["name"] or match["also"] if form is _QUOTED else None
+        name = quoted or re.sub(r"\\(.)", r"\1", match["name"])
         kind = _MEDIA.get(Path(name).suffix.lower())
-        with contextlib.suppress(OSError, ValueError):
+        # A name that no system could have, or a home of nobody, is a word.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
             if kind and Path(name).expanduser().is_file():
-                parts.append({"type": kind, kind: str(Path(name).expanduser())})
-                rest = rest.replace(word, "", 1)
-    return _beside(" ".join(rest.split()), parts) if parts else text
+                return match, {"type": kind, kind: str(Path(name).expanduser())}
+    return None
 
 
 def decode(data: bytes, source: str) -> str:
