@@ -18,6 +18,7 @@ from gemsmith.cli.chat import COMMANDS, Session
 from gemsmith.cli.desk import Desk, make_folder
 from gemsmith.cli.talk import Talker
 from gemsmith.errors import CapacityError, RequestError
+from gemsmith.media.source import locate
 from gemsmith.text.calls import Problem, ToolCall
 from gemsmith.text.stream import Content, Thinking, ToolCallEvent, ToolProblem
 
@@ -170,6 +171,36 @@ def test_save_writes_a_new_file_once(chat: Any, tmp_path: Path):
     assert [message["content"] for message in saved] == ["Hi", "Hello"]
     with pytest.raises(RequestError, match=r"talk\.json exists already"):
         made.session.command(f"/save {tmp_path / 'talk.json'}")
+
+
+def test_a_file_is_kept_as_it_was_shown(chat: Any, tmp_path: Path):
+    picture = tmp_path / "pic.png"
+    picture.write_bytes(b"first")
+    made = chat([Content("A")], [Content("B")])
+    made.session.answer(f"{picture} What is it?")
+    picture.write_bytes(b"second")
+    picture.rename(tmp_path / "gone.png")
+    made.session.answer("And now?")
+    for messages, _ in made.lm.asked:
+        shown = messages[0]["content"][0]["image"]
+        assert shown == b"first"
+        assert locate(shown, "image") == (b"first", str(picture))
+    made.session.command(f"/save {tmp_path / 'talk.json'}")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert saved[0]["content"] == [
+        {"type": "image", "image": str(picture)},
+        {"type": "text", "text": "What is it?"},
+    ]
+
+
+def test_a_file_too_large_to_keep_stays_a_path(
+    chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("gemsmith.cli.chat.MAX_KEPT_BYTES", 3)
+    (tmp_path / "film.mp4").write_bytes(b"long")
+    made = chat([Content("A")])
+    made.session.answer(f"{tmp_path / 'film.mp4'}")
+    assert made.lm.asked[0][0][0]["content"][0]["video"] == str(tmp_path / "film.mp4")
 
 
 @pytest.mark.parametrize(

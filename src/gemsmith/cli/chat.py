@@ -23,6 +23,7 @@ from gemsmith.cli.desk import Desk, make_folder
 from gemsmith.cli.prompt import with_dropped_files
 from gemsmith.cli.talk import Talker, load
 from gemsmith.errors import GemsmithError, RequestError
+from gemsmith.media.source import Named
 
 HELP = """\
 /think on|off   let the model think before it answers
@@ -33,6 +34,8 @@ HELP = """\
 FILE            a picture, sound or video in the line is shown to the model
 /help           this list
 /quit           leave (Ctrl-D too); Ctrl-C stops a reply"""
+MAX_KEPT_BYTES = 256 << 20
+"""Of a file that a talk keeps; a longer film is read anew on every turn, and must stay there."""
 COMMANDS = [line.split()[0] for line in HELP.splitlines() if line.startswith("/")]
 
 
@@ -49,7 +52,7 @@ class Session:
     def answer(self, text: str) -> None:
         """Ask the model; a reply stopped by Ctrl-C stays as far as it got."""
         kept = len(self.messages)
-        self.messages.append({"role": "user", "content": with_dropped_files(text)})
+        self.messages.append({"role": "user", "content": _read_now(with_dropped_files(text))})
         head = [{"role": "system", "content": self.system}] if self.system else []
         conversation = [*head, *self.messages]
         replied = len(conversation)
@@ -105,7 +108,7 @@ class Session:
         return True
 
     def save(self, path: str) -> None:
-        """Write the conversation to a new file.
+        """Write the conversation to a new file, media as their paths.
 
         Raises:
           RequestError: no name, or a file that cannot be made.
@@ -115,7 +118,8 @@ class Session:
         head = [{"role": "system", "content": self.system}] if self.system else []
         try:
             with Path(path).open("x", encoding="utf-8") as file:
-                json.dump([*head, *self.messages], file, ensure_ascii=False, indent=2)
+                talk = [*head, *self.messages]
+                json.dump(talk, file, ensure_ascii=False, indent=2, default=_path)
         except FileExistsError:
             raise RequestError(f"{path} exists already; choose another name") from None
         except (OSError, ValueError) as error:
@@ -143,6 +147,22 @@ class Session:
                 return
             except RequestError as error:
                 write(self.console, f"error: {error}\n", style="red")
+
+
+def _read_now(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """The files of a message as they are now: every turn shows them again, moved or not."""
+    for part in content:
+        if isinstance(part, dict) and part["type"] != "text":
+            path = part[part["type"]]
+            # What cannot be read stays a path: the engine says why.
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_size <= MAX_KEPT_BYTES:
+                    part[part["type"]] = Named(file.read(MAX_KEPT_BYTES), path)
+    return content
+
+
+def _path(file: Named) -> str:
+    return file.name
 
 
 def _switch(name: str, value: str) -> bool:

@@ -28,6 +28,17 @@ FORMS: dict[Kind, str] = {
 }
 
 
+class Named(bytes):
+    """The bytes of a file that may be gone since; errors call them by its path."""
+
+    name: str
+
+    def __new__(cls, data: bytes, name: str = "") -> "Named":
+        made = super().__new__(cls, data)
+        made.name = name
+        return made
+
+
 def locate(source: object, kind: Kind, *, max_bytes: int | None = None) -> tuple[bytes | Path, str]:
     """The bytes or the path of a media file, and what to call it in an error.
 
@@ -37,7 +48,9 @@ def locate(source: object, kind: Kind, *, max_bytes: int | None = None) -> tuple
       MediaError: a path without a file, nothing in it, more than max_bytes, a damaged data URL, an
         address of the network, or another type.
     """
-    if isinstance(source, bytes | bytearray | memoryview):
+    if isinstance(source, Named):
+        found, name = source, short(source.name)
+    elif isinstance(source, bytes | bytearray | memoryview):
         found, name = bytes(source), f"the {kind} bytes"
     elif isinstance(source, str) and source[:5].lower() == "data:":
         found, name = _from_data_url(source, kind, max_bytes), "the data URL"
