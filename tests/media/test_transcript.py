@@ -143,10 +143,31 @@ def test_a_text_cut_with_overlaps_merges_to_itself(data: st.DataObject, words: l
         (["one two", ""], "one two"),
         (["", "one two"], "one two"),
         (["das ist gut", "— das ist gut so"], "das ist gut so"),
+        (
+            ["今日は学校に行きました。", "行きました、それから帰りました。"],
+            "今日は学校に行きました。 それから帰りました。",
+        ),
+        (
+            ["はい、きょうはとてもいいてんきです", "きょうはとてもいいてんきですね"],
+            "はい、きょうはとてもいいてんきです ね",
+        ),
+        (["我们今天去", "今天去学校上课"], "我们今天去 学校上课"),
+        (["我们今天去学", "今天去学校 and so on"], "我们今天去学 校 and so on"),
+        (
+            ["彼は本です", "すばらしいです"],
+            "彼は本です すばらしいです",
+        ),  # one letter meets by chance
+        (["วันนี้เราไปโรงเรียน", "โรงเรียนด้วยกัน"], "วันนี้เราไปโรงเรียน ด้วยกัน"),
     ],
 )
 def test_overlapping_texts_are_joined_at_what_both_heard(texts: list[str], whole: str):
     assert merged(texts, [1.5]) == whole
+
+
+def test_texts_of_windows_keep_their_words_and_spaces():
+    texts = ["今日は  iPhone 15 を買った。", " ", "「はい」と 言った…", "no — no, (no)"]
+    kept = ["今日は iPhone 15 を買った。", "", "「はい」と 言った…", "no — no, (no)"]
+    assert trim_overlaps(texts, [0, 0, 0]) == kept
 
 
 def test_windows_that_only_touch_keep_a_word_said_twice():

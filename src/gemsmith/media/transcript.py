@@ -32,6 +32,17 @@ MIN_TAIL = SAMPLE_RATE
 
 WORDS_PER_SECOND = 6
 """Of fast speech: an overlap of so many seconds holds no more words than this."""
+LETTERS_PER_SECOND = 12
+"""The same of letters of scripts without spaces, each of which is sought by itself."""
+MIN_LETTERS = 3
+"""What two texts share of such letters, at least: one or two meet by chance."""
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+    "\u3040-\u30ff\uff66-\uff9f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Letters of scripts without spaces: the last line is Japanese and Chinese."""
+UNIT = re.compile(rf"\s*(?:[{UNSPACED}][^\w\s{UNSPACED}]*|[^\s{UNSPACED}]+)")
+"""A word, or a letter of those, with its punctuation and the space before it."""
 MIN_REPEATS, MIN_REPEATED = 4, 12
 """A loop says the same thing so many times and in so many words; "no, no, no" is none."""
 MAX_UNIT = 40
@@ -84,11 +95,12 @@ def trim_overlaps(texts: Sequence[str], overlaps: Sequence[float]) -> list[str]:
     """The texts of consecutive windows, what two of them share kept in one of the two.
 
     overlaps[i]: seconds that windows i and i + 1 share. Texts of windows that only touch stay as
-    they are. Where windows overlap, the longest run of words that
-    both have at the border (case and punctuation aside) is kept once. Words between the run and the
-    border are dropped, for a word cut in two is heard wrong; so a run counts for its length less
-    the words that it would drop, and if none counts for more than 0 both texts are kept whole:
-    better twice than lost.
+    they are. Where windows overlap, the longest run of words that both have at the border (case and
+    punctuation aside) is kept once. Words between the run and the border are dropped, for a word
+    cut in two is heard wrong; so a run counts for its length less the words that it would drop, and
+    if none counts for more than 0 both texts are kept whole: better twice than lost.
+
+    In scripts without spaces letters stand for words, and a run must count for MIN_LETTERS.
 
     A phrase repeated just at a border ("no no no") may be taken for the overlap.
 
@@ -101,12 +113,16 @@ def trim_overlaps(texts: Sequence[str], overlaps: Sequence[float]) -> list[str]:
         )
     merged: list[tuple[int, str]] = []  # (window, word)
     for i, text in enumerate(texts):
-        words = [(i, word) for word in text.split()]
-        most = math.ceil(overlaps[i - 1] * WORDS_PER_SECOND) if i else 0
+        words = [(i, word) for word in UNIT.findall(" ".join(text.split()))]
+        letters = re.search(f"[{UNSPACED}]", text) is not None
+        rate, least = (LETTERS_PER_SECOND, MIN_LETTERS) if letters else (WORDS_PER_SECOND, 1)
+        most = math.ceil(overlaps[i - 1] * rate) if i else 0
         left, right = merged[-most:] if most else [], words[:most]
-        kept, begun = _border([word for _, word in left], [word for _, word in right])
+        kept, begun = _border([word for _, word in left], [word for _, word in right], least)
         merged = merged[: len(merged) - kept] + words[begun:]
-    return [" ".join(word for owner, word in merged if owner == i) for i in range(len(texts))]
+    return [
+        "".join(word for owner, word in merged if owner == i).strip() for i in range(len(texts))
+    ]
 
 
 def is_repetition(text: str) -> bool:
@@ -158,8 +174,11 @@ def _pause(window: np.ndarray, left: int) -> int | None:
     return (best + PAUSE_STEPS // 2) * STEP + STEP // 2
 
 
-def _border(left: list[str], right: list[str]) -> tuple[int, int]:
-    """Words to take from the end of the left and from the beginning of the right text."""
+def _border(left: list[str], right: list[str], least: int) -> tuple[int, int]:
+    """Words to take from the end of the left and from the beginning of the right text.
+
+    least: what a run must count for.
+    """
     ends, starts = [_bare(word) for word in left], [_bare(word) for word in right]
     best, found = (0, 0), (0, 0)
     before = [0] * (len(starts) + 1)
@@ -169,14 +188,14 @@ def _border(left: list[str], right: list[str]) -> tuple[int, int]:
             runs.append(before[j - 1] + 1 if word == other and word else 0)
             run = runs[j]
             worth = run - (len(ends) - i) - (j - run)
-            if worth > 0 and (worth, run) > best:
+            if worth >= least and (worth, run) > best:
                 best, found = (worth, run), (len(ends) - i, j)
         before = runs
     return found
 
 
 def _bare(word: str) -> str:
-    return re.sub(r"\W", "", word).casefold() or word
+    return re.sub(r"\W", "", word).casefold() or word.strip()
 
 
 def _clock(seconds: float) -> str:
