@@ -1,6 +1,8 @@
 """`gemsmith detect` and `point`: what is asked, what is printed, what is drawn."""
 
+import errno
 import json
+import os
 import re
 from typing import Any
 
@@ -82,15 +84,48 @@ def test_nothing_found_draws_nothing_and_says_so(command, tmp_path):
             ("detect", "photo.png", "x", "--out", "no/where.png"),
             r"cannot save no/where\.png: .*--out",
         ),
-        (("detect", "photo.png", "x", "--out", "found.xyz"), r"cannot save found\.xyz: .*--out"),
+        (
+            ("detect", "photo.png", "x", "--out", "found.xyz"),
+            r"cannot save found\.xyz: \.xyz is no format.*--out",
+        ),
+        (("detect", "photo.png", "x", "--out", "found"), r"cannot save found: no ending.*--out"),
+        (("detect", "photo.png", "x", "--out", "."), r"cannot save \.: it is a folder.*--out"),
     ],
 )
-def test_bad_files_give_one_line_and_exit_2(command, arguments, message):
-    result, _ = command(FOUND, *arguments)
+def test_bad_files_give_one_line_and_exit_2_before_the_model_is_asked(command, arguments, message):
+    result, asked = command(FOUND, *arguments)
     assert result.exit_code == 2
+    assert asked == []
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert re.search(message, result.stderr)
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "x.png"]])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_asked(
+    command, monkeypatch, out
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    result, asked = command(FOUND, "detect", "photo.png", "kettle", *out)
+    assert result.exit_code == 2
+    assert asked == []
+    assert re.search(
+        r"cannot save (x|photo\.boxes)\.png: Permission denied; .*--out", result.stderr
+    )
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_answer_is_printed_where_the_drawing_cannot_be_saved(command, monkeypatch, as_json):
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    result, _ = command(FOUND, "detect", "photo.png", "kettle", *["--json"] * as_json)
+    assert result.exit_code == 2
+    assert "cannot save photo.boxes.png: No space left on device" in result.stderr
+    assert "red kettle" in result.stdout
+    if as_json:
+        assert json.loads(result.stdout)["picture"] is None
 
 
 def test_labels_are_text_and_never_control_the_terminal(command):

@@ -1,6 +1,8 @@
 """`gemsmith detect` and `gemsmith point`: ask where something is, and draw the answer on a copy."""
 
+import errno
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,14 +37,24 @@ def run(
     quant: str | None,
     as_json: bool,
 ) -> None:
-    """Ask, print what was found, and save the drawing (only where something was found)."""
+    """Ask, print what was found, and save the drawing (only where something was found).
+
+    Raises:
+      MediaError: no picture, or no place for the drawing: before the model is asked where that can
+        be seen, otherwise after its answer is printed.
+    """
     picture = load_image(image)
+    target = Path(out or f"{Path(image).stem}.{'points' if point else 'boxes'}.png")
+    check(target)
     lm = load(model, device=device, dtype=dtype, kv=kv, quant=quant)
     places, reply = ask(lm, picture, what, point=point, **options)
-    saved = None
+    saved, problem = None, None
     if places.boxes or places.points:
-        saved = Path(out or f"{Path(image).stem}.{'points' if point else 'boxes'}.png")
-        save(draw(picture, places), saved)
+        try:
+            save(draw(picture, places), target)
+            saved = target
+        except MediaError as error:
+            problem = error
     found = {
         "boxes": [asdict(b) | {"pixels": b.pixels(*picture.size)} for b in places.boxes],
         "points": [asdict(p) | {"pixels": p.pixels(*picture.size)} for p in places.points],
@@ -52,8 +64,10 @@ def run(
     }
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
-        return
-    show(places, picture.size, saved, Console())
+    else:
+        show(places, picture.size, saved, Console())
+    if problem is not None:
+        raise problem
 
 
 def ask(
@@ -108,8 +122,24 @@ def _label(
     pen.text((left + 3 - x0, top + 3 - y0), text, font=font, fill="white")
 
 
+def check(path: Path) -> None:
+    """Refuse a drawing's name that cannot be written, as far as one sees without writing.
+
+    Raises:
+      MediaError: as `save`.
+    """
+    if not path.parent.is_dir():
+        raise _unsaved(path, "there is no such folder")
+    if path.is_dir():
+        raise _unsaved(path, "it is a folder")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise _unsaved(path, os.strerror(errno.EACCES))
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise _unsaved(path, f"{path.suffix or 'no ending'} is no format of pictures")
+
+
 def save(picture: Image.Image, path: Path) -> None:
-    """Write the drawing.
+    """Write the drawing, over one of that name.
 
     Raises:
       MediaError: no such folder, no permission, or no picture format of that name.
@@ -118,10 +148,14 @@ def save(picture: Image.Image, path: Path) -> None:
         picture.save(path)
     except (OSError, ValueError, KeyError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise MediaError(
-            f"cannot save {path}: {reason}; give --out a name such as found.png in a folder that "
-            "is there"
-        ) from None
+        raise _unsaved(path, reason) from None
+
+
+def _unsaved(path: Path, reason: str) -> MediaError:
+    return MediaError(
+        f"cannot save {path}: {reason}; give --out a name such as found.png in a folder that is "
+        "there and yours to write"
+    )
 
 
 def show(places: Places, size: tuple[int, int], saved: Path | None, console: Console) -> None:

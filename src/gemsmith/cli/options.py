@@ -24,7 +24,13 @@ Quant = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Think = Annotated[bool, typer.Option("--think", help="Let the model think first.")]
-Out = Annotated[str | None, typer.Option(help="Where to save the drawing.")]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to save the drawing, over what is there; if not given, in this folder: "
+        "photo.boxes.png of photo.jpg, photo.points.png of point."
+    ),
+]
 Budget = Annotated[
     str | None,
     typer.Option(
