@@ -8,9 +8,11 @@ import sys
 import time
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from tests.cli.fake import FakeLM, fake
 
@@ -197,10 +199,51 @@ def test_a_file_too_large_to_keep_stays_a_path(
     chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("gemsmith.cli.chat.MAX_KEPT_BYTES", 3)
-    (tmp_path / "film.mp4").write_bytes(b"long")
+    (tmp_path / "talk.mp3").write_bytes(b"long")
     made = chat([Content("A")])
+    made.session.answer(f"{tmp_path / 'talk.mp3'}")
+    assert made.lm.asked[0][0][0]["content"][0]["audio"] == str(tmp_path / "talk.mp3")
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 20])
+def test_a_video_is_told_with_its_plan_and_saved_as_its_path(
+    chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+):
+    monkeypatch.setattr("gemsmith.cli.chat.MAX_KEPT_BYTES", limit)
+    film = tmp_path / "film.mp4"
+    frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
+    frames[0].save(film, "GIF", save_all=True, append_images=frames[1:])
+    made = chat([Content("A")], [Content("B")])
+    made.lm.config = SimpleNamespace(audio_config=None)
+    made.session.answer(f"What moves in {film}?")
+    made.session.answer("And now?")
+    assert made.screen.getvalue().count(f"{film}: 2 frames") == 1
+    assert made.screen.getvalue().endswith("A\nB\n")
+    made.session.command(f"/save {tmp_path / 'talk.json'}")
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert saved[0]["content"][0] == {"type": "video", "video": str(film)}
+
+
+def test_a_film_that_is_none_is_an_error_and_the_question_is_forgotten(chat: Any, tmp_path: Path):
+    (tmp_path / "film.mp4").write_bytes(b"no film")
+    made = chat()
     made.session.answer(f"{tmp_path / 'film.mp4'}")
-    assert made.lm.asked[0][0][0]["content"][0]["video"] == str(tmp_path / "film.mp4")
+    assert f"error: {tmp_path / 'film.mp4'}" in made.screen.getvalue()
+    assert made.session.messages == []
+
+
+def test_ctrl_c_while_a_film_is_looked_at_repeats_no_reply(
+    chat: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*given: Any) -> None:
+        if given[0][-1]["content"] == "Second":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemsmith.cli.chat.show_plans", interrupt)
+    made = chat([Content("One")])
+    made.session.answer("First")
+    made.session.answer("Second")
+    assert [message["content"] for message in made.session.messages] == ["First", "One"]
 
 
 @pytest.mark.parametrize(

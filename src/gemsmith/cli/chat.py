@@ -12,7 +12,7 @@ import sys
 import tempfile
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -20,10 +20,14 @@ from gemsmith.agent import loop
 from gemsmith.agent.tools import Toolbox
 from gemsmith.cli.console import short, write
 from gemsmith.cli.desk import Desk, make_folder
+from gemsmith.cli.generate import show_plans
 from gemsmith.cli.prompt import with_dropped_files
 from gemsmith.cli.talk import Talker, load
 from gemsmith.errors import GemsmithError, RequestError
 from gemsmith.media.source import Named
+
+if TYPE_CHECKING:  # the video library alone takes a while
+    from gemsmith.media.video import Survey
 
 HELP = """\
 /think on|off   let the model think before it answers
@@ -56,7 +60,9 @@ class Session:
         head = [{"role": "system", "content": self.system}] if self.system else []
         conversation = [*head, *self.messages]
         replied = len(conversation)
+        self.talker.written = ""
         try:
+            show_plans(self.messages[-1:], self.talker.lm, self.talker.asides)
             for step in loop.run(self.talker, conversation, self.tools):
                 for result in step.results:
                     write(self.console, f"<- {short(result)}\n", style="green")
@@ -161,8 +167,9 @@ def _read_now(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]
     return content
 
 
-def _path(file: Named) -> str:
-    return file.name
+def _path(file: "Named | Survey") -> str:
+    found = file if isinstance(file, Named) else file.found
+    return found.name if isinstance(found, Named) else str(found)
 
 
 def _switch(name: str, value: str) -> bool:

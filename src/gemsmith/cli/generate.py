@@ -43,7 +43,8 @@ def show_plans(messages: list[dict[str, Any]], lm: LM, asides: Console) -> None:
         if isinstance(part, dict) and part["type"] == "video":
             from gemsmith.media.video import plan, survey
 
-            name, part["video"] = part["video"], survey(part["video"])
+            name = getattr(part["video"], "name", part["video"])
+            part["video"] = survey(part["video"])
             planned = plan(part["video"], sound=lm.config.audio_config is not None)
             write(asides, f"{name}: {planned}\n", style="dim")
 
