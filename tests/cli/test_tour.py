@@ -301,9 +301,11 @@ def test_untrained_towers_are_wrong_and_nothing_else():
     console = Console(record=True, width=100)
     tour = Tour(lm, console)
     tour.talker.options["max_tokens"] = 12
-    assert [stop() for stop in (tour.picture, tour.film, tour.command)] == [False] * 3
+    tour.film()  # a color that is named by chance may be right
+    assert [stop() for stop in (tour.picture, tour.command)] == [False] * 2
     output = console.export_text()
-    assert output.count("✗") >= 6
+    assert "[film.mp4] What color" in output
+    assert output.count("✗") >= 5
     assert "error" not in output
 
 
