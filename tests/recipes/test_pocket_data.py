@@ -398,12 +398,14 @@ def test_a_set_of_text_is_what_the_tokenizer_makes(
     assert data.ids.tolist() == [i for talk in train[:6] for i in build_data.encode(words, talk)]
 
 
+@pytest.mark.parametrize("source", ["picture", "sheet"])
 def test_pictures_of_a_set_are_what_inference_makes(
-    folder: Path, words: Tokenizer, tmp_path: Path
+    folder: Path, words: Tokenizer, tmp_path: Path, source: str
 ) -> None:
-    data = built(folder, tmp_path, {"picture": 1.0})
+    data = built(folder, tmp_path, {source: 1.0})
     for c in range(6):
-        talk = pictures.generate("train", 0, c)
+        talk = build_data.GENERATORS[source]("train", 0, c)
+        assert isinstance(talk, pictures.Picture)
         wanted = prompt(words, talk, talk.budget)
         n = len(wanted.ids)
         batch = make_batch(data, [c], batch_tokens=n)
@@ -415,17 +417,10 @@ def test_pictures_of_a_set_are_what_inference_makes(
         assert np.array_equal(soft.positions_P2, span.run.places)
 
 
-def test_sheets_are_read_whole_at_few_soft_tokens(
-    folder: Path, words: Tokenizer, tmp_path: Path
-) -> None:
-    data = built(folder, tmp_path, {"sheet": 1.0})
+def test_sheets_are_read_whole_at_few_soft_tokens(words: Tokenizer) -> None:
     for c in range(6):
         talk = letters.generate("train", 0, c)
-        wanted = prompt(words, talk, talk.budget)
-        soft = make_batch(data, [c], batch_tokens=len(wanted.ids)).soft
-        assert soft is not None
-        assert len(soft.at_S) <= letters.BUDGET
-        assert np.array_equal(soft.values_PC, wanted.spans[0].run.features)
+        assert prompt(words, talk, talk.budget).soft_tokens("image") <= letters.BUDGET
         written = "".join(letter for letter, *_ in talk.image.info["letters"])
         reply = talk.messages[-1]["content"]
         assert reply.replace("\n", "").replace(" ", "") == written.replace(" ", "")
