@@ -39,6 +39,7 @@ MAX_TOKENS = 1024
 SEED = 0
 GENERATORS: dict[str, Callable[[Split, int, int], Conversation]] = {
     "text": generator.generate,
+    "kin": generator.kin,
     "picture": pictures.generate,
     "speech": speech.generate,
     "film": films.generate,
@@ -47,6 +48,7 @@ GENERATORS: dict[str, Callable[[Split, int, int], Conversation]] = {
 }
 MIXTURES = {
     "text": {"text": 1.0},
+    "tools": {"kin": 1.0},
     "media": {"text": 0.34, "picture": 0.39, "speech": 0.24, "film": 0.03},
     "pictures": {"look": 0.4, "sheet": 0.6},
 }

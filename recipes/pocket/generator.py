@@ -45,6 +45,8 @@ STYLES = {"seen": 0.27, "replaced": 0.38, "mixed": 0.10, "invented": 0.25}
 STEPS = {"single": 0.42, "parallel": 0.16, "chained": 0.10, "no_tool": 0.28, "chat": 0.04}
 DECLARED = {1: 0.26, 2: 0.36, 3: 0.25, 4: 0.09, 5: 0.04}
 REQUESTS = {1: 0.15, 2: 0.2, 3: 0.25, 4: 0.2, 5: 0.12, 6: 0.08}
+KIN_STYLES = {"seen": 0.5, "replaced": 0.25, "mixed": 0.25}
+KIN_STEPS = {"single": 0.65, "parallel": 0.08, "chained": 0.12, "no_tool": 0.15}
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,22 @@ def tool_conversation(
     if style == "invented" and "chained" in steps:
         style = "replaced"
     made = tasks.conversation(d, steps, style, thinking=thinking, count=d.weighted(DECLARED))
+    return _with_tools(d, f"tools/{steps[0]}", made)
+
+
+def kin(split: Split, seed: int, index: int) -> Conversation:
+    """One conversation with tools near each other, as those of an application are.
+
+    Tools drawn from everywhere are told apart by a word; here two are about files, or two list
+    something. After 104 million tokens without these, asked which files there are beside a
+    calendar, the model listed events.
+    """
+    d = Draw(split, f"{split}/{seed}/{index}/kin")
+    steps = [d.weighted(KIN_STEPS) for _ in range(d.between(1, 5))]
+    steps = [s for i, s in enumerate(steps) if s != "chained" or "chained" not in steps[:i]]
+    style, count = d.weighted(KIN_STYLES), d.between(3, 7)
+    thinking = len(steps) == 1 and d.chance(0.3)
+    made = tasks.conversation(d, steps, style, thinking=thinking, count=count, kin=True)
     return _with_tools(d, f"tools/{steps[0]}", made)
 
 

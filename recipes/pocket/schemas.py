@@ -293,5 +293,7 @@ def fill(d: Draw, params: tuple[Param, ...]) -> tuple[dict[str, Any], dict[str, 
 
 
 def listed(items: list[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+    """'none', 'a', 'a and b', 'a, b and c'."""
+    if len(items) < 2:
+        return items[0] if items else "none"
+    return ", ".join(items[:-1]) + " and " + items[-1]

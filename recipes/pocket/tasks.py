@@ -37,6 +37,8 @@ GREETINGS = (
 )
 BY_NAME = {tool.name: tool for tool in TOOLS}
 SHORT = [tool for tool in TOOLS if len(tool.params) <= 1]
+DESK = ("add_event", "list_events", "convert_units", "list_files", "read_file", "get_time")
+"""The tools that gemsmith's `chat` and `demo` come with (gemsmith.cli.desk)."""
 
 # Chains: what is asked first, the field of its result that is used, and what it is called.
 FIRSTS = (
@@ -104,6 +106,8 @@ class Talk:
     messages: list[dict[str, Any]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     calls: int = 0
+    kin: bool = False
+    """Whether its tools are near each other, as those of one application are."""
 
     def declared(self, tool: Tool) -> Declared:
         return next(t for t in self.tools if t.tool is tool)
@@ -194,12 +198,15 @@ def answer(tool: Tool, said: dict[str, str], result: dict[str, Any]) -> str:
     return spoken(tool.answer.format(**{**said, **shown}))
 
 
-def conversation(d: Draw, steps: list[str], style: str, *, thinking: bool, count: int) -> Talk:
+def conversation(
+    d: Draw, steps: list[str], style: str, *, thinking: bool, count: int, kin: bool = False
+) -> Talk:
     """A talk with `count` declared tools and one user request per step.
 
     style: "seen" (own names), "replaced" (other names), "invented" (made-up tools) or "mixed".
+    kin: tools near each other, often those of DESK, asked for in more ways.
     """
-    talk = Talk(d, style, thinking)
+    talk = Talk(d, style, thinking, kin=kin)
     chain = _pick_chain(d) if "chained" in steps else None
     chosen: list[Tool] = []
     if chain:
@@ -208,8 +215,14 @@ def conversation(d: Draw, steps: list[str], style: str, *, thinking: bool, count
             chosen.append(BY_NAME[chain[1][0]])
     if steps[0] == "parallel" and not chain and d.chance(0.5):
         count = max(count, 2)
+    desk = kin and d.chance(0.4)
+    if desk:
+        count = min(count, len(DESK))
     while len(chosen) < count:
-        tool = _any_tool(d, style, chosen)
+        if desk:
+            tool = BY_NAME[d.pick(DESK)]
+        else:
+            tool = _neighbor(d, chosen) if kin and chosen else _any_tool(d, style, chosen)
         if all(tool.group != t.group for t in chosen):
             chosen.append(tool)
     d.rng.shuffle(chosen)
@@ -218,7 +231,7 @@ def conversation(d: Draw, steps: list[str], style: str, *, thinking: bool, count
         own_names = style == "seen" or (style == "mixed" and d.chance(0.5))
         talk.tools.append(as_is(d, tool, bare=bare) if own_names else replaced(d, tool))
     if len({t.name for t in talk.tools}) < len(talk.tools):
-        return conversation(d, steps, style, thinking=thinking, count=count)
+        return conversation(d, steps, style, thinking=thinking, count=count, kin=kin)
     if d.chance(0.3):
         text = d.pick(SYSTEMS)
         if d.chance(0.15):
@@ -249,6 +262,11 @@ def _any_tool(d: Draw, style: str, chosen: list[Tool]) -> Tool:
     if style == "replaced" and d.split == "heldout" and d.chance(0.3):
         return d.pick(HELDOUT_TOOLS)
     return d.pick(TOOLS)
+
+
+def _neighbor(d: Draw, chosen: list[Tool]) -> Tool:
+    """A tool beside one of the chosen: those of one subject are declared one after the other."""
+    return TOOLS[(TOOLS.index(d.pick(chosen)) + d.between(-4, 4)) % len(TOOLS)]
 
 
 ABOUT = {"made-up": 0.3, "everyday": 0.35, "own": 0.35}
@@ -317,7 +335,10 @@ def _single(talk: Talk, tool: Tool | None = None) -> None:
     d = talk.d
     tool = tool or d.pick(talk.tools).tool
     values, said = fill(d, tool.params)
-    talk.say("user", polite(d, asked(d, tool, said)))
+    request = asked(d, tool, said)
+    if talk.kin and tool.many and d.chance(0.2):
+        request = spoken(tool.many.format(*said.values()))
+    talk.say("user", polite(d, request))
     category = "tool_seen_domain" if talk.style == "seen" else "tool_unseen_schema"
     [result] = talk.call(category, [(tool, values)], f"I should call {talk.declared(tool).name}.")
     reply = answer(tool, said, result)

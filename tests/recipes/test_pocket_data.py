@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 from recipes.pocket import build_data, build_heldout, films, letters, pictures, speech, tokenizer
 from recipes.pocket.domains import HELDOUT_TOOLS, TOOLS
-from recipes.pocket.generator import KINDS, Conversation, conversations, generate, tool_conversation
+from recipes.pocket.generator import (
+    KINDS,
+    Conversation,
+    conversations,
+    generate,
+    kin,
+    tool_conversation,
+)
 from recipes.pocket.schemas import POOLS
-from recipes.pocket.tasks import NO_TOOL
+from recipes.pocket.tasks import DESK, NO_TOOL
 from recipes.pocket.train import POCKET
 from recipes.pocket.words import Draw
 
+from gemsmith.cli.desk import Desk
 from gemsmith.engine import media
 from gemsmith.media.video import load_video
 from gemsmith.text import chat
@@ -40,7 +48,7 @@ def heldout() -> list[Conversation]:
 
 @pytest.fixture(scope="module")
 def both(train: list[Conversation], heldout: list[Conversation]) -> list[Conversation]:
-    return train + heldout
+    return train + heldout + [kin("train", 0, index) for index in range(100)]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +134,40 @@ def test_only_the_description_tells_which_opaque_tool_is_meant(kind: str) -> Non
                 assert [n for n, m in meant.items() if m and set(m[0]) <= said] == [name]
                 seen += 1
     assert seen > 50
+
+
+def test_tools_near_each_other_are_declared_together_and_asked_for_in_more_ways() -> None:
+    places, asked = {t.name: i for i, t in enumerate(TOOLS)}, ""
+    desk = near = 0
+    for index in range(100):
+        talk = kin("train", 0, index)
+        assert 3 <= len(talk.tools or ()) <= 7
+        asked += "\n".join(m["content"] for m in talk.messages if m["role"] == "user") + "\n"
+        mine = {t["function"]["name"] for t in talk.tools or ()}
+        if mine <= set(DESK):
+            desk += 1
+        elif mine <= set(places) and all(check.category != "chained" for check in talk.checks):
+            near += 1
+            for i in (places[name] for name in mine):
+                gaps = [abs(i - places[name]) for name in mine if places[name] != i]
+                assert min(min(gap, len(TOOLS) - gap) for gap in gaps) <= 4, mine
+    assert min(desk, near) > 5
+    assert re.search(r"^Which files are in [^ ]+\?$", asked, re.MULTILINE)
+
+
+def test_the_desk_of_training_is_that_of_the_package(tmp_path: Path) -> None:
+    declared = Desk(tmp_path).toolbox().declarations
+    assert {tool["function"]["name"] for tool in declared} == set(DESK)
+
+
+def test_nothing_found_is_said() -> None:
+    """Days and folders are empty too, and the reply names none."""
+    found = 0
+    for index in range(300):
+        talk = kin("train", 0, index)
+        found += sum("(0): none." in m["content"] for m in talk.messages)
+        assert not any("(0): ." in m["content"] for m in talk.messages)
+    assert found > 3
 
 
 def test_every_argument_stands_in_the_text_before_it(both: list[Conversation]) -> None:
