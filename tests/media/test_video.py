@@ -449,9 +449,30 @@ def test_frames_larger_than_the_header_says_are_refused_where_they_need_too_much
     data = file.getvalue()
     assert (survey(data).width, survey(data).height) == (16, 16)
     assert load_video(data, frames=4).frames[-1].size == (500, 400)
+    with monkeypatch.context() as limits:
+        limits.setattr(video, "MAX_DECODED", 2_000_000)
+        plan(data, frames=40)
+        with pytest.raises(MediaError, match="billion pixels would have to be decoded"):
+            load_video(data, frames=40)
     monkeypatch.setattr(video, "MAX_MEMORY", 80_000_000)
     with pytest.raises(MediaError, match=r"^40 frames of 500 x 400 .* ask for 31 frames at most"):
         load_video(data, frames=40)
+
+
+def test_a_video_that_takes_too_long_to_decode_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    size = 64 * 48
+    data = encoded(tmp_path / "film", 40)  # each 12th packet is a key
+    monkeypatch.setattr(video, "MAX_DECODED", 20 * size)
+    assert len(load_video(data, frames=2).frames) == 2  # takes the first and the 13th to 21st
+    message = error_of(data, frames=40)
+    assert re.search(r"billion pixels would have to be decoded .* with more key frames", message)
+    with pytest.raises(MediaError, match="billion pixels"):
+        plan(data, frames=40)
+    monkeypatch.setattr(video, "MAX_ANIMATED", 3 * size)
+    assert survey(animated("WEBP", 3)).total == 3
+    assert "billion pixels" in error_of(animated("WEBP", 4))
 
 
 def test_a_video_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

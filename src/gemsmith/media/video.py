@@ -55,6 +55,11 @@ TOKEN_BYTES = 48 * 48 * 3 * 4
 MAX_MEMORY = 3 * 2**30
 """Bytes of the frames chosen, as RGB, and of their patches: 394 of 1920 x 1080 at 70 soft tokens,
 1,663 of 16 x 16."""
+MAX_DECODED = 250_000_000_000
+"""Pixels of the frames that are decoded, those that others are predicted from too: an hour of
+1920 x 1080 at 30 a second whose only key packet is the first. Minutes of work."""
+MAX_ANIMATED = 30_000_000_000
+"""Pixels of all frames of an animation: Pillow decodes each of them, and slower."""
 ANIMATIONS = [each for each in FORMATS if each in ("WEBP", "AVIF", "PNG")]
 """Formats of which FFmpeg decodes one frame or none."""
 TURNS = {
@@ -274,6 +279,9 @@ def plan(
         count = DEFAULT_FRAMES if frames is None else int(frames)
     count = min(count, reel.total)
     _check_memory(count, reel.width, reel.height, budget)
+    runs, _ = _runs(reel, _spread(reel.total, count))
+    packets = sum(last - first + 1 for first, last in runs)
+    _check_work(packets * reel.width * reel.height, MAX_DECODED, reel.name)
     return Plan(count, frame_tokens, audio_tokens)
 
 
@@ -289,6 +297,7 @@ def _decoded(
     if reel.by_pillow:
         return _from_animation(reel, wanted, problems)
     made: dict[int, Image.Image] = {}
+    pixels = 0
     runs, number_of = _runs(reel, wanted)
     needed = set(number_of) if reel.trusted else None
     with opened(reel.found, reel.name) as container:
@@ -297,9 +306,11 @@ def _decoded(
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         try:
             for order, frame in enumerate(_frames(container, stream, runs, needed, problems)):
+                # Frames may be larger than the header says.
+                pixels += frame.width * frame.height
+                _check_work(pixels, MAX_DECODED, reel.name)
                 number = number_of.get(frame.pts if reel.trusted else order)
                 if number is not None and number not in made:
-                    # A frame may be larger than the header says.
                     _check_memory(len(wanted), frame.width, frame.height, budget)
                     made[number] = _upright(frame, reel.name)
                     if len(made) == len(wanted):
@@ -415,6 +426,7 @@ def _animation(found: bytes | Path, name: str) -> Survey | None:
     with _by_pillow(found, name) as image:
         _check_size(image.width, image.height, name)
         total = getattr(image, "n_frames", 1)
+        _check_work(total * image.width * image.height, MAX_ANIMATED, name)
         image.load()
         milliseconds = _milliseconds(image, total) if total > 1 else 0
         fps = 1000 / milliseconds if milliseconds > 0 else DEFAULT_FPS
@@ -497,6 +509,15 @@ def _check_memory(count: int, width: int, height: int, budget: int) -> None:
             f"{count * size / 2**30:.1f} GiB with their patches and {MAX_MEMORY / 2**30:g} may be "
             f"used; ask for {MAX_MEMORY // size} frames at most, lower their budget, or scale the "
             "video down"
+        )
+
+
+def _check_work(pixels: int, limit: int, name: str) -> None:
+    if pixels > limit:
+        raise MediaError(
+            f"{name}: {pixels / 1e9:,.0f} billion pixels would have to be decoded and "
+            f"{limit / 1e9:g} may be; cut it in parts, scale it down, or write it with more key "
+            "frames"
         )
 
 
