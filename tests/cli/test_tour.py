@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import gemsmith
 from gemsmith.cli.main import app
-from gemsmith.cli.tour import ERRANDS, SAMPLES, Tour, long_text
+from gemsmith.cli.tour import ERRANDS, SAMPLES, WANTED, Tour, long_text
 from gemsmith.engine.engine import LM
 from gemsmith.errors import CapacityError, MediaError
 from gemsmith.testing import media_ids, random_towers, tiny_config, tiny_media_config
@@ -284,6 +284,14 @@ def test_nothing_found_draws_nothing(demo: Any, tmp_path: Path):
     output = demo(TALKS, LOOP, media).output
     assert "No box was found: nothing is drawn." in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_embedded_model_does_the_errands():
+    """The one test here of what pocket has learned: without it `gemsmith demo` fails."""
+    console = Console(record=True, width=100)
+    tour = Tour(gemsmith.load("pocket", device="cpu", quant="int4"), console)
+    tour.tool_loop()
+    assert tour.events == WANTED, console.export_text()
 
 
 def test_untrained_towers_are_wrong_and_nothing_else():
