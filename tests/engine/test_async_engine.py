@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from gemsmith.engine.async_engine import AsyncEngine, Stream
 from gemsmith.engine.batching import BatchEngine, EngineConfig
 from gemsmith.engine.engine import LM
-from gemsmith.engine.media import Prompt
+from gemsmith.engine.media import Prompt, parts
 from gemsmith.engine.reply import collect
 from gemsmith.engine.request import Finished, Request, SamplingParams
 from gemsmith.errors import CapacityError, GemsmithError, QueueFullError, RequestError
@@ -200,6 +201,44 @@ def test_messages_are_encoded_beside_the_steps(lm):
         lm.is_chat = True
         messages = [{"role": "user", "content": "abc"}]
         assert (await engine.encode(messages)).ids == lm.encode(messages).ids
+
+    run(lm, scenario)
+
+
+@pytest.fixture
+def slow(lm, monkeypatch) -> threading.Event:
+    """Until it is set, no medium is read; then they turn out to be none."""
+    read, lm.is_chat = threading.Event(), True
+    monkeypatch.setattr(
+        "gemsmith.engine.engine.collect_media",
+        lambda messages, *_, **__: [] if not any(parts(messages)) else read.wait() and [],
+    )
+    return read
+
+
+FILM = [{"role": "user", "content": [{"type": "video", "video": b""}]}]
+
+
+def test_a_text_does_not_wait_for_the_film_of_another(lm, slow):
+    async def scenario(engine: AsyncEngine) -> None:
+        film = asyncio.create_task(engine.encode(FILM))
+        await asyncio.sleep(0)
+        assert (await engine.encode([{"role": "user", "content": "abc"}])).ids
+        assert not film.done()
+        slow.set()
+        assert (await film).ids
+
+    run(lm, scenario)
+
+
+def test_what_is_read_while_the_engine_closes_is_refused(lm, slow):
+    async def scenario(engine: AsyncEngine) -> None:
+        film = asyncio.create_task(engine.encode(FILM))
+        await asyncio.sleep(0)
+        await engine.drain(0)
+        slow.set()
+        with pytest.raises(CapacityError, match="shutting down"):
+            await film
 
     run(lm, scenario)
 

@@ -24,7 +24,7 @@ from typing import Any, Self
 from gemsmith.engine.batching import BatchEngine, EngineConfig, Outcome, Stats
 from gemsmith.engine.engine import LM
 from gemsmith.engine.grammar import Follow
-from gemsmith.engine.media import Prompt
+from gemsmith.engine.media import Prompt, parts
 from gemsmith.engine.reply import Event
 from gemsmith.engine.request import Finished, Request
 from gemsmith.errors import CapacityError, GemsmithError
@@ -118,6 +118,8 @@ class AsyncEngine:
         self._stats, self._stats_until = self._engine.stats(), 0.0
         # One at a time: tokenizers and templates need not be for many threads.
         self._encoder = ThreadPoolExecutor(1, "gemsmith-encode")
+        # A film takes seconds, which requests of text need not wait, and gigabytes: one at a time.
+        self._reader = ThreadPoolExecutor(1, "gemsmith-media")
         self._thread = threading.Thread(target=self._work, name="gemsmith-engine", daemon=True)
         self._thread.start()
 
@@ -126,19 +128,24 @@ class AsyncEngine:
 
         Raises: as these; CapacityError: the engine is shutting down.
         """
+        lm = self._engine.lm
+        encode: Callable[..., Prompt] = lm.encode_text if isinstance(messages, str) else lm.encode
+        if lm.is_chat and not isinstance(messages, str) and any(parts(messages)):
+            read = partial(lm.read_media, messages, image_budget=options.get("image_budget"))
+            options["media"] = await self._run(self._reader, read)
+        return await self._run(self._encoder, partial(encode, messages, **options))
+
+    async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
         if self._draining:
             raise CapacityError(SHUTTING_DOWN)
-        loop, lm = asyncio.get_running_loop(), self._engine.lm
-        encode: Callable[..., Prompt] = lm.encode_text if isinstance(messages, str) else lm.encode
-        return await loop.run_in_executor(self._encoder, partial(encode, messages, **options))
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
 
     async def follow(self, **options: Any) -> Follow | None:
         """`LM.follow` beside the running steps: a schema may take a while to compile.
 
-        Raises: as `LM.follow`.
+        Raises: as `LM.follow`; CapacityError: the engine is shutting down.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoder, partial(self._engine.lm.follow, **options))
+        return await self._run(self._encoder, partial(self._engine.lm.follow, **options))
 
     async def submit(self, request: Request) -> Stream:
         """Queue a request; its events come from what is returned.
@@ -207,6 +214,7 @@ class AsyncEngine:
         self._thread.join()
         self._engine.close()
         self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._reader.shutdown(wait=False, cancel_futures=True)
 
     # -- the worker ---------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from gemsmith.engine.context import Context, kv_format
 from gemsmith.engine.drafters import Mtp, Text
 from gemsmith.engine.grammar import Constraint, Follow, Grammar, Grammars
 from gemsmith.engine.load import load_parts
-from gemsmith.engine.media import Prompt, expand
+from gemsmith.engine.media import Prompt, Run, expand
 from gemsmith.engine.media import collect as collect_media
 from gemsmith.engine.reply import Event, Reply, collect
 from gemsmith.engine.request import Generation, SamplingParams
@@ -299,10 +299,12 @@ class LM:
         preserve_thinking: bool = False,
         image_budget: int | str | None = None,
         reply_follows: bool = True,
+        media: list[list[Run]] | None = None,
     ) -> Prompt:
         """What the model reads of a conversation: token ids, and what the soft ones stand for.
 
         reply_follows: end where the model is to go on; otherwise after the last message.
+        media: of the messages, as `read_media` gives them; None reads them here.
 
         Raises:
           RequestError: as `generate`, but for the length of the prompt.
@@ -324,6 +326,20 @@ class LM:
             preserve_thinking=preserve_thinking,
             add_generation_prompt=reply_follows,
         )
+        if media is None:
+            media = self.read_media(messages, image_budget=image_budget)
+        return expand(ids, media, self.config, self.tokenizer)
+
+    def read_media(
+        self, messages: Sequence[chat.Message], *, image_budget: int | str | None = None
+    ) -> list[list[Run]]:
+        """The images, sounds and videos of a conversation, decoded: most of what `encode` does.
+
+        It needs neither tokenizer nor template, so it may run beside another `encode`.
+
+        Raises:
+          RequestError: as `generate`.
+        """
         if image_budget not in (None, "auto"):
             check_budget(image_budget)
         media = collect_media(messages, self.config, image_budget=image_budget)
@@ -332,7 +348,7 @@ class LM:
                 f"{self.name} was loaded without its image and audio towers; load it again with "
                 "towers='auto' to use images, sound or video"
             )
-        return expand(ids, media, self.config, self.tokenizer)
+        return media
 
     def encode_text(self, text: str, *, markers: bool = True) -> Prompt:
         """What `complete` reads of a text, with `<bos>` in front unless it is there.

@@ -17,7 +17,7 @@ Source of the layouts: transformers 5.23, Gemma4Processor.
 """
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -117,25 +117,30 @@ def collect(
     """
     media: list[list[Run]] = []
     tokens, limit = 0, config.text_config.max_position_embeddings
+    for index, part in parts(messages):
+        try:
+            media.append(_READERS[part["type"]](part, config, image_budget))
+            tokens += sum(run.tokens for run in media[-1])
+            if tokens > limit:  # at once: what is read takes 28 KB a token
+                raise MediaError(
+                    f"the media up to here have {tokens} soft tokens, but the model's context "
+                    f"holds {limit}; give fewer, or lower their budgets"
+                )
+        except MediaError as error:
+            raise MediaError(f"message {index}: {error}") from None
+    return media
+
+
+def parts(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The parts of the messages that are media, and the number of the message of each."""
     for index, message in enumerate(messages):
-        content = message.get("content")
+        content = message.get("content") if isinstance(message, Mapping) else None
         if not isinstance(content, Sequence) or isinstance(content, str):
             continue
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if not isinstance(kind, str) or kind not in _READERS:
-                continue
-            try:
-                media.append(_READERS[kind](part, config, image_budget))
-                tokens += sum(run.tokens for run in media[-1])
-                if tokens > limit:  # at once: what is read takes 28 KB a token
-                    raise MediaError(
-                        f"the media up to here have {tokens} soft tokens, but the model's context "
-                        f"holds {limit}; give fewer, or lower their budgets"
-                    )
-            except MediaError as error:
-                raise MediaError(f"message {index}: {error}") from None
-    return media
+            if isinstance(kind, str) and kind in _READERS:
+                yield index, part
 
 
 def expand(
