@@ -3,12 +3,14 @@
   python -m recipes.pocket.train fit --data DATA --run RUN [--minutes N] [--decay-now]
                                    [--from CHECKPOINT] [--towers FILE] [--frozen]
                                    [--lr RATE] [--batch-tokens N] [--bits 4]
+  torchrun --nproc-per-node 2 -m recipes.pocket.train fit --data DATA DATA --run RUN ...
   python -m recipes.pocket.train export --run RUN --tokenizer FOLDER --out FOLDER
   python -m recipes.pocket.train average CHECKPOINT CHECKPOINT ... --out FOLDER [--bits 4]
 
 `fit` stops cleanly at any time and goes on where it stopped. The learning rate stays level until a
 stretch with --decay-now, which lets it fall to zero and so ends the run; a later stretch without it
-goes on from where the decay began.
+goes on from where the decay began. Processes of `torchrun`, one a core, each with data of its own,
+average their weights as they go.
 
 `average` takes the mean of the weights of checkpoints of which one was trained from the other: what
 each of them does better, the mean keeps (Wortsman et al., arXiv:2203.05482).
@@ -27,6 +29,7 @@ row) and 128 for sound: 3.8 of the 11.4 million parameters.
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +40,7 @@ from gemsmith.errors import TrainError
 from gemsmith.model.text import TextModel
 from gemsmith.model.towers import Towers
 from gemsmith.train.data import TokenSet
+from gemsmith.train.peers import join
 from gemsmith.train.rounding import decoder_formats, rounded
 from gemsmith.train.trainer import TrainConfig, Trainer, checkpoints
 from gemsmith.weights.generation import GenerationConfig
@@ -148,7 +152,7 @@ def init_towers(towers: Towers, seed: int) -> None:
 
 
 def fit(
-    data: Path,
+    data: Sequence[Path],
     run: Path,
     *,
     minutes: float | None,
@@ -162,16 +166,28 @@ def fit(
 ) -> None:
     """One stretch of training in the run folder `run`; a new run begins with `start`'s weights.
 
+    data: a folder, or one for each process that `torchrun` started; only the first process has the
+      held-out set, and what it leaves in `run` is what all have learned.
     With towers if the training set has pictures or sounds; `taught`: a file that has them;
     `frozen`: they stay as they are, which makes a step cheaper.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(TRAIN.seed)
-    train = TokenSet(data, "train")
-    heldout = TokenSet(data, "heldout") if (data / "heldout.ids.npy").exists() else None
+    peers = join()
+    rank = 0 if peers is None else peers.rank
+    if len(data) != (1 if peers is None else peers.count):
+        raise TrainError(
+            f"--data names {len(data)} folders, one for each process is needed; start as many with "
+            "torchrun --nproc-per-node"
+        )
+    mine, first = data[rank], rank == 0
+    train = TokenSet(mine, "train")
+    has_heldout = first and (mine / "heldout.ids.npy").exists()
+    heldout = TokenSet(mine, "heldout") if has_heldout else None
     model, towers = TextModel(TEXT), None
     init_weights(model, TRAIN.seed)
-    if train.media is not None:
+    has_media = train.media is not None
+    if has_media if peers is None else peers.any(has_media)[0]:
         towers = Towers(POCKET)
         init_towers(towers, TRAIN.seed)
     if start is not None:
@@ -193,11 +209,12 @@ def fit(
         model,
         replace(TRAIN, lr=lr, batch_tokens=batch_tokens, bits=bits),
         train,
-        run,
+        run if first else run / f"peer-{rank}",
         towers=towers,
         heldout=heldout,
         compiled=True,
         decay=decay,
+        peers=peers,
     )
     if decay and trainer.decay is None:
         if minutes is None or not trainer.seconds_per_step:
@@ -271,7 +288,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="train the embedded model, or export it")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("fit", help="train a stretch")
-    command.add_argument("--data", type=Path, required=True, help="folder that build_data wrote")
+    command.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="folder that build_data wrote; under torchrun one for each process",
+    )
     command.add_argument("--run", type=Path, required=True, help="run folder, created or resumed")
     command.add_argument("--from", dest="start", type=Path, help="checkpoint folder to begin with")
     command.add_argument(

@@ -195,7 +195,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TextModel, Towers | Non
 
 def begin(data: Path, start: Path | None, *, frozen: bool = False) -> None:
     with pytest.raises(Stopped):
-        train.fit(data, data / "run", minutes=None, decay=False, start=start, frozen=frozen)
+        train.fit([data], data / "run", minutes=None, decay=False, start=start, frozen=frozen)
 
 
 def test_a_run_may_begin_with_the_weights_of_a_checkpoint(

@@ -18,7 +18,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from gemsmith.train.data import Batch, Packer, TokenSet, make_batch, plan_epoch
 from gemsmith.train.loss import backward_in_chunks, chunk_rows, sum_cross_entropy
 from gemsmith.train.media import IMAGE, SOUND, SoftInputs
 from gemsmith.train.optim import Decay, lr_scale, make_optimizers, set_lr, training_dtype
+from gemsmith.train.peers import MEETING_STEPS, Peers
 from gemsmith.train.rounding import decoder_formats, rounded
 
 LOG_STEPS = 10
@@ -94,18 +95,22 @@ class Trainer:
         heldout: TokenSet | None = None,
         compiled: bool = False,
         decay: bool = False,
+        peers: Peers | None = None,
     ) -> None:
         """Open or create the run folder and resume from it.
 
+        peers: trainers of the same model, with whom weights are averaged; each has a run folder of
+          its own.
         decay: the stretch to come ends the run, or goes on with a decay that has begun. Without
           it the run resumes from the newest checkpoint that no decay has touched.
 
         Raises:
           TrainError: the run folder belongs to a run of another kind, or the data has pictures or
-            sounds for which there is no tower.
+            sounds for which there is no tower, or peers are at another step.
           ConfigError: the model cannot be rounded to `config.bits`.
         """
         self.model, self.towers, self.config, self.heldout = model, towers, config, heldout
+        self.peers = peers
         for data in (train, heldout):
             _check_towers(data, towers)
         self.run_folder = Path(run)
@@ -127,6 +132,11 @@ class Trainer:
         self._stop = False
         self._open_run()
         self._resume(decay)
+        if peers is not None and peers.first(self.step) != self.step:
+            raise TrainError(
+                f"{self.run_folder} is at step {self.step} and the first of its peers at another; "
+                "delete the newest checkpoints of those that are ahead"
+            )
         self._head: Callable[..., torch.Tensor] = model.logits
         if compiled:
             compile_layers(model)
@@ -144,7 +154,8 @@ class Trainer:
     ) -> None:
         """Train for `steps` steps or `minutes`, whichever ends first; without either, on and on.
 
-        Ends with a checkpoint, also when interrupted or when a decay reaches zero.
+        Ends with a checkpoint, also when interrupted or when a decay reaches zero. Peers end and
+        save together.
         """
         begun = saved = evaluated = time.monotonic()
         last = self.step + steps if steps is not None else None
@@ -153,10 +164,17 @@ class Trainer:
             last = end if last is None else min(last, end)
         first, losses = self.step, []
         with self._stop_on_signals(), self._progress(last) as show:
-            while not self._stop and (last is None or self.step < last):
+            while last is None or self.step < last:
                 started = time.monotonic()
-                if minutes is not None and started - begun > 60 * minutes:
+                over = minutes is not None and started - begun > 60 * minutes
+                due = self.step > first and started - saved > 60 * checkpoint_minutes
+                stop, save = self._agreed(self._stop or over, due)
+                if stop:
                     break
+                if save:
+                    self.save()
+                    plot_loss(self.run_folder)
+                    saved = time.monotonic()
                 loss, norm = self.train_step(next(self.packer))
                 losses.append(loss)
                 now = time.monotonic()
@@ -170,17 +188,29 @@ class Trainer:
                 if self.heldout is not None and now - evaluated > 60 * eval_minutes:
                     self._log(heldout=self.evaluate())
                     evaluated = time.monotonic()
-                if now - saved > 60 * checkpoint_minutes:
-                    self.save()
-                    plot_loss(self.run_folder)
-                    saved = time.monotonic()
+        if self.peers is not None:
+            self.peers.average(self.trained.parameters())
         if self.heldout is not None and self.step > first:
             self._log(heldout=self.evaluate())
         self.save()
         plot_loss(self.run_folder)
 
+    def _agreed(self, *wishes: bool) -> Sequence[bool]:
+        """What is to be done now: one's own wishes, or at a meeting of peers those of any."""
+        if self.peers is None:
+            return wishes
+        if self.step % MEETING_STEPS:
+            return [False] * len(wishes)
+        self.peers.average(self.trained.parameters())
+        return self.peers.any(*wishes)
+
     def begin_decay(self, steps: int) -> None:
-        """Let the learning rate fall to zero over the next `steps` steps, the last of the run."""
+        """Let the learning rate fall to zero over the next `steps` steps, the last of the run.
+
+        With peers, over as many as the first of them says.
+        """
+        if self.peers is not None:
+            steps = self.peers.first(steps)
         self.decay = Decay(self.step, max(1, steps))
 
     @property
@@ -383,6 +413,7 @@ class Trainer:
             BarColumn(),
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
+            disable=self.peers is not None and self.peers.rank > 0,
         ) as bar:
             task = bar.add_task("", total=last, completed=self.step, text="")
 
