@@ -126,25 +126,24 @@ def test_a_mixed_checkpoint_says_of_every_unit_what_it_got_and_why(
     monkeypatch.setattr(sensitivity, "PROBE_TOKENS", 64)
     monkeypatch.setattr(sensitivity, "SEQUENCE_TOKENS", 32)
     stored = (low[0] / "model.safetensors").stat().st_size
-    arguments = ("--bits", "mixed", "--budget", "7.2MB")
+    arguments = ("--bits", "mixed", "--budget", "8.25MB")
     said = gemsmith("quantize", exact, tmp_path / "mix", *arguments)
     assert (tmp_path / "mix" / "model.safetensors").stat().st_size < stored
     rows = {line.split(" int")[0].strip(): line.split() for line in said.splitlines()}
     for unit in ("embed_tokens", "4.self_attn q k v", "8.mlp gate up"):
         assert unit in rows
-    assert rows["embed_tokens"][1] == "int8"
     assert "measured on random tokens, for there is no data" in " ".join(said.split())
-    used = re.search(r"^([\d,]+) bytes of the 7,200,000 there were\.$", said, re.MULTILINE)
+    used = re.search(r"^([\d,]+) bytes of the 8,250,000 there were\.$", said, re.MULTILINE)
     assert used
-    assert 7_180_000 < int(used[1].replace(",", "")) <= 7_200_000
+    assert 8_230_000 < int(used[1].replace(",", "")) <= 8_250_000
     assert f"{tmp_path / 'mix'}: a mixed checkpoint; every matrix is in few bits" in said
     facts = json.loads(gemsmith("quantize", exact, tmp_path / "x", *arguments, "--json"))
-    assert facts["budget"] == 7_200_000
+    assert facts["budget"] == 8_250_000
     assert sum(kind["bytes"] for kind in facts["weights"]) == int(used[1].replace(",", ""))
-    first = facts["choices"][0]
-    assert first["weights"] == ["embed_tokens.weight"]
-    assert first["format"] == "int8"
-    assert first["removed_per_byte"] > 0
+    choices = {choice["weights"][0]: choice for choice in facts["choices"]}
+    assert rows["embed_tokens"][1] == choices["embed_tokens.weight"]["format"]
+    assert len({choice["format"] for choice in facts["choices"]}) > 1
+    assert max(choice["removed_per_byte"] or 0 for choice in facts["choices"]) > 0
     offers = [choice["offered_per_byte"] for choice in facts["choices"] if choice["next"]]
     assert max(offers) > 0
 
@@ -188,7 +187,7 @@ def without(original, part):
         (("--bits", "mobile", "--float-tables"), "the mobile mix includes its tables"),
         (("--bits", "mixed"), "bits 'mixed' needs a budget: how many bytes"),
         (("--bits", "mixed", "--budget", "3G"), "budget '3G': a size such as 3.2GB"),
-        (("--bits", "mixed", "--budget", "1MB"), "the smallest that this model can be made is 5,"),
+        (("--bits", "mixed", "--budget", "1MB"), "the smallest that this model can be made is 6,"),
         (("--budget", "4MB"), "a budget is for bits 'mixed', not '4'; leave it out"),
     ],
 )
