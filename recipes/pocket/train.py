@@ -3,7 +3,7 @@
   python -m recipes.pocket.train fit --data DATA --run RUN [--minutes N] [--decay-now]
                                    [--from CHECKPOINT] [--towers FILE] [--frozen]
                                    [--lr RATE] [--batch-tokens N] [--bits 4]
-  torchrun --nproc-per-node 2 -m recipes.pocket.train fit --data DATA DATA --run RUN ...
+  torchrun --nproc-per-node 2 -m -- recipes.pocket.train fit --data DATA DATA --run RUN ...
   python -m recipes.pocket.train export --run RUN --tokenizer FOLDER --out FOLDER
   python -m recipes.pocket.train average CHECKPOINT CHECKPOINT ... --out FOLDER [--bits 4]
 
