@@ -87,10 +87,7 @@ def tool_conversation(
     """A conversation with tools; steps and style are drawn unless given."""
     thinking = d.chance(0.2)
     if steps is None:
-        count = 1 if thinking else d.weighted(REQUESTS)
-        steps = [d.weighted(STEPS) for _ in range(count)]
-        # A chain needs its own two tools: at most one per conversation.
-        steps = [s for i, s in enumerate(steps) if s != "chained" or "chained" not in steps[:i]]
+        steps = _steps(d, STEPS, 1 if thinking else d.weighted(REQUESTS))
     if style is None:
         style = d.weighted(STYLES)
     if style == "invented" and "chained" in steps:
@@ -107,12 +104,17 @@ def kin(split: Split, seed: int, index: int) -> Conversation:
     calendar, the model listed events.
     """
     d = Draw(split, f"{split}/{seed}/{index}/kin")
-    steps = [d.weighted(KIN_STEPS) for _ in range(d.between(1, 5))]
-    steps = [s for i, s in enumerate(steps) if s != "chained" or "chained" not in steps[:i]]
+    steps = _steps(d, KIN_STEPS, d.between(1, 5))
     style, count = d.weighted(KIN_STYLES), d.between(3, 7)
     thinking = len(steps) == 1 and d.chance(0.3)
     made = tasks.conversation(d, steps, style, thinking=thinking, count=count, kin=True)
     return _with_tools(d, f"tools/{steps[0]}", made)
+
+
+def _steps(d: Draw, shares: dict[str, float], count: int) -> list[str]:
+    """Of so many steps drawn at most one chain, for it needs its own two tools."""
+    steps = [d.weighted(shares) for _ in range(count)]
+    return [s for i, s in enumerate(steps) if s != "chained" or "chained" not in steps[:i]]
 
 
 def _with_tools(d: Draw, kind: str, made: tasks.Talk) -> Conversation:
